@@ -1,0 +1,60 @@
+"""Fixtures: real SmolLM2, small random models, and episodes for both."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+import transformer_lens_taskvec as tv
+
+SHARED = Path(__file__).parents[2] / "shared"
+"""Real data that lies beside a development checkout; tests that read it skip without it."""
+
+CLASSES = ["bridge"] if zoo.HookedTransformer is None else ["bridge", "hooked_transformer"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """The real SmolLM2-135M-Instruct."""
+    return tv.load_model("smollm2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Any) -> Any:
+    return smollm2.tokenizer
+
+
+@pytest.fixture(scope="session", params=CLASSES)
+def model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    """A small random Llama model with a real tokenizer, in each class this TransformerLens has."""
+    if request.param == "bridge":
+        return zoo.bridge("llama", tokenizer)
+    return zoo.hooked_transformer(zoo.hf_model("llama"), tokenizer, "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def episodes() -> list[tv.Episode]:
+    """Few-shot episodes of different lengths, of three tasks, with multi-token answers."""
+    tasks = tv.find_tasks(["singular_plural", "upper_case", "en_fr"])
+    two = tv.sample_episodes(tasks, n=4, n_shots=2, seed=1)
+    one = tv.sample_episodes(tasks, n=3, n_shots=1, seed=2, template=tv.ARROW)
+    return [*two, *one]
+
+
+@pytest.fixture(scope="session")
+def vectors(model: Any, episodes: list[tv.Episode]) -> tv.TaskVectors:
+    return tv.task_vectors(tv.collect(model, episodes))

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import transformer_lens_taskvec as tv
+
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:.*one intervention at a time")]
+
+
+@pytest.mark.parametrize("mode", ["replace", "add", lambda a, v: 0.5 * a + v])
+def test_a_layer_sweep_is_one_evaluation_a_layer_with_each_tasks_own_vector(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors, mode: Any
+) -> None:
+    mixed = [*episodes[::2], *episodes[1::2]]
+    sweep = tv.layer_sweep(model, mixed, vectors, mode=mode, scales=(1.0, 2.5))
+    assert sweep.accuracy.shape == sweep.mean_nll.shape == (3, 3)
+    for row, episode in enumerate(mixed):
+        for scale in range(2):
+            for layer in range(3):
+                edit = tv.inject(
+                    vectors.at(episode.task, layer), layer, mode=mode, scale=(1.0, 2.5)[scale]
+                )
+                alone = tv.evaluate(model, [episode], [edit])
+                assert float(sweep.nll[scale, layer, row]) == pytest.approx(
+                    float(alone.nll[0]), abs=1e-3
+                )
+                assert bool(sweep.correct[scale, layer, row]) == bool(alone.correct[0])
+    plain = tv.evaluate(model, mixed)
+    torch.testing.assert_close(sweep.baseline.nll, plain.nll, atol=1e-4, rtol=1e-4)
+    frame = sweep.to_frame()
+    assert len(frame) == 2 * 3 * 3
+    assert torch.equal(sweep.at_scale(2.5).nll[0], sweep.nll[1])
+
+
+def test_the_best_layer_has_the_highest_accuracy_and_then_the_lowest_nll() -> None:
+    labels = torch.tensor([0, 0])
+    correct = torch.tensor([[[1, 0], [1, 1], [1, 1]]], dtype=torch.bool)
+    nll = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [2.0, 2.0]]])
+    baseline = tv.Scores(correct[0, 0], nll[0, 0], labels, ("t",), None, False)
+    sweep = tv.LayerSweep(correct, nll, baseline, (4, 5, 9), (1.0,))
+    assert sweep.best_layer("t") == sweep.best_layer() == 9
+    assert sweep.at(9) == {"t": 1.0}
+    with pytest.raises(ValueError, match="no task 'u'"):
+        sweep.best_layer("u")
+
+
+def test_a_perturbation_matrix_is_one_evaluation_a_vector(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
+    plain = tv.evaluate(model, episodes)
+    for column, target in enumerate(matrix.targets):
+        moved = tv.evaluate(model, episodes, [tv.inject(vectors.at(target, 1), 1)])
+        for row, source in enumerate(matrix.sources):
+            change = moved.of(source).mean_nll - plain.of(source).mean_nll
+            assert float(matrix.nll[row, column]) == pytest.approx(change, abs=1e-3)
+    off = [float(matrix.nll[i, j]) for i in range(3) for j in range(3) if i != j]
+    own = [float(matrix.nll[i, i]) for i in range(3)]
+    expected = sum(off) / 6 - sum(own) / 3
+    assert matrix.conditional_decoding == pytest.approx(expected, abs=1e-5)
+    assert len(matrix.to_frame()) == 9
+
+
+def test_steering_is_the_right_tasks_mean_against_nulls(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    effect = tv.steering_effect(model, episodes, vectors, 1, null="upper_case")
+    for row, episode in enumerate(episodes):
+        for scores, name in ((effect.positive, episode.task), (effect.negative, "upper_case")):
+            alone = tv.evaluate(model, [episode], [tv.inject(vectors.at(name, 1), 1)])
+            assert float(scores.nll[row]) == pytest.approx(float(alone.nll[0]), abs=1e-3)
+    assert list(effect.to_frame().task) == list(effect.tasks)
+    with pytest.raises(ValueError, match="no vector for Null"):
+        tv.steering_effect(model, episodes, vectors, 1)
+
+
+def test_a_task_without_a_vector_is_named(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    strange = [tv.Episode("strange", (), episodes[0].query)]
+    with pytest.raises(ValueError, match="no vector for strange; the vectors are of: singular"):
+        tv.layer_sweep(model, strange, vectors)

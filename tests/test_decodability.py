@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.collect import Source
+
+SOURCE = Source("made", "resid_post", -1, "{x}->{y}", False)
+
+
+def activations(
+    n: int, tasks: int, layers: int = 2, spread: float = 1.0, offset: float = 0.0
+) -> tv.Activations:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % tasks
+    centres = torch.randn(tasks, layers, 6, generator=generator) * spread
+    noise = torch.randn(n, layers, 6, generator=generator)
+    names = tuple(f"task{i}" for i in range(tasks))
+    values = centres[labels] + noise + offset
+    return tv.Activations(values, labels, names, tuple(range(layers)), SOURCE)
+
+
+def by_hand(points: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[list[bool], list[bool]]:
+    """Leave-one-out by scikit-learn, point by point, and where its vote is tied."""
+    hits, tied = [], []
+    for left_out in range(len(points)):
+        rest = torch.arange(len(points)) != left_out
+        fitted = KNeighborsClassifier(n_neighbors=k).fit(points[rest], labels[rest])
+        predicted = fitted.predict(points[left_out : left_out + 1])[0]
+        share = fitted.predict_proba(points[left_out : left_out + 1])[0]
+        hits.append(bool(predicted == labels[left_out]))
+        tied.append(int((share == share.max()).sum()) > 1)
+    return hits, tied
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+@pytest.mark.parametrize("offset", [0.0, 3000.0])
+def test_scores_equal_scikit_learns_where_no_vote_is_tied(k: int, offset: float) -> None:
+    found = activations(90, 3, offset=offset)
+    ours = tv.task_decodability(found, k=k)
+    for layer in range(2):
+        hits, tied = by_hand(found.values[:, layer].double(), found.labels, k)
+        for task in range(3):
+            rows = [i for i in range(90) if found.labels[i] == task]
+            sure = sum(hits[i] for i in rows if not tied[i])
+            unsure = sum(tied[i] for i in rows)
+            score = float(ours.scores[layer, task]) * len(rows)
+            assert sure - 1e-4 <= score <= sure + unsure + 1e-4
+            assert unsure or score == pytest.approx(sure)
+
+
+def test_a_tied_vote_goes_to_the_class_with_the_nearer_neighbours() -> None:
+    # The point at 0 has two neighbours of each class among its four; those of class 1 are nearer.
+    points = torch.tensor([0.0, 1.0, 2.0, -1.5, -3.0, 50.0, 60.0])
+    labels = torch.tensor([1, 1, 1, 0, 0, 0, 0])
+    found = tv.Activations(points[:, None, None], labels, ("a", "b"), (0,), SOURCE)
+    score = tv.task_decodability(found, k=4).scores[0, 1]
+    swapped = tv.Activations(-points[:, None, None] * 0.99, labels, ("a", "b"), (0,), SOURCE)
+    assert float(score) == pytest.approx(float(tv.task_decodability(swapped, k=4).scores[0, 1]))
+    nearer = points.clone()
+    nearer[1], nearer[3] = 1.6, -0.1  # now the two of class 0 are nearer: 3.1 against 3.6
+    moved = tv.Activations(nearer[:, None, None], labels, ("a", "b"), (0,), SOURCE)
+    assert float(tv.task_decodability(moved, k=4).scores[0, 1]) < float(score)
+
+
+def test_separated_tasks_score_one_and_arbitrary_labels_score_chance() -> None:
+    far = tv.task_decodability(activations(120, 4, spread=100.0))
+    assert torch.equal(far.scores, torch.ones(2, 4))
+    none = tv.task_decodability(activations(1200, 4, spread=0.0))
+    assert float(none.mean.mean()) == pytest.approx(none.chance, abs=0.03)
+
+
+def test_the_best_layer_has_the_highest_mean() -> None:
+    found = activations(120, 3, layers=3, spread=0.3)
+    found.values[:, 1] += 100 * found.labels[:, None]
+    result = tv.task_decodability(found)
+    assert result.best_layer == 1
+    assert torch.equal(result.at(1), result.scores[1])
+    assert len(result.to_frame()) == 9
+
+
+def test_pairwise_scores_equal_those_of_the_two_tasks_alone() -> None:
+    found = activations(90, 3, spread=0.7)
+    matrix = tv.task_decodability(found).pairwise(1)
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        rows = (found.labels == first) | (found.labels == second)
+        labels = (found.labels[rows] == second).long()
+        pair = tv.Activations(found.values[rows], labels, ("a", "b"), (0, 1), SOURCE)
+        expected = tv.task_decodability(pair).scores[1]
+        assert float(matrix[first, second]) == pytest.approx(float(expected[0]))
+        assert float(matrix[second, first]) == pytest.approx(float(expected[1]))
+    assert torch.isnan(matrix.diagonal()).all()
+
+
+@pytest.mark.parametrize("k", [0, 30, 31])
+def test_k_that_leaves_nobody_to_vote_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k is {k} and there are 30 points"):
+        tv.task_decodability(activations(30, 3), k=k)
+
+
+def test_one_task_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="two tasks or more"):
+        tv.task_decodability(activations(30, 1))

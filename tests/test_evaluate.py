@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.engine import answer_logits
+from transformer_lens_taskvec.models import capabilities, inference
+from transformer_lens_taskvec.tokens import encode, encode_answers
+
+ARCHITECTURES = ["llama", "qwen2", "gpt2", "gpt_neox", "gemma2", "opt"]
+
+
+def one_run_each(model: Any, episodes: list[tv.Episode], variant: list[Any]) -> list[torch.Tensor]:
+    """Logits of each answer's tokens: one unpadded prompt at a time, by ``run_with_hooks``."""
+    found = []
+    for episode in episodes:
+        prompt = model.tokenizer.encode(episode.prompt, add_special_tokens=False)
+        answer = model.tokenizer.encode(episode.answer, add_special_tokens=False)
+        at = len(prompt) - 1
+
+        def hook(intervention: Any, at: int = at) -> Any:
+            def edit(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+                edited = activation.clone()
+                edited[:, at] = intervention.edit(activation[:, at])
+                return edited
+
+            return intervention.name, edit
+
+        with torch.no_grad():
+            logits = model.run_with_hooks(
+                torch.tensor([prompt + answer]), fwd_hooks=[hook(i) for i in variant]
+            )
+        found.append(logits[0, at : at + len(answer)])
+    return found
+
+
+def in_the_engine(
+    model: Any, episodes: list[tv.Episode], variants: list[Any], **options: Any
+) -> dict[tuple[int, int], torch.Tensor]:
+    prompts = encode(model, [episode.prompt for episode in episodes])
+    answers = encode_answers(model, episodes)
+    found = {}
+    with inference(model):
+        for chunk in answer_logits(model, prompts, answers, variants, **options):
+            for i, row in enumerate(chunk.rows):
+                for j, variant in enumerate(chunk.variants):
+                    assert (row, variant) not in found
+                    found[row, variant] = chunk.logits[i, j, : len(answers[row])]
+    return found
+
+
+def variants_for(model: Any, vectors: tv.TaskVectors) -> list[list[Any]]:
+    vector, other = vectors.at("en_fr", 1), vectors.at("upper_case", 2)
+    return [
+        [],
+        [tv.inject(vector, 0)],
+        [tv.inject(vector, 2, mode="add", scale=3.0)],
+        [tv.inject(vector, 1, hook="mlp_out"), tv.inject(other, 1, mode=lambda a, v: a - v)],
+        [tv.ablate(2, hook="attn_out"), tv.inject(other, 0, hook="resid_pre", mode="add")],
+        [tv.ablate(1, mode="project", with_=other)],
+        [tv.ablate(1, hook="z", head=2)],
+    ]
+
+
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
+@pytest.mark.parametrize("max_tokens", [None, 40])
+def test_the_engine_gives_the_logits_of_one_run_for_each_prompt_and_variant(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors, max_tokens: int | None
+) -> None:
+    variants = variants_for(model, vectors)
+    found = in_the_engine(model, episodes, variants, max_tokens=max_tokens)
+    assert len(found) == len(episodes) * len(variants)
+    for index, variant in enumerate(variants):
+        for row, expected in enumerate(one_run_each(model, episodes, variant)):
+            torch.testing.assert_close(found[row, index], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_packs_with_the_logits_of_one_run_each(
+    kind: str, tokenizer: Any, episodes: list[tv.Episode]
+) -> None:
+    model = zoo.bridge(kind, tokenizer)
+    assert capabilities(model).packs, capabilities(model).reason
+    vectors = tv.task_vectors(tv.collect(model, episodes))
+    variants: list[list[Any]] = [[], *([tv.inject(vectors.at("en_fr", i), i)] for i in range(3))]
+    found = in_the_engine(model, episodes, variants)
+    for index, variant in enumerate(variants):
+        for row, expected in enumerate(one_run_each(model, episodes, variant)):
+            torch.testing.assert_close(found[row, index], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_recurrent_model_runs_plainly_with_one_warning_and_the_same_logits(
+    tokenizer: Any, episodes: list[tv.Episode]
+) -> None:
+    model = zoo.bridge("mamba", tokenizer)
+    vectors = tv.task_vectors(tv.collect(model, episodes))
+    variants = [[], [tv.inject(vectors.at("en_fr", 1), 1)]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        found = in_the_engine(model, episodes, variants)
+    assert len(caught) == 1
+    assert "tiny-mamba runs one intervention at a time" in str(caught[0].message)
+    for index, variant in enumerate(variants):
+        for row, expected in enumerate(one_run_each(model, episodes, variant)):
+            torch.testing.assert_close(found[row, index], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_longer_than_a_sliding_window_run_plainly(
+    tokenizer: Any, episodes: list[tv.Episode]
+) -> None:
+    model = zoo.bridge("gemma2", tokenizer, sliding_window=8)
+    assert capabilities(model).max_prompt == 8
+    with pytest.warns(UserWarning, match="sliding window of 8 is shorter"):
+        found = in_the_engine(model, episodes, [[]])
+    for row, expected in enumerate(one_run_each(model, episodes, [])):
+        torch.testing.assert_close(found[row, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("position", [0, (-2, -1), None])
+def test_other_positions_give_the_numbers_of_whole_runs(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors, position: Any
+) -> None:
+    episode = episodes[0]
+    intervention = tv.inject(vectors.at("en_fr", 1), 1, mode="add", position=position)
+    prompt = model.tokenizer.encode(episode.prompt, add_special_tokens=False)
+    answer = model.tokenizer.encode(episode.answer, add_special_tokens=False)
+    at = {0: [0], (-2, -1): [len(prompt) - 2, len(prompt) - 1], None: None}[position]
+
+    def edit(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        edited = activation.clone()
+        edited[:, at if at is not None else slice(None)] += intervention.vector
+        return edited
+
+    with torch.no_grad():
+        logits = model.run_with_hooks(
+            torch.tensor([prompt + answer]), fwd_hooks=[(intervention.name, edit)]
+        )[0, len(prompt) - 1 : -1]
+    expected = -logits.log_softmax(-1)[range(len(answer)), answer].sum()
+    scores = tv.evaluate(model, episodes, [intervention])
+    torch.testing.assert_close(scores.nll[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.model
+def test_any_pair_of_a_hook_name_and_a_function_is_an_intervention(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    vector = vectors.at("en_fr", 1)
+
+    def add_everywhere(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation + vector
+
+    pair = tv.evaluate(model, episodes, [("blocks.1.hook_resid_post", add_everywhere)])
+    same = tv.evaluate(model, episodes, [tv.inject(vector, 1, mode="add", position=None)])
+    torch.testing.assert_close(pair.nll, same.nll, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [None, "separator"])
+def test_exact_match_equals_the_text_of_a_real_greedy_generation(smollm2: Any, stop: Any) -> None:
+    tasks = tv.find_tasks(["upper_case", "singular_plural", "next_letter", "capitalize"])
+    episodes = tv.sample_episodes(tasks, n=8, n_shots=4, seed=5)
+    scores = tv.evaluate(smollm2, episodes, stop=stop)
+    assert 0.2 < scores.accuracy < 1
+    for episode, right in zip(episodes, scores.correct.tolist(), strict=True):
+        wanted = smollm2.tokenizer.encode(episode.answer, add_special_tokens=False)
+        if stop:
+            wanted += smollm2.tokenizer.encode(episode.separator, add_special_tokens=False)
+        tokens = torch.tensor([smollm2.tokenizer.encode(episode.prompt, add_special_tokens=False)])
+        out = smollm2.original_model.generate(
+            tokens, max_new_tokens=len(wanted), do_sample=False, eos_token_id=-1, pad_token_id=2
+        )
+        assert right == (out[0, tokens.shape[1] :].tolist() == wanted), episode.prompt
+
+
+@pytest.mark.model
+def test_permuting_episodes_permutes_scores(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    variant = [tv.inject(vectors.at("en_fr", 1), 1)]
+    order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(0)).tolist()
+    scores = tv.evaluate(model, episodes, variant)
+    shuffled = tv.evaluate(model, [episodes[index] for index in order], variant)
+    torch.testing.assert_close(shuffled.nll, scores.nll[order], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.model
+def test_scores_are_grouped_by_task(model: Any, episodes: list[tv.Episode]) -> None:
+    scores = tv.evaluate(model, episodes)
+    frame = scores.to_frame()
+    assert list(frame.task) == [episode.task for episode in episodes]
+    for task in scores.tasks:
+        own = scores.of(task)
+        assert len(own) == sum(episode.task == task for episode in episodes)
+        assert own.mean_nll == pytest.approx(frame[frame.task == task].nll.mean(), rel=1e-5)
+    assert scores.by_task().keys() == set(scores.tasks)
+    assert "episodes" in repr(scores)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda v: [tv.inject(v.at("en_fr", 1), 3)], "layer 3 is out of range"),
+        (lambda v: [tv.inject(torch.ones(31), 1)], "has width 31, and .* d_model 32"),
+        (lambda v: [tv.inject(torch.ones(8), 1, hook="z", head=4)], "head 4 is out of range"),
+        (lambda v: [tv.ablate(1, hook="resid_pots")], "no hook point"),
+        (lambda v: [("blocks.9.hook_x", print)], "no hook point 'blocks.9.hook_x'"),
+    ],
+)
+def test_interventions_without_a_place_in_the_model_are_refused(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors, make: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tv.evaluate(model, episodes, make(vectors))
+
+
+def test_an_answer_without_tokens_is_refused(model: Any) -> None:
+    empty = tv.Episode("t", (), tv.Example("x", ""))
+    with pytest.raises(ValueError, match="answer '' of task 't' has no tokens"):
+        tv.evaluate(model, [empty])
+
+
+def test_a_stop_of_another_kind_is_refused(model: Any, episodes: list[tv.Episode]) -> None:
+    with pytest.raises(ValueError, match="stop is 'newline'"):
+        tv.evaluate(model, episodes, stop="newline")
+
+
+def test_a_tokenizer_without_a_pad_token_serves(tokenizer: Any, episodes: list[tv.Episode]) -> None:
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    model = zoo.bridge("llama", tokenizer)
+    expected = tv.evaluate(model, episodes)
+    model.tokenizer = bare
+    bare.pad_token = None
+    torch.testing.assert_close(tv.evaluate(model, episodes).nll, expected.nll)
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="no tokenizer"):
+        tv.evaluate(model, episodes)

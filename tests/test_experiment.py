@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+from typer.testing import CliRunner
+
+import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.cli import app
+
+TASKS = ["upper_case", "next_letter", "singular_plural"]
+FILES = ["decodability.png", "embedding.png", "layer_sweep.png", "results.json"]
+
+
+@pytest.fixture(scope="module")
+def experiment(smollm2: Any) -> tv.Experiment:
+    return tv.run_experiment(smollm2, tv.find_tasks(TASKS), n_shots=4, n=8, seed=1)
+
+
+def test_the_sets_share_no_query_and_the_figures_are_those_of_the_test_set(
+    smollm2: Any, experiment: tv.Experiment
+) -> None:
+    sizes = {"train": 8, "dev": 8, "test": 8}
+    sets = tv.sample_splits(tv.find_tasks(TASKS), sizes, n_shots=4, seed=1)
+    vectors = tv.task_vectors(tv.collect(smollm2, sets["train"]))
+    for row in experiment.to_frame().itertuples():
+        test = [episode for episode in sets["test"] if episode.task == row.task]
+        edit = [tv.inject(vectors.at(row.task, row.layer), row.layer)]
+        assert row.n == 8
+        assert row.icl == tv.evaluate(smollm2, test).accuracy
+        assert row.zero_shot == tv.evaluate(smollm2, tv.zero_shot(test)).accuracy
+        assert row.injected == tv.evaluate(smollm2, tv.zero_shot(test), edit).accuracy
+
+
+def test_an_injected_vector_does_much_of_what_demonstrations_do(experiment: tv.Experiment) -> None:
+    frame = experiment.to_frame().set_index("task")
+    assert frame.zero_shot.mean() < 0.25
+    assert frame.injected.mean() > 0.5 * frame.icl.mean() > 0.2
+
+
+def test_results_are_written_whole(experiment: tv.Experiment, tmp_path: Path) -> None:
+    written = experiment.save(tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted([*FILES, "vectors.safetensors"]) == sorted(p.name for p in written)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["tasks"].keys() == set(TASKS)
+    assert results["tasks"]["upper_case"].keys() == {"zero_shot", "icl", "injected", "layer", "n"}
+    scores = results["decodability"]["scores"]
+    assert (len(scores), len(scores[0])) == (30, 3)
+    assert results["settings"]["seed"] == 1
+    assert results["settings"]["template"]["example"] == "example:{x}->{y}"
+    assert results["source"]["prepend_bos"] is False
+    assert results["versions"]["transformer-lens"]
+    for name in FILES[:3]:
+        height, width, _ = plt.imread(tmp_path / "out" / name).shape
+        assert height > 400 < width
+    assert plt.get_fignums() == []
+
+
+def test_figures_carry_axes_units_legend_and_title(experiment: tv.Experiment) -> None:
+    drawn = [
+        tv.plot_layer_sweep(experiment.sweep),
+        tv.plot_decodability(experiment.decodability),
+        tv.plot_embedding(experiment.activations, 20),
+    ]
+    for ax in drawn:
+        assert ax.get_title()
+        assert ax.get_xlabel()
+        assert ax.get_ylabel()
+        entries = {text.get_text() for text in ax.get_legend().get_texts()}
+        assert entries >= set(TASKS)
+        plt.close(ax.figure)
+
+
+@pytest.mark.slow
+def test_the_command_gives_the_same_results_for_the_same_seed(tmp_path: Path) -> None:
+    texts = []
+    for name in ("one", "two"):
+        arguments = ["--tasks", "upper_case,next_letter", "--shots", "2", "--n", "6"]
+        outcome = CliRunner().invoke(app, ["run", *arguments, "--out", str(tmp_path / name)])
+        assert outcome.exit_code == 0, outcome.output
+        assert "task decodability peaks at layer" in outcome.output
+        texts.append((tmp_path / name / "results.json").read_text())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "uper_case"], "no task named 'uper_case'; did you mean upper_case"),
+        (["--tasks", " , "], "no task named; give at least one"),
+        (["--tasks", "upper_case"], "two tasks or more"),
+        (["--tasks", "next_letter,upper_case", "--shots", "25"], "at most n_shots=24"),
+        (["--tasks", "next_letter,upper_case", "--n", "2"], "k is 10"),
+    ],
+)
+def test_bad_requests_end_with_a_message_and_no_results(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    outcome = CliRunner().invoke(app, ["run", *arguments, "--out", str(out)])
+    assert outcome.exit_code == 2
+    assert message in outcome.output
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    out.write_text("mine")
+    outcome = CliRunner().invoke(app, ["run", "--tasks", "upper_case,en_fr", "--out", str(out)])
+    assert outcome.exit_code == 2
+    assert out.read_text() == "mine"
+
+
+def test_tasks_are_listed_with_an_example() -> None:
+    outcome = CliRunner().invoke(app, ["tasks"])
+    assert outcome.exit_code == 0
+    assert len(outcome.output.splitlines()) == len(tv.all_tasks())

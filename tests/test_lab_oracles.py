@@ -1,0 +1,169 @@
+"""The oracles against scikit-learn, scipy, and each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.linear_model import Lasso, Ridge
+
+from transformer_lens_taskvec.lab.mixtures import Batch, RegressionFamilies, SparseLinearMixture
+from transformer_lens_taskvec.lab.oracles import (
+    bayes_mixture,
+    lasso,
+    least_squares,
+    oracle_errors,
+    ridge,
+    true_basis_ridge,
+)
+
+MIXTURES = {
+    "default": SparseLinearMixture(),
+    "small": SparseLinearMixture.small(),
+    "overlapping": SparseLinearMixture.overlapping(n_points=8),
+    "ranks differ": SparseLinearMixture(dim=5, bases=((0,), (1, 2, 3), (3, 4)), n_points=7),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def draw(mixture: SparseLinearMixture, n: int, seed: int = 0) -> Batch:
+    return mixture.sample(n, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1.0])
+def test_ridge_is_scikit_learns(penalty: float) -> None:
+    batch = draw(SparseLinearMixture(), 6)
+    found = ridge(batch.xs, batch.ys, penalty=penalty)
+    assert (found[:, 0] == 0).all()
+    for row in range(6):
+        x, y = batch.xs[row].double().numpy(), batch.ys[row].double().numpy()
+        for point in range(1, 20):
+            model = Ridge(alpha=penalty, fit_intercept=False).fit(x[:point], y[:point])
+            np.testing.assert_allclose(
+                found[row, point], model.predict(x[point : point + 1])[0], atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("alpha", [0.005, 0.05, 0.5])
+def test_lasso_is_scikit_learns(alpha: float) -> None:
+    batch = draw(SparseLinearMixture.small(), 6)
+    found = lasso(batch.xs, batch.ys, alpha=alpha)
+    assert (found[:, 0] == 0).all()
+    for row in range(6):
+        x, y = batch.xs[row].double().numpy(), batch.ys[row].double().numpy()
+        for point in range(1, 16):
+            model = Lasso(alpha=alpha, fit_intercept=False, tol=1e-12, max_iter=5_000_000)
+            expected = model.fit(x[:point], y[:point]).predict(x[point : point + 1])[0]
+            np.testing.assert_allclose(found[row, point], expected, atol=1e-4)
+
+
+def test_least_squares_is_numpys_least_norm_solution() -> None:
+    batch = draw(SparseLinearMixture.small(), 5)
+    found = least_squares(batch.xs, batch.ys)
+    for row in range(5):
+        x, y = batch.xs[row].double().numpy(), batch.ys[row].double().numpy()
+        for point in range(1, 16):
+            expected = x[point] @ np.linalg.lstsq(x[:point], y[:point], rcond=None)[0]
+            np.testing.assert_allclose(found[row, point], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(MIXTURES))
+def test_the_posterior_is_the_normalised_evidence(name: str) -> None:
+    mixture = MIXTURES[name]
+    batch = draw(mixture, 4, seed=1)
+    found = bayes_mixture(mixture, batch.xs, batch.ys).probabilities
+    torch.testing.assert_close(found.sum(-1), torch.ones(4, mixture.n_points))
+    torch.testing.assert_close(found[:, 0], torch.full_like(found[:, 0], 1 / len(mixture.bases)))
+    for row in range(4):
+        x, y = batch.xs[row].double().numpy(), batch.ys[row].double().numpy()
+        for point in range(1, mixture.n_points):
+            evidence = []
+            for basis in mixture.bases:
+                inputs = x[:point, list(basis)]
+                covariance = inputs @ inputs.T + mixture.noise_variance * np.eye(point)
+                evidence.append(multivariate_normal(cov=covariance).logpdf(y[:point]))
+            expected = np.exp(np.array(evidence) - np.logaddexp.reduce(evidence))
+            np.testing.assert_allclose(found[row, point], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(MIXTURES))
+def test_the_prediction_of_a_known_basis_is_ridge_on_its_coordinates(name: str) -> None:
+    mixture = MIXTURES[name]
+    batch = draw(mixture, 30)
+    known = true_basis_ridge(mixture, batch.xs, batch.ys, batch.labels)
+    by_basis = bayes_mixture(mixture, batch.xs, batch.ys).by_basis
+    for k, basis in enumerate(mixture.bases):
+        expected = ridge(batch.xs[..., list(basis)], batch.ys, penalty=mixture.noise_variance)
+        torch.testing.assert_close(by_basis[..., k], expected, atol=1e-4, rtol=1e-4)
+        chosen = batch.labels == k
+        torch.testing.assert_close(known[chosen], expected[chosen], atol=1e-4, rtol=1e-4)
+
+
+def test_the_posterior_is_calibrated() -> None:
+    mixture = SparseLinearMixture.small(n_points=4)
+    batch = draw(mixture, 20_000)
+    probability = bayes_mixture(mixture, batch.xs, batch.ys).probabilities[:, 2]
+    right = torch.nn.functional.one_hot(batch.labels, 4).float()
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        members = (probability >= low) & (probability < low + 0.2)
+        share, claimed = right[members].mean(), probability[members].mean()
+        assert abs(share - claimed) < 0.02
+
+
+@pytest.mark.parametrize(("name", "n_sequences"), [("default", 2_000), ("small", 10_000)])
+def test_no_predictor_without_the_basis_beats_the_mixture_predictor(
+    name: str, n_sequences: int
+) -> None:
+    errors = oracle_errors(MIXTURES[name], n_sequences=n_sequences)
+    mean = dict(zip(errors.names, errors.mse.mean(1).tolist(), strict=True))
+    assert mean["true basis"] < mean["Bayes mixture"]
+    for other in ("least squares", "ridge", "lasso"):
+        assert mean["Bayes mixture"] < mean[other]
+    curve = errors["Bayes mixture"]
+    assert curve[0] > 100 * curve[-1] > MIXTURES[name].noise_variance * 100
+
+
+def test_no_penalty_makes_ridge_better_than_the_default() -> None:
+    mixture = SparseLinearMixture.small()
+    batch = draw(mixture, 2000)
+
+    def mse(penalty: float) -> float:
+        return float((ridge(batch.xs, batch.ys, penalty=penalty) - batch.ys).square().mean())
+
+    default = float(oracle_errors(mixture, n_sequences=2000)["ridge"].mean())
+    assert default == pytest.approx(mse(0.04), rel=0.05)
+    assert mse(0.04) < min(mse(0.004), mse(0.4))
+
+
+def test_families_have_the_oracles_that_need_no_basis() -> None:
+    errors = oracle_errors(RegressionFamilies(dim=5, n_points=9), n_sequences=100)
+    assert errors.names == ("least squares", "ridge", "lasso")
+    assert "ridge" in repr(errors)
+    assert errors.late("ridge") == pytest.approx(float(errors["ridge"][4:].mean()))
+    with pytest.raises(KeyError, match="no oracle 'Bayes mixture'"):
+        errors["Bayes mixture"]
+
+
+def test_wrong_arguments_are_named() -> None:
+    batch = draw(SparseLinearMixture(), 2)
+    with pytest.raises(ValueError, match="penalty must be positive"):
+        ridge(batch.xs, batch.ys, penalty=0)
+    with pytest.raises(ValueError, match="alpha must be positive"):
+        lasso(batch.xs, batch.ys, alpha=0)
+    with pytest.raises(ValueError, match="the mixture has 8"):
+        bayes_mixture(SparseLinearMixture.small(), batch.xs, batch.ys)
+    with pytest.raises(ValueError, match="noise_variance must be positive"):
+        bayes_mixture(SparseLinearMixture(noise_variance=0.0), batch.xs, batch.ys)
+    with pytest.raises(ValueError, match=r"ys \[batch, point\]"):
+        ridge(batch.xs, batch.ys[:, :-1])

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+
+import transformer_lens_taskvec as tv
+
+WORDS = {f"in{i}": f"out{i}" for i in range(12)}
+
+
+def test_a_prompt_is_its_instruction_demonstrations_and_query() -> None:
+    template = tv.PromptTemplate("Q: {x}\nA: {y}", separator="\n\n", instruction="Do {task}.")
+    demos = (tv.Example("1", "one"), tv.Example("2", "two"))
+    episode = tv.Episode("numbers", demos, tv.Example("3", "three"), template)
+    assert episode.prompt == "Do numbers.\n\nQ: 1\nA: one\n\nQ: 2\nA: two\n\nQ: 3\nA:"
+    assert episode.answer == " three"
+    assert episode.prompt + episode.answer == (
+        template.render(demos, "3", "numbers") + template.answer("3", "three")
+    )
+
+
+def test_inputs_with_braces_stay_as_they_are() -> None:
+    episode = tv.Episode("t", (tv.Example("{y}", "{x}"),), tv.Example("{x}{y}", "{z}"))
+    assert episode.prompt == "example:{y}->{x}\nexample:{x}{y}->"
+    assert episode.answer == "{z}"
+
+
+@pytest.mark.parametrize("pattern", ["{x}", "{y}", "{y} from {x}", "{x}{y}{y}"])
+def test_a_template_without_x_and_then_y_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="must hold {x} and then {y}"):
+        tv.PromptTemplate(pattern)
+
+
+def test_a_query_that_is_not_the_beginning_of_the_example_is_refused() -> None:
+    with pytest.raises(ValueError, match="beginning of the example"):
+        tv.PromptTemplate("{x}->{y}", query="{x}=>")
+
+
+def test_the_query_is_never_among_the_demonstrations() -> None:
+    task = tv.mapping_task("t", WORDS)
+    for episode in tv.sample_episodes([task], n=50, n_shots=11, seed=3):
+        inputs = [demo.x for demo in episode.demos]
+        assert len(set(inputs)) == 11
+        assert episode.query.x not in inputs
+
+
+def test_the_same_seed_gives_the_same_episodes_and_another_task_changes_none() -> None:
+    task, other = tv.mapping_task("t", WORDS), tv.mapping_task("o", WORDS)
+    first = tv.sample_episodes([task], n=6, n_shots=2, seed=0)
+    assert tv.sample_episodes([task], n=6, n_shots=2, seed=0) == first
+    assert tv.sample_episodes([other, task], n=6, n_shots=2, seed=0)[6:] == first
+    assert tv.sample_episodes([task], n=6, n_shots=2, seed=1) != first
+
+
+def test_queries_are_distinct_while_the_task_has_enough() -> None:
+    task = tv.mapping_task("t", WORDS)
+    queries = [e.query.x for e in tv.sample_episodes([task], n=12, n_shots=1, seed=0)]
+    assert sorted(queries) == sorted(WORDS)
+
+
+@pytest.mark.parametrize("n", [2, 4, 40])
+def test_no_query_of_one_set_is_a_query_of_another(n: int) -> None:
+    task = tv.mapping_task("t", WORDS)
+    sets = tv.sample_splits([task], {"train": n, "dev": n, "test": 2 * n}, n_shots=3, seed=0)
+    queries = {name: {e.query.x for e in episodes} for name, episodes in sets.items()}
+    assert [len(episodes) for episodes in sets.values()] == [n, n, 2 * n]
+    assert sum(map(len, queries.values())) == len(set().union(*queries.values()))
+
+
+def test_zero_shot_keeps_the_queries() -> None:
+    episodes = tv.sample_episodes([tv.mapping_task("t", WORDS)], n=3, n_shots=2, seed=0)
+    bare = tv.zero_shot(episodes)
+    assert [e.query for e in bare] == [e.query for e in episodes]
+    assert all(e.n_shots == 0 and e.prompt == f"example:{e.query.x}->" for e in bare)
+
+
+def test_more_shots_than_the_task_can_give_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"task 't' has 12 distinct inputs.*at most n_shots=11"):
+        tv.sample_episodes([tv.mapping_task("t", WORDS)], n=1, n_shots=12, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": [], "n": 1, "n_shots": 1}, "tasks is empty"),
+        ({"n": 0, "n_shots": 1}, "n is 0"),
+        ({"n": 1, "n_shots": -1}, "n_shots is -1"),
+    ],
+)
+def test_requests_out_of_range_are_refused(arguments: dict, message: str) -> None:
+    tasks = arguments.pop("tasks", [tv.mapping_task("t", WORDS)])
+    with pytest.raises(ValueError, match=message):
+        tv.sample_episodes(tasks, seed=0, **arguments)
+
+
+def test_two_tasks_of_one_name_are_refused() -> None:
+    task = tv.mapping_task("t", WORDS)
+    with pytest.raises(ValueError, match="distinct names"):
+        tv.sample_episodes([task, task], n=1, n_shots=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [({}, "no pairs"), ({"a": " "}, "empty"), ([("a", "b"), ("a", "c")], "'a' twice")],
+)
+def test_a_task_without_usable_pairs_is_refused(pairs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tv.mapping_task("t", pairs)
+
+
+def test_an_unknown_task_is_answered_with_near_names() -> None:
+    with pytest.raises(ValueError, match=r"'anotnyms'; did you mean antonyms"):
+        tv.find_tasks(["anotnyms"])

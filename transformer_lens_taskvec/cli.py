@@ -1,0 +1,128 @@
+"""The ``taskvec`` command: a thin layer over the public functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Task vectors in language models: extract, inject, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+DEMO_TASKS = (
+    "upper_case",
+    "singular_plural",
+    "present_gerund",
+    "present_past",
+    "antonyms",
+    "next_letter",
+    "country_capital",
+    "en_fr",
+)
+
+Out = Annotated[Path, typer.Option(help="Folder for results.json, the vectors and the figures.")]
+Model = Annotated[str, typer.Option(help="'smollm2', or any model name of TransformerLens.")]
+Shots = Annotated[int, typer.Option(min=0, help="Demonstrations in a few-shot prompt.")]
+Count = Annotated[int, typer.Option(min=1, help="Train, dev and test episodes per task, of each.")]
+Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same results.")]
+Bos = Annotated[bool, typer.Option("--bos", help="Put a BOS token before every prompt.")]
+
+
+@app.command()
+def demo(out: Out = Path("taskvec-demo"), seed: Seed = 0) -> None:
+    """Measure eight task vectors in SmolLM2-135M.
+
+    Example: taskvec demo --out demo
+    """
+    _run("smollm2", DEMO_TASKS, shots=8, n=40, seed=seed, bos=False, out=out)
+
+
+@app.command()
+def run(
+    tasks: Annotated[
+        str, typer.Option(help="Names with commas between them; 'taskvec tasks' lists them.")
+    ],
+    model: Model = "smollm2",
+    shots: Shots = 8,
+    n: Count = 40,
+    seed: Seed = 0,
+    bos: Bos = False,
+    out: Out = Path("taskvec-run"),
+) -> None:
+    """Measure the vectors of chosen tasks in any model.
+
+    Example: taskvec run --model gpt2 --tasks upper_case,en_fr --shots 5 --out gpt2
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    _run(model, names, shots=shots, n=n, seed=seed, bos=bos, out=out)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks that come with the package, with an example of each.
+
+    Example: taskvec tasks
+    """
+    import random
+
+    from transformer_lens_taskvec.tasks import all_tasks
+
+    for name, task in all_tasks().items():
+        example = task.sample(1, random.Random(0))[0]
+        typer.echo(f"{name:22} {example.x} -> {example.y}")
+
+
+def _run(
+    model: str,
+    names: tuple[str, ...] | list[str],
+    *,
+    shots: int,
+    n: int,
+    seed: int,
+    bos: bool,
+    out: Path,
+) -> None:
+    with _errors_as_messages():
+        from transformer_lens_taskvec.experiment import run_experiment
+        from transformer_lens_taskvec.models import load_model
+        from transformer_lens_taskvec.tasks import find_tasks
+
+        chosen = find_tasks(names)
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise OSError(f"the folder {out} cannot be written to")
+        typer.echo(f"loading {model} ...")
+        result = run_experiment(
+            load_model(model),
+            chosen,
+            n_shots=shots,
+            n=n,
+            seed=seed,
+            prepend_bos=bos,
+            progress=True,
+        )
+        frame = result.to_frame()
+        typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
+        best = result.decodability.best_layer
+        typer.echo(
+            f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
+            f"(chance {result.decodability.chance:.2f})"
+        )
+        for path in result.save(out):
+            typer.echo(f"wrote {path}")
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        typer.echo(f"taskvec: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,193 @@
+"""Collecting activations: the residual stream of many prompts at one position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_taskvec.interventions import hook_name
+from transformer_lens_taskvec.models import (
+    capabilities,
+    check_layers,
+    device_of,
+    inference,
+    model_name,
+    run_until,
+)
+from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.tokens import batches, encode, pad_id, row_indices
+
+_TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where activations and vectors come from; two that are compared must agree in it.
+
+    Attributes:
+        model: The model's name.
+        hook: The hook point within a block.
+        position: The position of the prompt, -1 its last token.
+        template: The example pattern of the prompt template.
+        prepend_bos: Whether a beginning-of-sequence token stood before the prompt.
+    """
+
+    model: str
+    hook: str
+    position: int
+    template: str
+    prepend_bos: bool
+
+
+@dataclass(frozen=True, repr=False)
+class Activations:
+    """Activations of episodes at one position, with their tasks.
+
+    Attributes:
+        values: ``[example, layer, d_model]``, float32 on the CPU (``[example, layer, head, d]``
+            for a hook point with a head axis).
+        labels: ``[example]``, each an index into ``tasks``.
+        tasks: The tasks' names, in order of first appearance.
+        layers: The layers of the second axis, counted from 0.
+        source: Where the activations come from.
+    """
+
+    values: Float[Tensor, "example layer *rest"]
+    labels: Int[Tensor, " example"]
+    tasks: tuple[str, ...]
+    layers: tuple[int, ...]
+    source: Source
+
+    @property
+    def hook(self) -> str:
+        """The hook point within a block."""
+        return self.source.hook
+
+    def at(self, layer: int) -> Float[Tensor, example * rest]:
+        """The activations of one layer, by its number in the model.
+
+        Raises:
+            ValueError: If the layer was not collected.
+        """
+        return self.values[:, layer_index(self.layers, layer)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(size) for size in self.values.shape)
+        return (
+            f"Activations({shape} [example, layer, d_model] at {self.hook} of {self.source.model}, "
+            f"tasks: {', '.join(self.tasks)})"
+        )
+
+
+def collect(
+    model: Any,
+    episodes: Sequence[Episode],
+    *,
+    hook: str = "resid_post",
+    layers: Sequence[int] | None = None,
+    position: int = -1,
+    batch_size: int | None = None,
+    prepend_bos: bool = False,
+    progress: bool = False,
+) -> Activations:
+    """Collect activations of episodes' prompts, without their answers.
+
+    By default the residual stream after each block at the last prompt token: the paper's
+    representation *h* (Han et al. 2025, section 4). Only what is asked for is kept, and a pass
+    ends after the last layer asked for.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes; their order is kept.
+        hook: The hook point within a block, as TransformerLens names it.
+        layers: The layers, counted from 0; None for all.
+        position: The position in the prompt, -1 its last token.
+        batch_size: Prompts per pass; by default as many as make about 4,000 tokens.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The activations, ``[example, layer, d_model]``.
+
+    Raises:
+        ValueError: If there are no episodes, a layer or hook point does not exist, or a prompt
+            has no tokens or no such position.
+    """
+    if not episodes:
+        raise ValueError("episodes is empty; give at least one episode")
+    chosen = check_layers(model, layers, hook)
+    encoded = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
+    longest = max(len(ids) for ids in encoded)
+    batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
+    names = [hook_name(hook, layer) for layer in chosen]
+    values: Tensor | None = None
+    with inference(model), tqdm(total=len(encoded), disable=not progress, leave=False) as bar:
+        for batch in batches(
+            encoded,
+            batch_size=batch_size,
+            pad=pad_id(model),
+            same_length=not capabilities(model).pads,
+        ):
+            kept = _run(model, batch.tokens, batch.mask, names, position, chosen)
+            if values is None:
+                values = torch.empty(len(encoded), *kept.shape[1:])
+            values[list(batch.rows)] = kept
+            bar.update(len(batch.rows))
+    assert values is not None
+    tasks, labels = label(episodes)
+    templates = sorted({episode.template.example for episode in episodes})
+    source = Source(model_name(model), hook, position, " | ".join(templates), prepend_bos)
+    return Activations(values, labels, tasks, chosen, source)
+
+
+def _run(
+    model: Any,
+    tokens: Tensor,
+    mask: Tensor,
+    names: Sequence[str],
+    position: int,
+    layers: Sequence[int],
+) -> Float[Tensor, "row layer *rest"]:
+    """One batch's activations at one position, float32 on the CPU."""
+    at = row_indices(position, mask)[:, 0]
+    rows = torch.arange(len(at))
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook_function(activation: Tensor, hook: Any = None) -> None:
+            kept[name] = activation[rows, at].detach().to("cpu", torch.float32)
+
+        return hook_function
+
+    deepest = names[max(range(len(layers)), key=lambda index: layers[index])]
+    device = device_of(model)
+    hooks = [(name, keep(name)) for name in names]
+    run_until(model, tokens.to(device), mask.to(device), hooks, deepest)
+    return torch.stack([kept[name] for name in names], dim=1)
+
+
+def label(episodes: Sequence[Episode]) -> tuple[tuple[str, ...], Int[Tensor, " example"]]:
+    """The tasks of the episodes in order of first appearance, and each episode's index in them."""
+    tasks = tuple(dict.fromkeys(episode.task for episode in episodes))
+    index = {task: number for number, task in enumerate(tasks)}
+    return tasks, torch.tensor([index[episode.task] for episode in episodes])
+
+
+def layer_index(layers: Sequence[int], layer: int) -> int:
+    """Where a layer stands on the layer axis.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if layer not in layers:
+        raise ValueError(f"layer {layer} is not among the layers {list(layers)}")
+    return list(layers).index(layer)

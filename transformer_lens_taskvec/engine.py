@@ -1,0 +1,296 @@
+"""The packed engine: many interventions on the same prompts in one forward pass.
+
+Interventions on the last prompt token share everything before it. So the prompt without its last
+token runs once, and its KV cache is kept; then one suffix runs in which every variant is a
+*branch*: the last prompt token and the answer's tokens, with the positions they would have alone,
+under a 4-D mask that shows a branch the prompt and its own past only. A hook acts on its own
+branch's first row. Work falls from ``variants x (prompt + answer)`` tokens to ``prompt + variants x
+answer``.
+
+Models and interventions that this does not suit are run the plain way, one variant at a time on
+whole sequences, with the same results.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens_taskvec.interventions import Intervention
+from transformer_lens_taskvec.models import (
+    Capabilities,
+    branch_mask,
+    branch_positions,
+    capabilities,
+    check_hook,
+    device_of,
+    mask_dtype,
+    model_name,
+    run_branches,
+    run_prefix,
+    run_prompts,
+)
+from transformer_lens_taskvec.tokens import Batch, batches, pad_id, row_indices
+
+Hook = Intervention | tuple[str, Callable[..., Any]]
+"""An intervention, or any pair of a hook name and a hook function."""
+
+Variant = Sequence[Hook]
+"""Interventions done together, in order; the empty variant is the model as it is."""
+
+_BRANCH_TOKENS = 256
+"""The most suffix tokens beside one prompt: attention among them grows with their square."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Logits of some prompts under some variants, at the positions that predict the answer.
+
+    Attributes:
+        rows: The prompts' indices.
+        variants: The variants' indices.
+        logits: ``[row, variant, answer_pos, vocab]``.
+        answers: ``[row, answer_pos]`` token ids.
+        mask: ``[row, answer_pos]``, False behind the end of shorter answers.
+    """
+
+    rows: tuple[int, ...]
+    variants: range
+    logits: Float[Tensor, "row variant answer_pos vocab"]
+    answers: Int[Tensor, "row answer_pos"]
+    mask: Bool[Tensor, "row answer_pos"]
+
+
+def answer_logits(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    variants: Sequence[Variant],
+    *,
+    max_tokens: int | None = None,
+) -> Iterator[Chunk]:
+    """Teacher-forced logits of every prompt's answer under every variant, chunk by chunk.
+
+    Run it inside :func:`~transformer_lens_taskvec.models.inference`.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        prompts: Token ids of each prompt.
+        answers: Token ids of each prompt's answer.
+        variants: Interventions to do together, for each variant.
+        max_tokens: The most tokens in one pass, which bounds memory; by default from the model's
+            size and the free memory.
+
+    Yields:
+        Chunks that together cover every prompt and variant once.
+    """
+    can = capabilities(model)
+    packed = [index for index, variant in enumerate(variants) if all(map(_packs, variant))]
+    if packed and not can.packs:
+        _warn_plain(model, can.reason)
+        packed = []
+    plain = [index for index in range(len(variants)) if index not in set(packed)]
+    budget = max_tokens or default_max_tokens(model)
+    longest = max(map(len, prompts)) + max(map(len, answers))
+    branches = max(1, min(_BRANCH_TOKENS, budget) // max(map(len, answers)))
+    per_prompt = max(longest, min(branches, len(packed) or 1) * max(map(len, answers)))
+    device = device_of(model)
+    for batch in batches(
+        prompts,
+        batch_size=max(1, budget // per_prompt),
+        pad=pad_id(model),
+        same_length=not can.pads,
+    ):
+        batch = batch.to(device)
+        ids, mask = _pad_right([answers[row] for row in batch.rows], device)
+        alone = list(plain)
+        if packed and not _fits(can, batch, ids.shape[1]):
+            _warn_plain(model, f"its sliding window of {can.max_prompt} is shorter than a prompt")
+            alone = list(range(len(variants)))
+        elif packed:
+            for chosen, logits in _packed(model, batch, ids, variants, packed, branches):
+                yield from _chunks(batch, chosen, logits, ids, mask)
+        for index in alone:
+            logits = _plain(model, batch, ids, mask, variants[index])
+            yield Chunk(batch.rows, range(index, index + 1), logits[:, None], ids, mask)
+
+
+def check_variants(model: Any, variants: Sequence[Variant]) -> None:
+    """Raise ``ValueError`` for an intervention that the model has no place for."""
+    for variant in variants:
+        for hook in variant:
+            if isinstance(hook, Intervention):
+                check_intervention(model, hook)
+            else:
+                name, _ = hook
+                check_hook(model, name)
+
+
+def check_intervention(model: Any, intervention: Intervention) -> None:
+    """Raise ``ValueError`` unless the model has the intervention's layer, hook, head and width."""
+    n_layers = int(model.cfg.n_layers)
+    if intervention.layer >= n_layers:
+        raise ValueError(
+            f"layer {intervention.layer} is out of range: {model_name(model)} has layers 0 to "
+            f"{n_layers - 1}"
+        )
+    check_hook(model, intervention.name)
+    n_heads = getattr(model.cfg, "n_heads", None)
+    if intervention.head is not None and n_heads and not 0 <= intervention.head < int(n_heads):
+        raise ValueError(
+            f"head {intervention.head} is out of range: {model_name(model)} has heads 0 to "
+            f"{int(n_heads) - 1}"
+        )
+    width, vector = int(model.cfg.d_model), intervention.vector
+    in_residual = intervention.hook.startswith("resid") or intervention.hook.endswith("_out")
+    if in_residual and vector is not None and vector.shape[-1] != width:
+        raise ValueError(
+            f"the vector for {intervention.name} has width {vector.shape[-1]}, and "
+            f"{model_name(model)} has d_model {width}; is it from another model?"
+        )
+
+
+def prompt_hooks(
+    hooks: Variant, prompt_mask: Bool[Tensor, "row pos"]
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Hook functions that act at the interventions' positions of prompts that others may follow.
+
+    Args:
+        hooks: Interventions, or pairs of a hook name and a hook function, which stay as they are.
+        prompt_mask: ``[row, pos]`` of the prompts alone; in the activations more may stand behind.
+    """
+    return [
+        (hook.name, _at_prompt(hook, prompt_mask)) if isinstance(hook, Intervention) else hook
+        for hook in hooks
+    ]
+
+
+def default_max_tokens(model: Any) -> int:
+    """Tokens in one pass such that logits and activations take a modest part of the free memory."""
+    cfg = model.cfg
+    width = int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
+    heads = int(getattr(cfg, "n_heads", None) or 1)
+    per_token = 4 * (3 * int(cfg.d_vocab) + 8 * width + 4 * heads * 2 * _BRANCH_TOKENS)
+    device = device_of(model)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(min(max(free // 4 // per_token, 256), 65536))
+    return int(min(max((2 << 30) // per_token, 256), 2048))
+
+
+def _packs(hook: Hook) -> bool:
+    return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
+
+
+def _fits(can: Capabilities, batch: Batch, answer_length: int) -> bool:
+    return can.max_prompt is None or batch.tokens.shape[1] + answer_length <= can.max_prompt
+
+
+def _warn_plain(model: Any, reason: str) -> None:
+    warnings.warn(
+        f"{model_name(model)} runs one intervention at a time: {reason}. Results are the same, "
+        "only slower.",
+        stacklevel=4,
+    )
+
+
+def _pad_right(
+    answers: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "row answer_pos"], Bool[Tensor, "row answer_pos"]]:
+    longest = max(map(len, answers))
+    ids = torch.zeros(len(answers), longest, dtype=torch.long)
+    mask = torch.zeros(len(answers), longest, dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = torch.tensor(answer)
+        mask[row, : len(answer)] = True
+    return ids.to(device), mask.to(device)
+
+
+def _chunks(
+    batch: Batch, chosen: Sequence[int], logits: Tensor, ids: Tensor, mask: Tensor
+) -> Iterator[Chunk]:
+    """One chunk for each run of consecutive variants."""
+    start = 0
+    for end in range(1, len(chosen) + 1):
+        if end == len(chosen) or chosen[end] != chosen[end - 1] + 1:
+            variants = range(chosen[start], chosen[end - 1] + 1)
+            yield Chunk(batch.rows, variants, logits[:, start:end], ids, mask)
+            start = end
+
+
+def _packed(
+    model: Any,
+    batch: Batch,
+    ids: Int[Tensor, "row answer_pos"],
+    variants: Sequence[Variant],
+    chosen: Sequence[int],
+    branches: int,
+) -> Iterator[tuple[Sequence[int], Float[Tensor, "row variant answer_pos vocab"]]]:
+    n_rows, length = ids.shape
+    prefix = batch.mask[:, :-1]
+    cache = run_prefix(model, batch.tokens[:, :-1], prefix)
+    branch = torch.cat([batch.tokens[:, -1:], ids[:, :-1]], dim=1)
+    for start in range(0, len(chosen), branches):
+        some = chosen[start : start + branches]
+        logits = run_branches(
+            model,
+            branch.repeat(1, len(some)),
+            branch_mask(
+                prefix, n_branches=len(some), branch_length=length, dtype=mask_dtype(model)
+            ),
+            branch_positions(prefix, n_branches=len(some), branch_length=length),
+            cache,
+            _branch_hooks([variants[index] for index in some], length),
+        )
+        yield some, logits.view(n_rows, len(some), length, -1)
+
+
+def _branch_hooks(variants: Sequence[Variant], length: int) -> list[tuple[str, Callable[..., Any]]]:
+    """For every hook point touched, one hook function that edits each branch's first row."""
+    by_name: dict[str, list[tuple[int, Intervention]]] = {}
+    for index, variant in enumerate(variants):
+        for hook in variant:
+            assert isinstance(hook, Intervention)
+            by_name.setdefault(hook.name, []).append((index * length, hook))
+    return [(name, _in_branches(edits)) for name, edits in by_name.items()]
+
+
+def _in_branches(edits: Sequence[tuple[int, Intervention]]) -> Callable[..., Tensor]:
+    def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
+        edited = activation.clone()
+        for column, intervention in edits:
+            edited[:, column] = intervention.edit(edited[:, column])
+        return edited
+
+    return hook_function
+
+
+def _at_prompt(intervention: Intervention, prompt_mask: Tensor) -> Callable[..., Tensor]:
+    def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
+        if intervention.position is None:
+            return intervention(activation)
+        return intervention.edit_at(activation, row_indices(intervention.position, prompt_mask))
+
+    return hook_function
+
+
+def _plain(
+    model: Any,
+    batch: Batch,
+    ids: Int[Tensor, "row answer_pos"],
+    mask: Bool[Tensor, "row answer_pos"],
+    variant: Variant,
+) -> Float[Tensor, "row answer_pos vocab"]:
+    """One variant on whole sequences."""
+    width, length = batch.tokens.shape[1], ids.shape[1]
+    tokens = torch.cat([batch.tokens, ids[:, :-1]], dim=1)
+    # The padding behind short answers counts as real: nothing before it sees it.
+    whole = torch.cat([batch.mask, torch.ones_like(mask[:, :-1])], dim=1)
+    logits = run_prompts(model, tokens, whole, prompt_hooks(variant, batch.mask))
+    return logits[:, width - 1 : width - 1 + length]

@@ -1,0 +1,203 @@
+"""Does the model answer right, as it is and under interventions?
+
+An answer counts as right if greedy decoding would produce exactly its tokens. Greedy decoding does
+so if and only if, with the answer's tokens fed in one after the other, each is the argmax where it
+is predicted; so one teacher-forced pass tells it, and the negative log-likelihood (NLL) of the
+answer as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_taskvec.collect import label
+from transformer_lens_taskvec.engine import Chunk, Variant, answer_logits, check_variants
+from transformer_lens_taskvec.models import inference
+from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.tokens import encode, encode_answers
+
+
+@dataclass(frozen=True, repr=False)
+class Scores:
+    """How each episode was answered.
+
+    Attributes:
+        correct: ``[example]``, whether greedy decoding gives exactly the answer.
+        nll: ``[example]``, negative log-likelihood of the whole answer, in nats.
+        labels: ``[example]``, each an index into ``tasks``.
+        tasks: The tasks' names, in order of first appearance.
+        stop: None, or ``"separator"`` where the separator had to follow the answer.
+        prepend_bos: Whether a beginning-of-sequence token stood before the prompts.
+    """
+
+    correct: Bool[Tensor, " example"]
+    nll: Float[Tensor, " example"]
+    labels: Int[Tensor, " example"]
+    tasks: tuple[str, ...]
+    stop: str | None
+    prepend_bos: bool
+
+    @property
+    def accuracy(self) -> float:
+        """The share of episodes answered right."""
+        return float(self.correct.double().mean())
+
+    @property
+    def mean_nll(self) -> float:
+        """The mean NLL of the answers, in nats."""
+        return float(self.nll.double().mean())
+
+    def of(self, task: str) -> Scores:
+        """The scores of one task's episodes.
+
+        Raises:
+            KeyError: If there is no such task.
+        """
+        if task not in self.tasks:
+            raise KeyError(f"no scores for task {task!r}; there are: {', '.join(self.tasks)}")
+        chosen = self.labels == self.tasks.index(task)
+        return Scores(
+            self.correct[chosen],
+            self.nll[chosen],
+            torch.zeros(int(chosen.sum()), dtype=torch.long),
+            (task,),
+            self.stop,
+            self.prepend_bos,
+        )
+
+    def by_task(self) -> dict[str, float]:
+        """The accuracy of each task."""
+        return {task: self.of(task).accuracy for task in self.tasks}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an episode: ``task, correct, nll``."""
+        return pd.DataFrame(
+            {
+                "task": [self.tasks[index] for index in self.labels.tolist()],
+                "correct": self.correct.tolist(),
+                "nll": self.nll.tolist(),
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self.correct)
+
+    def __repr__(self) -> str:
+        per_task = ", ".join(f"{task} {share:.2f}" for task, share in self.by_task().items())
+        return (
+            f"Scores(accuracy {self.accuracy:.3f}, NLL {self.mean_nll:.3f} nats, "
+            f"{len(self)} episodes; {per_task})"
+        )
+
+
+def evaluate(
+    model: Any,
+    episodes: Sequence[Episode],
+    interventions: Variant = (),
+    *,
+    stop: str | None = None,
+    prepend_bos: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Greedy exact match and NLL of the whole answer of every episode.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes; their order is kept.
+        interventions: Done together, in order. Besides those of :func:`inject` and
+            :func:`ablate`, any pair of a hook name and a hook function; such a function gets the
+            whole activation, prompt and answer.
+        stop: None, or ``"separator"`` to ask for the template's separator after the answer too.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        max_tokens: The most tokens in one pass; by default from the model and the free memory.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The scores, one an episode.
+
+    Raises:
+        ValueError: If there are no episodes, an answer has no tokens, or the model has no place
+            for an intervention.
+    """
+    return evaluate_many(
+        model,
+        episodes,
+        [interventions],
+        stop=stop,
+        prepend_bos=prepend_bos,
+        max_tokens=max_tokens,
+        progress=progress,
+    )[0]
+
+
+def evaluate_many(
+    model: Any,
+    episodes: Sequence[Episode],
+    variants: Sequence[Variant],
+    *,
+    stop: str | None = None,
+    prepend_bos: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> list[Scores]:
+    """Scores under many variants, each a list of interventions, in as few passes as possible.
+
+    Interventions at ``position=-1`` share the pass over the prompt; others run one at a time.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes; their order is kept.
+        variants: For each variant its interventions; the empty list is the model as it is.
+        stop: As for :func:`evaluate`.
+        prepend_bos: As for :func:`evaluate`.
+        max_tokens: As for :func:`evaluate`.
+        progress: As for :func:`evaluate`.
+
+    Returns:
+        The scores, one a variant.
+
+    Raises:
+        ValueError: As for :func:`evaluate`, or if there are no variants.
+    """
+    if not episodes:
+        raise ValueError("episodes is empty; give at least one episode")
+    if not variants:
+        raise ValueError("variants is empty; [[]] is the model without interventions")
+    check_variants(model, variants)
+    prompts = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
+    answers = encode_answers(model, episodes, stop=stop)
+    correct = torch.zeros(len(variants), len(episodes), dtype=torch.bool)
+    nll = torch.zeros(len(variants), len(episodes))
+    total = len(variants) * len(episodes)
+    with inference(model), tqdm(total=total, disable=not progress, leave=False) as bar:
+        for chunk in answer_logits(model, prompts, answers, variants, max_tokens=max_tokens):
+            right, loss = score(chunk)
+            rows = torch.tensor(chunk.rows)
+            columns = torch.tensor(chunk.variants)[:, None]
+            correct[columns, rows] = right.T.cpu()
+            nll[columns, rows] = loss.T.float().cpu()
+            bar.update(right.numel())
+    tasks, labels = label(episodes)
+    return [
+        Scores(correct[index], nll[index], labels, tasks, stop, prepend_bos)
+        for index in range(len(variants))
+    ]
+
+
+def score(chunk: Chunk) -> tuple[Bool[Tensor, "row variant"], Float[Tensor, "row variant"]]:
+    """Whether each answer is the greedy one, and its NLL in nats."""
+    answers = chunk.answers[:, None].expand(chunk.logits.shape[:3])
+    behind = ~chunk.mask[:, None]
+    right = ((chunk.logits.argmax(dim=-1) == answers) | behind).all(dim=-1)
+    picked = chunk.logits.gather(-1, answers[..., None])[..., 0].float()
+    loss = chunk.logits.float().logsumexp(dim=-1) - picked
+    return right, loss.masked_fill(behind, 0.0).sum(dim=-1)

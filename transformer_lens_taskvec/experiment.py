@@ -1,0 +1,225 @@
+"""The main job in one call: extract task vectors, choose a layer, inject, and measure.
+
+Train episodes give the vectors, dev episodes the layer, test episodes the figures; no query of one
+set is a query of another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from transformer_lens_taskvec.analyses import LayerSweep, evaluate_by_task, layer_sweep
+from transformer_lens_taskvec.collect import Activations, collect
+from transformer_lens_taskvec.decodability import Decodability, task_decodability
+from transformer_lens_taskvec.evaluate import Scores, evaluate
+from transformer_lens_taskvec.interventions import inject
+from transformer_lens_taskvec.models import check_layers
+from transformer_lens_taskvec.prompts import (
+    EXAMPLE_ARROW,
+    PromptTemplate,
+    sample_splits,
+    zero_shot,
+)
+from transformer_lens_taskvec.tasks.base import Task
+from transformer_lens_taskvec.vectors import TaskVectors, task_vectors
+
+
+@dataclass(frozen=True, repr=False)
+class Experiment:
+    """What :func:`run_experiment` measured.
+
+    Attributes:
+        zero_shot: Test queries without demonstrations.
+        icl: Test queries after demonstrations.
+        injected: Test queries without demonstrations, each task's vector injected at its layer.
+        layers: For each task the layer chosen on the dev episodes.
+        sweep: Accuracy by layer on the dev episodes.
+        decodability: TD of the train episodes.
+        activations: Activations of the train episodes.
+        vectors: The task vectors.
+        settings: Shots, sizes, seed and template.
+    """
+
+    zero_shot: Scores
+    icl: Scores
+    injected: Scores
+    layers: dict[str, int]
+    sweep: LayerSweep
+    decodability: Decodability
+    activations: Activations
+    vectors: TaskVectors
+    settings: dict[str, Any]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a task: ``task, zero_shot, icl, injected, layer, n``, on the test episodes."""
+        return pd.DataFrame(
+            [
+                {
+                    "task": task,
+                    "zero_shot": self.zero_shot.of(task).accuracy,
+                    "icl": self.icl.of(task).accuracy,
+                    "injected": self.injected.of(task).accuracy,
+                    "layer": layer,
+                    "n": len(self.icl.of(task)),
+                }
+                for task, layer in self.layers.items()
+            ]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the activations, as plain values."""
+        return {
+            "tasks": {
+                row["task"]: {key: value for key, value in row.items() if key != "task"}
+                for row in self.to_frame().to_dict(orient="records")
+            },
+            "decodability": {
+                "scores": self.decodability.scores.tolist(),
+                "layers": list(self.decodability.layers),
+                "tasks": list(self.decodability.tasks),
+                "k": self.decodability.k,
+                "best_layer": self.decodability.best_layer,
+            },
+            "layer_sweep": {
+                "accuracy": self.sweep.accuracy.tolist(),
+                "layers": list(self.sweep.layers),
+                "tasks": list(self.sweep.tasks),
+            },
+            "source": asdict(self.vectors.source),
+            "settings": self.settings,
+            "versions": {
+                name: version(name)
+                for name in ("transformer-lens-taskvec", "transformer-lens", "torch")
+            },
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write ``results.json``, ``vectors.safetensors`` and the figures to a folder.
+
+        Args:
+            folder: Made when it is not there.
+
+        Returns:
+            The files written.
+
+        Raises:
+            OSError: If the folder cannot be written to; then none of the files is half-written.
+        """
+        import matplotlib.pyplot as plt
+
+        from transformer_lens_taskvec import plots
+
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        figures: dict[str, Callable[[Any], Any]] = {
+            "layer_sweep.png": lambda ax: plots.plot_layer_sweep(self.sweep, ax),
+            "decodability.png": lambda ax: plots.plot_decodability(self.decodability, ax),
+            "embedding.png": lambda ax: plots.plot_embedding(
+                self.activations, self.decodability.best_layer, ax
+            ),
+        }
+        with tempfile.TemporaryDirectory(prefix=".taskvec-", dir=out) as scratch:
+            folder_of_parts = Path(scratch)
+            for name, draw in figures.items():
+                figure, ax = plt.subplots(figsize=plots.FIGURE_SIZE, layout="constrained")
+                draw(ax)
+                figure.savefig(folder_of_parts / name, dpi=150)
+                plt.close(figure)
+            self.vectors.save(folder_of_parts / "vectors.safetensors")
+            text = json.dumps(self.to_json(), indent=1)
+            (folder_of_parts / "results.json").write_text(text, encoding="utf-8")
+            written = []
+            for part in sorted(folder_of_parts.iterdir()):
+                os.replace(part, out / part.name)
+                written.append(out / part.name)
+        return written
+
+    def __repr__(self) -> str:
+        return f"Experiment\n{self.to_frame().to_string(index=False, float_format='{:.2f}'.format)}"
+
+
+def run_experiment(
+    model: Any,
+    tasks: Mapping[str, Task] | Iterable[Task],
+    *,
+    n_shots: int = 8,
+    n: int = 40,
+    seed: int = 0,
+    template: PromptTemplate = EXAMPLE_ARROW,
+    stop: str | None = None,
+    prepend_bos: bool = False,
+    k: int = 10,
+    progress: bool = False,
+) -> Experiment:
+    """Zero-shot, few-shot and injected accuracy, and decodability, of tasks on a model.
+
+    Args:
+        model: Any model with TransformerLens' hook API and a tokenizer.
+        tasks: At least two tasks.
+        n_shots: Demonstrations in few-shot prompts.
+        n: Train, dev and test episodes per task, of each.
+        seed: Seed of the sampling; the same seed gives the same results.
+        template: How the episodes become text.
+        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        k: Neighbours for the decodability.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        ValueError: If a task is empty or cannot give so many shots, there are fewer than two
+            tasks, or ``k`` is too large for ``n``.
+    """
+    chosen = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
+    if len(chosen) < 2:
+        raise ValueError(f"an experiment needs two tasks or more, got {len(chosen)}")
+    if not 1 <= k < n * len(chosen):
+        raise ValueError(
+            f"k is {k} and there are n={n} episodes of {len(chosen)} tasks; k must be at least 1 "
+            "and less than the number of episodes"
+        )
+    check_layers(model, None)
+    sets = sample_splits(
+        chosen, {"train": n, "dev": n, "test": n}, n_shots, seed, template=template
+    )
+    options: dict[str, Any] = {"progress": progress}
+    activations = collect(model, sets["train"], prepend_bos=prepend_bos, **options)
+    vectors = task_vectors(activations)
+    options["stop"] = stop
+    sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, **options)
+    layers = {task: sweep.best_layer(task) for task in vectors.tasks}
+    options["prepend_bos"] = prepend_bos
+    plain, injected = evaluate_by_task(
+        model,
+        zero_shot(sets["test"]),
+        lambda task: [[], [inject(vectors.at(task, layers[task]), layers[task])]],
+        **options,
+    )
+    return Experiment(
+        zero_shot=plain,
+        icl=evaluate(model, sets["test"], **options),
+        injected=injected,
+        layers=layers,
+        sweep=sweep,
+        decodability=task_decodability(activations, k),
+        activations=activations,
+        vectors=vectors,
+        settings={
+            "n_shots": n_shots,
+            "n": n,
+            "seed": seed,
+            "template": asdict(template),
+            "stop": stop,
+        },
+    )

@@ -1,0 +1,186 @@
+"""Continuing prompts under interventions, greedily or by sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens_taskvec.engine import Variant, check_variants, default_max_tokens
+from transformer_lens_taskvec.interventions import Intervention
+from transformer_lens_taskvec.models import (
+    capabilities,
+    device_of,
+    inference,
+    new_cache,
+    run_cached,
+    run_prompts,
+)
+from transformer_lens_taskvec.tokens import (
+    Batch,
+    batches,
+    decode,
+    encode,
+    pad_id,
+    row_indices,
+    token_id,
+)
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[str],
+    interventions: Variant = (),
+    *,
+    max_new_tokens: int,
+    every_token: bool = False,
+    stop: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    use_cache: bool | None = None,
+    prepend_bos: bool = False,
+) -> list[str]:
+    """Continue prompts under interventions.
+
+    An intervention acts at its positions of the prompt, and nowhere else unless ``every_token``
+    asks for it: with a KV cache, in the first pass only.
+
+    Args:
+        model: Any model with TransformerLens' hook API and a tokenizer.
+        prompts: The texts to continue.
+        interventions: Done together, in order. Any other pair of a hook name and a hook function
+            is called as it is in every pass, with the positions that the pass has.
+        max_new_tokens: The most tokens a continuation gets.
+        every_token: Whether interventions act on every new token too.
+        stop: A text before which the continuation ends; it ends before the end-of-sequence token
+            in any case.
+        temperature: 0 for greedy decoding, else what the logits are divided by for sampling.
+        seed: Seed of the sampling.
+        use_cache: Whether to keep a KV cache; by default wherever the model can.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+
+    Returns:
+        The continuations, without the prompts.
+
+    Raises:
+        ValueError: If there are no prompts, a number is out of range, the model has no place for
+            an intervention, or a cache is asked for that it cannot keep.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list of at least one text")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be at "
+            "least 1 and 0"
+        )
+    check_variants(model, [interventions])
+    can = capabilities(model)
+    if use_cache and not can.caches:
+        raise ValueError("use_cache=True, and the model's prompts cannot be cached; leave it out")
+    encoded = encode(model, prompts, prepend_bos=prepend_bos)
+    longest = max(map(len, encoded)) + max_new_tokens
+    texts = [""] * len(prompts)
+    generator = torch.Generator().manual_seed(seed)
+    with inference(model):
+        for batch in batches(
+            encoded,
+            batch_size=max(1, default_max_tokens(model) // longest),
+            pad=pad_id(model),
+            same_length=not can.pads,
+        ):
+            continued = _continue(
+                model,
+                batch.to(device_of(model)),
+                interventions,
+                max_new_tokens=max_new_tokens,
+                every_token=every_token,
+                stop=stop,
+                choose=lambda logits: _choose(logits, temperature, generator),
+                use_cache=can.caches if use_cache is None else use_cache,
+            )
+            for row, text in zip(batch.rows, continued, strict=True):
+                texts[row] = text
+    return texts
+
+
+def _continue(
+    model: Any,
+    batch: Batch,
+    interventions: Variant,
+    *,
+    max_new_tokens: int,
+    every_token: bool,
+    stop: str | None,
+    choose: Callable[[Tensor], Tensor],
+    use_cache: bool,
+) -> list[str]:
+    tokens, mask = batch.tokens, batch.mask
+    end = token_id(model, "eos")
+    cache = new_cache(model, len(tokens)) if use_cache else None
+    seen = 0
+    for _ in range(max_new_tokens):
+        hooks = [_from(hook, batch.mask, seen, every_token) for hook in interventions]
+        active = [hook for hook in hooks if hook is not None]
+        if cache is None:
+            logits = run_prompts(model, tokens, mask, active)
+        else:
+            logits = run_cached(model, tokens[:, seen:], mask, cache, active)
+            seen = tokens.shape[1]
+        chosen = choose(logits[:, -1])
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        new = tokens[:, batch.tokens.shape[1] :]
+        texts = [_text(model, ids, end, stop) for ids in new.tolist()]
+        if all(finished for _, finished in texts):
+            break
+    return [text for text, _ in texts]
+
+
+def _from(
+    hook: Any, prompt_mask: Bool[Tensor, "row pos"], seen: int, every_token: bool
+) -> tuple[str, Callable[..., Any]] | None:
+    """The hook for a pass over the positions from ``seen`` on, or None where it has no part."""
+    if not isinstance(hook, Intervention):
+        name, hook_function = hook
+        return name, hook_function
+    if seen and not every_token and hook.position is not None:
+        return None
+
+    intervention = hook
+
+    def act(activation: Tensor, hook: Any = None) -> Tensor:
+        n_new = activation.shape[1]
+        if intervention.position is None:
+            prompt_end = prompt_mask.shape[1] if not every_token else seen + n_new
+            columns = torch.arange(max(0, min(n_new, prompt_end - seen)))
+            return intervention.edit_at(activation, columns.expand(len(activation), -1))
+        inside: list[Tensor] = []
+        if not seen:
+            inside.append(row_indices(intervention.position, prompt_mask))
+        if every_token:
+            first = max(prompt_mask.shape[1] - seen, 0)
+            inside.append(torch.arange(first, n_new).expand(len(activation), -1))
+        return intervention.edit_at(activation, torch.cat(inside, dim=1))
+
+    return intervention.name, act
+
+
+def _choose(
+    logits: Float[Tensor, "row vocab"], temperature: float, generator: torch.Generator
+) -> Int[Tensor, " row"]:
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+
+
+def _text(model: Any, ids: Sequence[int], end: int | None, stop: str | None) -> tuple[str, bool]:
+    """The continuation so far, and whether it is finished."""
+    finished = end is not None and end in ids
+    text = decode(model, ids[: ids.index(end)] if finished and end is not None else ids)
+    if stop is not None and stop in text:
+        return text[: text.index(stop)], True
+    return text, finished

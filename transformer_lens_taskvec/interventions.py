@@ -1,0 +1,302 @@
+"""Interventions: hook functions that write a vector into an activation, or take something out.
+
+An intervention is a pair of a hook name and a hook function in one frozen value, so it goes as it
+is into ``model.run_with_hooks(tokens, fwd_hooks=[...])`` and ``model.hooks(fwd_hooks=[...])``, and
+into every function of this library that takes interventions. It acts on the rows of an activation
+``a`` at chosen positions; with ``v`` the vector times its scale:
+
+    replace  a' = v                       add      a' = a + v
+    zero     a' = 0                       project  a' = a - (a . u) u,  u = v / |v|
+    any callable f                        a' = f(a, v)
+
+Replacing the residual stream with a task's mean is the paper's intervention (Han et al. 2025,
+App. C); adding is how function vectors are used (Todd et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.utilities.components_utils import get_act_name
+
+from transformer_lens_taskvec.tokens import Position, row_indices
+
+Mode = str | Callable[[Float[Tensor, "row d"], Float[Tensor, " d"]], Float[Tensor, "row d"]]
+
+# TransformerBridge's own names, the only ones that served models know.
+_NATIVE_NAMES = {
+    "resid_pre": "hook_in",
+    "resid_post": "hook_out",
+    "attn_out": "attn.hook_out",
+    "mlp_out": "mlp.hook_out",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """What is done to one activation, at one layer; made by :func:`inject` and :func:`ablate`.
+
+    Called as a hook function it acts on a whole activation. The last prompt token is taken to be
+    the last position of that activation, as it is for left-padded prompts; ``evaluate`` and
+    ``generate`` of this library know better where answers follow, and use :meth:`edit`.
+
+    Attributes:
+        layer: The block it acts in, counted from 0.
+        mode: ``"replace"``, ``"add"``, ``"zero"``, ``"project"`` or a callable.
+        vector: ``[d]``, or None for ``"zero"``.
+        scale: What the vector is multiplied with.
+        position: Positions within the prompt: negative from its end, others from its first real
+            token (a padded batch needs negative ones when used as a bare hook); None for every
+            position, those of the answer too.
+        hook: The hook point within the block, ``"resid_post"`` for ``blocks.{l}.hook_resid_post``.
+        head: One head of a hook point with a head axis (``"z"``), or None.
+    """
+
+    layer: int
+    mode: Mode
+    vector: Float[Tensor, " d"] | None = None
+    scale: float = 1.0
+    position: Position = -1
+    hook: str = "resid_post"
+    head: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The full name of the hook point, ``blocks.{layer}.hook_...``."""
+        return hook_name(self.hook, self.layer)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The pair ``(hook name, hook function)`` that ``fwd_hooks`` expects."""
+        yield self.name
+        yield self
+
+    def __call__(
+        self, activation: Float[Tensor, "batch pos *rest"], hook: Any = None
+    ) -> Float[Tensor, "batch pos *rest"]:
+        """The activation with the intervention done; the input is left as it is.
+
+        Args:
+            activation: ``[batch, pos, d]``, or ``[batch, pos, head, d]`` where ``head`` is set.
+            hook: The hook point, as TransformerLens passes it; not used.
+
+        Raises:
+            ValueError: If the activation has no such position, or another width.
+        """
+        everywhere = torch.ones(activation.shape[:2], dtype=torch.bool)
+        return self.edit_at(activation, row_indices(self.position, everywhere))
+
+    def edit_at(
+        self, activation: Float[Tensor, "batch pos *rest"], indices: Int[Tensor, "batch at"]
+    ) -> Float[Tensor, "batch pos *rest"]:
+        """The activation with the given positions of each row edited."""
+        edited = activation.clone()
+        rows = torch.arange(len(indices))
+        for at in indices.unbind(dim=1):
+            edited[rows, at] = self.edit(activation[rows, at])
+        return edited
+
+    def edit(self, rows: Float[Tensor, row * rest]) -> Float[Tensor, row * rest]:
+        """New rows for the given rows of the activation.
+
+        Args:
+            rows: ``[row, d]``, or ``[row, head, d]`` where ``head`` is set.
+        """
+        if self.head is None:
+            return self._edit(rows)
+        edited = rows.clone()
+        edited[:, self.head] = self._edit(rows[:, self.head])
+        return edited
+
+    def _edit(self, rows: Tensor) -> Tensor:
+        if self.mode == "zero":
+            return torch.zeros_like(rows)
+        assert self.vector is not None
+        vector = (self.vector * self.scale).to(device=rows.device, dtype=rows.dtype)
+        if vector.shape[-1] != rows.shape[-1]:
+            raise ValueError(
+                f"the vector for {self.name} has width {vector.shape[-1]}, "
+                f"the activation there {rows.shape[-1]}; is the vector from another model?"
+            )
+        if self.mode == "replace":
+            return vector.expand_as(rows)
+        if self.mode == "add":
+            return rows + vector
+        if self.mode == "project":
+            unit = vector / vector.norm()
+            along: Tensor = (rows @ unit)[..., None] * unit
+            return rows - along
+        assert callable(self.mode)
+        edited: Any = self.mode(rows, vector)
+        if not isinstance(edited, Tensor) or edited.shape != rows.shape:
+            shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+            raise ValueError(
+                f"the callable mode at {self.name} must return the shape it got, "
+                f"{tuple(rows.shape)}; it returned {shape}"
+            )
+        return torch.as_tensor(edited)
+
+    def spec(self) -> dict[str, dict[str, Any]]:
+        """The intervention as TransformerLens' ``RemoteBridge`` takes it, keyed by hook name.
+
+        Raises:
+            ValueError: If a served model has no such operation (project, callables, one head).
+        """
+        operations = {"replace": "set", "add": "add", "zero": "suppress"}
+        operation = operations.get(self.mode) if isinstance(self.mode, str) else None
+        if operation is None or self.head is not None:
+            raise ValueError(f"{self!r} has no declarative form; use replace, add or zero")
+        spec: dict[str, Any] = {"op": operation}
+        if self.vector is not None:
+            spec["value"] = (self.vector * self.scale).tolist()
+        if self.position is not None:
+            spec["pos"] = self.position if isinstance(self.position, int) else list(self.position)
+        return {self.name: spec}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Intervention):
+            return NotImplemented
+        return all(
+            _same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.layer, self.mode, self.scale, self.position, self.hook, self.head))
+
+    def __repr__(self) -> str:
+        mode = self.mode if isinstance(self.mode, str) else getattr(self.mode, "__name__", "f")
+        parts = [self.name, mode]
+        if self.head is not None:
+            parts.append(f"head={self.head}")
+        if self.vector is not None:
+            parts.append(f"|v|={float(self.vector.norm()):.3g}")
+        if self.scale != 1.0:
+            parts.append(f"scale={self.scale:g}")
+        parts.append(f"position={self.position}")
+        return f"Intervention({', '.join(parts)})"
+
+
+def inject(
+    vector: Float[Tensor, " d"],
+    layer: int,
+    *,
+    mode: Mode = "replace",
+    scale: float = 1.0,
+    position: int | Sequence[int] | None = -1,
+    hook: str = "resid_post",
+    head: int | None = None,
+) -> Intervention:
+    """Write a vector into an activation (Han et al. 2025, App. C).
+
+    Args:
+        vector: ``[d]``, such as ``vectors["AND"][layer]``.
+        layer: The block to act in, counted from 0.
+        mode: ``"replace"``, ``"add"``, or a callable ``(rows [row, d], vector [d]) -> rows``.
+        scale: Multiplies the vector.
+        position: One or several positions of the prompt, -1 its last token; None for all.
+        hook: The hook point within the block, as TransformerLens names it.
+        head: One head, at a hook point with a head axis.
+
+    Returns:
+        An intervention, usable as an element of ``fwd_hooks``.
+
+    Raises:
+        ValueError: If the vector is not one finite vector, or an argument is out of range.
+
+    Example:
+        >>> inject(torch.ones(4), 2, scale=0.5)
+        Intervention(blocks.2.hook_resid_post, replace, |v|=2, scale=0.5, position=-1)
+        >>> inject(torch.ones(4), 2, mode="add")(torch.ones(1, 2, 4))
+        tensor([[[1., 1., 1., 1.],
+                 [2., 2., 2., 2.]]])
+    """
+    if not callable(mode) and mode not in ("replace", "add"):
+        raise ValueError(f"mode is {mode!r}; it must be 'replace', 'add' or a callable")
+    return _make(layer, mode, vector, scale, position, hook, head)
+
+
+def ablate(
+    layer: int,
+    *,
+    with_: Float[Tensor, " d"] | None = None,
+    mode: str = "zero",
+    position: int | Sequence[int] | None = -1,
+    hook: str = "resid_post",
+    head: int | None = None,
+) -> Intervention:
+    """Take something out of an activation.
+
+    Args:
+        layer: The block to act in, counted from 0.
+        with_: ``[d]``: the mean for ``"mean"``, the direction for ``"project"``.
+        mode: ``"zero"``, ``"mean"`` (put ``with_`` in its place) or ``"project"`` (remove the
+            component along ``with_``).
+        position: As for :func:`inject`.
+        hook: As for :func:`inject`.
+        head: As for :func:`inject`.
+
+    Returns:
+        An intervention, usable as an element of ``fwd_hooks``.
+
+    Raises:
+        ValueError: If the mode is unknown, or ``with_`` is missing or superfluous.
+
+    Example:
+        >>> ablate(0, with_=torch.tensor([0.0, 2.0]), mode="project")(torch.ones(1, 1, 2))
+        tensor([[[1., 0.]]])
+    """
+    if mode not in ("zero", "mean", "project"):
+        raise ValueError(f"mode is {mode!r}; it must be 'zero', 'mean' or 'project'")
+    if (with_ is None) != (mode == "zero"):
+        need = "takes no with_" if mode == "zero" else "needs with_, a vector [d]"
+        raise ValueError(f"ablation mode {mode!r} {need}")
+    if mode == "project" and with_ is not None and not bool(with_.norm() > 0):
+        raise ValueError("with_ is the zero vector; a direction to project out has some length")
+    return _make(layer, "replace" if mode == "mean" else mode, with_, 1.0, position, hook, head)
+
+
+def hook_name(hook: str, layer: int) -> str:
+    """The full name of a hook point in a block, by TransformerLens' own rule for short names.
+
+    Example:
+        >>> hook_name("resid_post", 3), hook_name("z", 0), hook_name("attn.hook_z", 0)
+        ('blocks.3.hook_resid_post', 'blocks.0.attn.hook_z', 'blocks.0.attn.hook_z')
+    """
+    if "." in hook or hook.startswith("hook_"):
+        return f"blocks.{layer}.{hook}"
+    return str(get_act_name(hook, layer))
+
+
+def _make(
+    layer: int,
+    mode: Mode,
+    vector: Tensor | None,
+    scale: float,
+    position: int | Sequence[int] | None,
+    hook: str,
+    head: int | None,
+) -> Intervention:
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"layer is {layer!r}; it must be 0 or a positive whole number")
+    if vector is not None:
+        if not isinstance(vector, Tensor) or vector.ndim != 1:
+            shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+            raise ValueError(
+                f"vector must be one vector [d], got {shape}; "
+                "pick a layer first, as in vectors['AND'][layer]"
+            )
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError("vector has NaN or infinite entries")
+        vector = vector.detach()
+    kept = position if position is None or isinstance(position, int) else tuple(position)
+    return Intervention(layer, mode, vector, float(scale), kept, hook, head)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a.cpu(), b.cpu()))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

@@ -1,0 +1,311 @@
+"""A GPT-2 that reads vectors and predicts numbers, with TransformerLens' hook points.
+
+The sequence ``x_1, y_1, x_2, y_2, ..., x_n`` is ``2 n - 1`` tokens. A token is a real vector, read
+in by a linear layer: an ``x`` as it is, a ``y`` in the first coordinate and zeros elsewhere. The
+prediction of ``y_i`` is read out linearly at the token of ``x_i`` (Garg et al. 2022; Han et al.
+2025, App. D). So the last token is the query, the token right before the ``y`` to be predicted:
+position -1 here is position -1 of a text prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+
+@dataclass
+class RegressionConfig:
+    """The size of a :class:`RegressionTransformer`, under TransformerLens' names.
+
+    Attributes:
+        d_input: The dimension of an input ``x``.
+        n_points: The most pairs (x, y) a sequence can have.
+        n_layers: Number of blocks.
+        n_heads: Attention heads of a block.
+        d_model: Width of the residual stream.
+        init: ``"gpt2"`` for weights of standard deviation 0.02; ``"fan_in"`` for larger ones, which
+            keep the scale of activations. Either way, projections back into the residual stream
+            start smaller.
+        model_name: What results call the model.
+        device: Where the model was put at first; use ``model.cfg.device`` to read it.
+        dtype: Of the parameters.
+    """
+
+    d_input: int = 16
+    n_points: int = 20
+    n_layers: int = 12
+    n_heads: int = 8
+    d_model: int = 256
+    init: Literal["gpt2", "fan_in"] = "gpt2"
+    model_name: str = "regression-transformer"
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name in ("d_input", "n_points", "n_layers", "n_heads", "d_model"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}"
+            )
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of an MLP's hidden layer."""
+        return 4 * self.d_model
+
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens a sequence can have."""
+        return 2 * self.n_points - 1
+
+
+class RegressionTransformer(HookedRootModule):
+    """GPT-2 (pre-layer-norm, learned positions, GELU) with a linear read-in and read-out.
+
+    The hook points are TransformerLens': ``hook_embed``, ``hook_pos_embed``,
+    ``blocks.{l}.hook_resid_pre``, ``hook_attn_out``, ``hook_resid_mid``, ``hook_mlp_out``,
+    ``hook_resid_post``, ``blocks.{l}.attn.hook_q``, ``hook_k``, ``hook_v``, ``hook_attn_scores``,
+    ``hook_pattern``, ``hook_z``, ``blocks.{l}.mlp.hook_pre``, ``hook_post``,
+    ``ln_final.hook_normalized``. Attention patterns are made only when a hook asks for them.
+
+    >>> model = RegressionTransformer(RegressionConfig(d_input=8, n_points=16, n_layers=2))
+    >>> model(torch.randn(5, 16, 8), torch.randn(5, 16)).shape
+    torch.Size([5, 16])
+
+    Args:
+        cfg: The size.
+        seed: Seed of the initial weights; the global random state is neither read nor changed.
+    """
+
+    def __init__(self, cfg: RegressionConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.read_in = nn.utils.skip_init(nn.Linear, cfg.d_input, cfg.d_model)
+        self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_model))
+        self.hook_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = HookedLayerNorm(cfg.d_model)
+        self.read_out = nn.utils.skip_init(nn.Linear, cfg.d_model, 1)
+        self._init_weights(seed)
+        self.to(device=cfg.device, dtype=cfg.dtype)
+        setup: Callable[[], None] = super().setup  # names the hook points
+        setup()
+
+    def forward(
+        self,
+        xs: Float[Tensor, "batch point_or_token dim"],
+        ys: Float[Tensor, "batch demo"] | None = None,
+    ) -> Float[Tensor, "batch point"]:
+        """Predict every ``y_i`` from the pairs before it and ``x_i``.
+
+        Args:
+            xs: Inputs, ``[batch, point, dim]``; or, when ``ys`` is not given, tokens as
+                :func:`interleave` makes them.
+            ys: Outputs, ``[batch, point]`` or without the last, which is never read.
+
+        Returns:
+            Predictions, ``[batch, point]``.
+
+        Raises:
+            ValueError: If the sequence is too long or its shape does not fit.
+        """
+        tokens = xs if ys is None else interleave(xs, ys)
+        n_tokens = tokens.shape[1]
+        if n_tokens > self.cfg.n_ctx or tokens.shape[2] != self.cfg.d_input:
+            raise ValueError(
+                f"tokens have shape {list(tokens.shape)}; this model takes at most "
+                f"{self.cfg.n_ctx} tokens ({self.cfg.n_points} points) of {self.cfg.d_input} "
+                "dimensions"
+            )
+        embed = self.hook_embed(self.read_in(tokens))
+        positions = self.hook_pos_embed(self.W_pos[:n_tokens].expand(len(tokens), -1, -1))
+        residual = embed + positions
+        for block in self.blocks:
+            residual = block(residual)
+        readout: Tensor = self.read_out(self.ln_final(residual)[:, ::2])
+        return readout.squeeze(-1)
+
+    def _init_weights(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(("weight", "bias")) and "ln" in name:
+                    parameter.fill_(float(name.endswith("weight")))
+                elif "bias" in name:
+                    parameter.zero_()
+                else:
+                    parameter.normal_(0.0, self._initial_scale(name), generator=generator)
+
+    def _initial_scale(self, name: str) -> float:
+        """The standard deviation of a weight matrix; GPT-2's, or what training learns fastest."""
+        if name.endswith(("w_o", "w_out")):
+            return 0.02 / math.sqrt(2 * self.cfg.n_layers)
+        if self.cfg.init == "gpt2" or name == "read_out.weight":
+            return 0.02
+        if name == "W_pos":
+            return 0.2
+        fan_in = self.cfg.d_input if name == "read_in.weight" else self.cfg.d_model
+        return 0.6 / math.sqrt(fan_in)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the layer-normalised residual stream."""
+
+    def __init__(self, cfg: RegressionConfig) -> None:
+        super().__init__()
+        self.ln1 = HookedLayerNorm(cfg.d_model)
+        self.attn = Attention(cfg)
+        self.ln2 = HookedLayerNorm(cfg.d_model)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self, residual: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after the block."""
+        residual = self.hook_resid_pre(residual)
+        residual = self.hook_resid_mid(residual + self.hook_attn_out(self.attn(self.ln1(residual))))
+        after: Tensor = self.hook_resid_post(
+            residual + self.hook_mlp_out(self.mlp(self.ln2(residual)))
+        )
+        return after
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention."""
+
+    def __init__(self, cfg: RegressionConfig) -> None:
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.d_head = cfg.d_head
+        self.w_qkv = nn.Parameter(torch.empty(3, cfg.d_model, cfg.d_model))
+        self.bias_qkv = nn.Parameter(torch.empty(3 * cfg.d_model))
+        self.w_o = nn.Parameter(torch.empty(cfg.d_model, cfg.d_model))
+        self.bias_o = nn.Parameter(torch.empty(cfg.d_model))
+        self.hook_q = HookPoint()
+        self.hook_k = HookPoint()
+        self.hook_v = HookPoint()
+        self.hook_attn_scores = HookPoint()
+        self.hook_pattern = HookPoint()
+        self.hook_z = HookPoint()
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """The output map of each head: a view, so that writing to it changes the model."""
+        return self.w_o.T.view(self.n_heads, self.d_head, -1)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """The output bias."""
+        return self.bias_o
+
+    def forward(
+        self, normalized: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads together add to the residual stream."""
+        batch, n_tokens, d_model = normalized.shape
+        qkv = F.linear(normalized, self.w_qkv.view(-1, d_model), self.bias_qkv)
+        q, k, v = qkv.view(batch, n_tokens, 3, self.n_heads, self.d_head).unbind(2)
+        q = self.hook_q(q).transpose(1, 2)
+        k = self.hook_k(k).transpose(1, 2)
+        v = self.hook_v(v).transpose(1, 2)
+        if self.hook_pattern.has_hooks() or self.hook_attn_scores.has_hooks():
+            z = self._pattern(q, k) @ v
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        z = self.hook_z(z.transpose(1, 2))
+        return F.linear(z.reshape(batch, n_tokens, d_model), self.w_o, self.bias_o)
+
+    def _pattern(
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch head key d_head"],
+    ) -> Float[Tensor, "batch head query key"]:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = self.hook_attn_scores(scores.masked_fill(future, -torch.inf))
+        pattern: Tensor = self.hook_pattern(scores.softmax(-1))
+        return pattern
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, cfg: RegressionConfig) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
+        self.bias_in = nn.Parameter(torch.empty(cfg.d_mlp))
+        self.w_out = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
+        self.bias_out = nn.Parameter(torch.empty(cfg.d_model))
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
+
+    def forward(
+        self, normalized: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the MLP adds to the residual stream."""
+        hidden = self.hook_post(
+            F.gelu(self.hook_pre(F.linear(normalized, self.w_in, self.bias_in)))
+        )
+        return F.linear(hidden, self.w_out, self.bias_out)
+
+
+class HookedLayerNorm(nn.Module):
+    """Layer norm with TransformerLens' hook point on its output."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The normalised residual stream."""
+        normed: Tensor = self.hook_normalized(
+            F.layer_norm(x, (x.shape[-1],), self.weight, self.bias)
+        )
+        return normed
+
+
+def interleave(
+    xs: Float[Tensor, "batch point dim"], ys: Float[Tensor, "batch demo"]
+) -> Float[Tensor, "batch token dim"]:
+    """The tokens ``x_1, y_1, ..., x_n`` of a sequence; the last ``y``, if given, is left out.
+
+    >>> interleave(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[9.0]]))[0].tolist()
+    [[1.0, 2.0], [9.0, 0.0], [3.0, 4.0]]
+
+    Raises:
+        ValueError: If there are not as many ``ys`` as ``xs``, or one fewer.
+    """
+    batch, n_points, dim = xs.shape
+    if ys.shape not in ((batch, n_points), (batch, n_points - 1)):
+        raise ValueError(
+            f"ys has shape {list(ys.shape)}; expected {[batch, n_points]} or "
+            f"{[batch, n_points - 1]} for xs of shape {list(xs.shape)}"
+        )
+    tokens = xs.new_zeros(batch, 2 * n_points - 1, dim)
+    tokens[:, ::2] = xs
+    tokens[:, 1::2, 0] = ys[:, : n_points - 1]
+    return tokens

@@ -1,0 +1,263 @@
+"""Episodes: a few demonstrations of a task and a query, and how they become text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+
+from transformer_lens_taskvec.tasks.base import Example, Task
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    r"""How demonstrations and a query become the text of a prompt.
+
+    The prompt is the instruction, if there is one, then each demonstration, then the query, with
+    ``separator`` between them. The answer is the text that turns the query into a demonstration.
+
+    Args:
+        example: A demonstration, with ``{x}`` and ``{y}`` in it.
+        query: The query, with ``{x}`` in it; by default the part of ``example`` before ``{y}``
+            without its trailing spaces, which then belong to the answer (most tokenizers attach
+            a space to the word after it).
+        separator: The text between the parts of the prompt.
+        instruction: A text before the first demonstration; ``{task}`` in it stands for the
+            task's name.
+
+    Raises:
+        ValueError: If ``example`` lacks ``{x}`` or ``{y}``, or has ``{y}`` before ``{x}``, or a
+            text is not the beginning of the example where it must be.
+
+    Example:
+        >>> template = PromptTemplate("{x} -> {y}")
+        >>> template.render([Example("cat", "cats")], "dog")
+        'cat -> cats\ndog ->'
+        >>> template.answer("dog", "dogs")
+        ' dogs'
+    """
+
+    example: str = "{x} -> {y}"
+    query: str | None = None
+    separator: str = "\n"
+    instruction: str | None = None
+
+    def __post_init__(self) -> None:
+        x, y = self.example.find("{x}"), self.example.find("{y}")
+        if x < 0 or y < 0 or y < x or self.example.count("{y}") > 1:
+            raise ValueError(
+                f"template example {self.example!r} must hold {{x}} and then {{y}} once, "
+                "as in '{x} -> {y}'"
+            )
+        if not self.example.startswith(self._query) or "{x}" not in self._query:
+            raise ValueError(
+                f"template query {self.query!r} must hold {{x}} and be the beginning of the "
+                f"example {self.example!r}"
+            )
+
+    @property
+    def _query(self) -> str:
+        if self.query is not None:
+            return self.query
+        return self.example[: self.example.index("{y}")].rstrip(" ")
+
+    def render(self, demos: Iterable[Example], x: str, task: str = "") -> str:
+        """The prompt's text, up to the last character before the answer."""
+        parts = [_fill(self.example, demo.x, demo.y) for demo in demos]
+        if self.instruction:
+            parts.insert(0, self.instruction.replace("{task}", task))
+        return self.separator.join([*parts, _fill(self._query, x, "")])
+
+    def answer(self, x: str, y: str) -> str:
+        """The text that completes the query's prompt."""
+        return _fill(self.example[len(self._query) :], x, y)
+
+
+def _fill(pattern: str, x: str, y: str) -> str:
+    # Not str.format: inputs may hold braces.
+    before, brace, after = pattern.partition("{y}")
+    return before.replace("{x}", x) + (y if brace else "") + after.replace("{x}", x)
+
+
+ARROW = PromptTemplate("{x} -> {y}")
+EXAMPLE_ARROW = PromptTemplate("example:{x}->{y}")
+QA = PromptTemplate("Q: {x}\nA: {y}", separator="\n\n")
+
+
+@dataclass(frozen=True)
+class Episode:
+    r"""One in-context prompt: demonstrations of a task, and a query with its answer.
+
+    Example:
+        >>> episode = Episode("plural", (Example("cat", "cats"),), Example("dog", "dogs"))
+        >>> episode.prompt
+        'example:cat->cats\nexample:dog->'
+        >>> episode.answer
+        'dogs'
+    """
+
+    task: str
+    demos: tuple[Example, ...]
+    query: Example
+    template: PromptTemplate = EXAMPLE_ARROW
+
+    @property
+    def prompt(self) -> str:
+        """The text before the answer."""
+        return self.template.render(self.demos, self.query.x, self.task)
+
+    @property
+    def answer(self) -> str:
+        """The text the model should continue with."""
+        return self.template.answer(self.query.x, self.query.y)
+
+    @property
+    def separator(self) -> str:
+        """The text that ends the answer when generation is asked to stop at it."""
+        return self.template.separator
+
+    @property
+    def n_shots(self) -> int:
+        """The number of demonstrations."""
+        return len(self.demos)
+
+
+def sample_episodes(
+    tasks: Mapping[str, Task] | Iterable[Task],
+    n: int,
+    n_shots: int,
+    seed: int,
+    *,
+    template: PromptTemplate = EXAMPLE_ARROW,
+) -> list[Episode]:
+    """Sample ``n`` episodes of each task; a query is never among its own demonstrations.
+
+    Queries of one task are distinct as long as the task has that many inputs, and then repeat
+    with other demonstrations. Each task has a random stream of its own, so adding a task leaves
+    the episodes of the others as they are.
+
+    Args:
+        tasks: Tasks, or a mapping of names to tasks as the task functions return.
+        n: Episodes per task.
+        n_shots: Demonstrations per episode.
+        seed: Seed of the sampling; the same seed gives the same episodes.
+        template: How the episodes become text.
+
+    Returns:
+        The episodes, task by task.
+
+    Raises:
+        ValueError: If there is no task, a number is out of range, or a task cannot give
+            ``n_shots`` demonstrations and a query.
+
+    Example:
+        >>> from transformer_lens_taskvec.tasks.base import mapping_task
+        >>> plural = mapping_task("plural", {"cat": "cats", "dog": "dogs", "cow": "cows"})
+        >>> [len(e.demos) for e in sample_episodes([plural], n=2, n_shots=1, seed=0)]
+        [1, 1]
+    """
+    return sample_splits(tasks, {"all": n}, n_shots, seed, template=template)["all"]
+
+
+def sample_splits(
+    tasks: Mapping[str, Task] | Iterable[Task],
+    sizes: Mapping[str, int],
+    n_shots: int,
+    seed: int,
+    *,
+    template: PromptTemplate = EXAMPLE_ARROW,
+) -> dict[str, list[Episode]]:
+    """Sample sets of episodes such that no query of one set is a query of another.
+
+    Vectors taken from the evaluated episodes would leak their answers; take them from another
+    set. A task with fewer inputs than all the sets together ask for is shared out in proportion
+    to their sizes, and its queries repeat within a set with other demonstrations.
+
+    Args:
+        tasks: As for :func:`sample_episodes`.
+        sizes: Episodes per task for each set, such as ``{"train": 40, "test": 40}``.
+        n_shots: Demonstrations per episode.
+        seed: Seed of the sampling.
+        template: How the episodes become text.
+
+    Returns:
+        The episodes of each set, task by task.
+
+    Raises:
+        ValueError: As for :func:`sample_episodes`, or if a task has fewer inputs than sets.
+
+    Example:
+        >>> from transformer_lens_taskvec.tasks.base import mapping_task
+        >>> double = mapping_task("double", {str(i): str(2 * i) for i in range(20)})
+        >>> sets = sample_splits([double], {"train": 5, "test": 5}, n_shots=2, seed=0)
+        >>> {e.query for e in sets["train"]} & {e.query for e in sets["test"]}
+        set()
+    """
+    chosen = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
+    _check_request(chosen, sizes, n_shots)
+    for task in chosen:
+        _check_task(task, n_sets=sum(size > 0 for size in sizes.values()), n_shots=n_shots)
+    episodes: dict[str, list[Episode]] = {name: [] for name in sizes}
+    for task in chosen:
+        rng = random.Random(f"{seed}/{task.name}")
+        queries = _share_out(task, sizes, rng)
+        for name, size in sizes.items():
+            for index in range(size):
+                query = queries[name][index % len(queries[name])]
+                demos = [e for e in task.sample(n_shots + 1, rng) if e.x != query.x][:n_shots]
+                episodes[name].append(Episode(task.name, tuple(demos), query, template))
+    return episodes
+
+
+def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
+    """The same queries without their demonstrations."""
+    return [replace(episode, demos=()) for episode in episodes]
+
+
+def n_inputs(task: Task) -> int | None:
+    """How many distinct inputs the task has, or None where it does not say."""
+    return len(task) if isinstance(task, Sized) else None
+
+
+def _check_request(tasks: Sequence[Task], sizes: Mapping[str, int], n_shots: int) -> None:
+    if not tasks:
+        raise ValueError("tasks is empty; give at least one task")
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TypeError(f"{task!r} is not a task: it needs .name and .sample(n, rng)")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks must have distinct names, got {names}")
+    if n_shots < 0:
+        raise ValueError(f"n_shots is {n_shots}; it must be 0 or more")
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"n is {size} for the set {name!r}; ask for 1 episode or more")
+
+
+def _check_task(task: Task, n_sets: int, n_shots: int) -> None:
+    available = n_inputs(task)
+    if available is None:
+        return
+    if available < max(n_shots + 1, n_sets):
+        raise ValueError(
+            f"task {task.name!r} has {available} distinct inputs, too few for n_shots={n_shots} "
+            f"demonstrations and a query in each of {n_sets} set(s); at most n_shots="
+            f"{max(available - 1, 0)}"
+        )
+
+
+def _share_out(
+    task: Task, sizes: Mapping[str, int], rng: random.Random
+) -> dict[str, list[Example]]:
+    """Distinct queries for every set: as many as asked for, or all there are in proportion."""
+    available = n_inputs(task)
+    wanted = sum(sizes.values())
+    pool = task.sample(wanted if available is None else min(wanted, available), rng)
+    ends, asked = [0], 0
+    for size in sizes.values():
+        asked += size
+        least = ends[-1] + 1
+        most = len(pool) - (len(sizes) - len(ends))
+        ends.append(min(max(round(len(pool) * asked / wanted), least), most))
+    return {name: pool[start:end] for name, start, end in zip(sizes, ends, ends[1:], strict=False)}

@@ -1,0 +1,80 @@
+"""Tasks: those that come with the package, makers of new ones, and loaders of public formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from transformer_lens_taskvec.tasks.algorithmic import algorithmic_tasks
+from transformer_lens_taskvec.tasks.base import Example, MappingTask, Task, mapping_task
+from transformer_lens_taskvec.tasks.bitwise import bitwise_tasks
+from transformer_lens_taskvec.tasks.conllu import load_conllu
+from transformer_lens_taskvec.tasks.mappings import (
+    knowledge_tasks,
+    linguistic_tasks,
+    load_mapping,
+    translation_tasks,
+)
+from transformer_lens_taskvec.tasks.pos import pos_tasks
+from transformer_lens_taskvec.tasks.sentences import Sentence, generate_sentences
+from transformer_lens_taskvec.tasks.treebank import load_treebank
+
+__all__ = [
+    "Example",
+    "MappingTask",
+    "Sentence",
+    "Task",
+    "algorithmic_tasks",
+    "all_tasks",
+    "bitwise_tasks",
+    "find_tasks",
+    "generate_sentences",
+    "knowledge_tasks",
+    "linguistic_tasks",
+    "load_conllu",
+    "load_mapping",
+    "load_treebank",
+    "mapping_task",
+    "pos_tasks",
+    "translation_tasks",
+]
+
+
+def all_tasks() -> dict[str, Task]:
+    """Every task that comes with the package, by name; the Null classes are left out.
+
+    Example:
+        >>> len(all_tasks()) >= 28
+        True
+    """
+    return {
+        **linguistic_tasks(),
+        **knowledge_tasks(),
+        **translation_tasks(),
+        **algorithmic_tasks(),
+        **bitwise_tasks(null=False),
+        **pos_tasks(null=False),
+    }
+
+
+def find_tasks(names: Iterable[str]) -> dict[str, Task]:
+    """Tasks of the package by their names.
+
+    Raises:
+        ValueError: If there is no name, or none of the tasks has it; the message suggests one.
+
+    Example:
+        >>> list(find_tasks(["AND", "upper_case"]))
+        ['AND', 'upper_case']
+    """
+    tasks = all_tasks()
+    chosen = {}
+    for name in names:
+        if name not in tasks:
+            near = get_close_matches(name, tasks, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"no task named {name!r}{hint} `taskvec tasks` lists them all")
+        chosen[name] = tasks[name]
+    if not chosen:
+        raise ValueError("no task named; give at least one, `taskvec tasks` lists them")
+    return chosen

@@ -1,0 +1,214 @@
+"""The grammar behind ``generate_sentences``: how a template and a scene become a sentence.
+
+A template is a line of slots (``$verb_past``) and function words. All slots of one sentence draw
+from the same scene, so that who does what to what and where goes together. The words are in
+:mod:`~transformer_lens_taskvec.tasks._vocabulary`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformer_lens_taskvec.tasks import _vocabulary as vocabulary
+
+Tagged = tuple[str, str]
+
+_SCENE_TEMPLATES = (
+    "$he $manner $past a $quality $obj $place",
+    "$nice_place , $he $manner $past the $obj",
+    "it was $degree $weather , but $he $past the $obj $place",
+    "the $obj $place was $degree $quality , but $he $past $it $manner",
+    "the $obj was $quality , and $he $past $it $manner $place",
+    "$base the $quality $obj $manner , and meet $me $place",
+    "$base the $quality $obj $place , and then tell $me about $it",
+    "never $base the $quality $obj $place without $whose permission",
+    "$whose $trait $kin $past the $obj $manner $place",
+    "with $whose $trait $kin , the $agent $manner $past the $obj",
+    "the $agent who $past the $quality $obj $place $reacted $reaction",
+    "to $base the $quality $obj , $he $waited $patiently $place",
+    "it is $sometimes $easy to $base a $obj $nice_place",
+    "$sometimes $we $base $quality $objs $place $in_the_evening",
+    "$he $was still $ing a $quality $obj $place",
+    "$he $was $ing $quality $objs $place again",
+    "$mood $news , $he $manner $past the $obj $place",
+    "$lookout $our $window , $we clearly saw the $agent with the $quality $obj",
+    "show $me the $quality $obj $place $later",
+    "tell $me about the $quality $obj $place $later",
+    "$agents $often $base $quality $objs in their $town",
+    "$finally , $on_an_evening , $he $past the $obj $place",
+    "$he politely asked the $trait $agent about a $quality $obj",
+    "$name $past the $quality $obj $place , and then $agent_he $reacted",
+    "$name $manner $past a $quality $obj $place for $me",
+    "$on_an_evening , $whose $trait $kin $manner $past a $quality $obj $nice_place",
+    "$whose $kin and the $trait $agent $manner $past the $quality $obj $place",
+)
+
+# In these the object belongs to somebody.
+_OWNER_TEMPLATES = (
+    "the $trait $agent $manner $past $agent_his $obj $place",
+    "the $agent $place $past $agent_his $quality $obj $manner",
+    "$finally , the $agent $past $agent_his $quality $obj $place",
+    "$whose $obj was $degree $quality , but the $agent $past $it $place",
+    "$base your $obj $manner and wait $nice_place",
+    "two $degree $trait $agents $past $whose $obj $place",
+    "$agents in $size $town $often $base their $objs $in_the_evening",
+    "a $degree $trait $agent $past $agent_his $obj $place",
+    "$on_an_evening , the $agent $manner $past $agent_his $obj",
+    "$trait $agents $often $base their $objs $place",
+    "$finally , $on_an_evening , the $trait $agent $past $agent_his $quality $obj $place",
+)
+
+_JOURNEY_TEMPLATES = (
+    "the $trait $agent $past $manner $place with $agent_his $kin",
+    "$manner , $he $past $place toward the $quality $obj",
+    "$place , $he $past $manner with a $trait $agent",
+    "$whose $kin $often $third $place in $fine weather",
+    "$base $manner $nice_place with $whose friends",
+    "to reach the $quality $obj , $he $past $manner $place",
+    "$agents $often $base $place toward $quality $objs with their friends",
+    "near the $obj , $we clearly saw a $trait $agent",
+)
+
+# Subject, object and possessive form, and the past of "be".
+_PRONOUNS = {
+    "he": ("he", "him", "his", "was"),
+    "she": ("she", "her", "her", "was"),
+    "they": ("they", "them", "their", "were"),
+    "we": ("we", "us", "our", "were"),
+    "I": ("I", "me", "my", "was"),
+}
+_SINGULAR, _PLURAL, _ANYONE = ("he", "she"), ("they", "we", "I"), tuple(_PRONOUNS)
+_VOWELS = frozenset("aeiou")
+
+
+class _Sentence:
+    """The choices made once for a sentence, which its slots then agree with."""
+
+    def __init__(self, scene: vocabulary.Scene, rng: random.Random) -> None:
+        choose = rng.choice
+        self.scene, self.choose = scene, choose
+        self.agent = choose(scene.agents)
+        self.obj = choose(scene.objects)
+        self.quality = choose(scene.qualities)
+        self.place = choose(scene.places)
+        self.verb = choose(scene.verbs)
+        self.anyone = _PRONOUNS[choose(_ANYONE)]
+        self.several = _PRONOUNS[choose(_PLURAL)]
+        gender = vocabulary.GENDER.get(self.agent) or choose(_SINGULAR)
+        self.third = _PRONOUNS[gender]
+        self.patient = _PRONOUNS[vocabulary.GENDER.get(self.obj) or choose(_SINGULAR)]
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A slot that draws one entry of a list; an entry is one or more tagged words."""
+
+    entries: tuple[tuple[Tagged, ...], ...]
+
+    def __call__(self, sentence: _Sentence) -> tuple[Tagged, ...]:
+        return sentence.choose(self.entries)
+
+
+def _place(sentence: _Sentence) -> tuple[Tagged, ...]:
+    preposition, noun = sentence.place
+    return (preposition, "ADP"), ("the", "DET"), (noun, "NOUN")
+
+
+def _nice_place(sentence: _Sentence) -> tuple[Tagged, ...]:
+    preposition, noun = sentence.place
+    adjective = sentence.choose(vocabulary.PLACE_QUALITIES[noun])
+    return (preposition, "ADP"), ("the", "DET"), (adjective, "ADJ"), (noun, "NOUN")
+
+
+def _object(sentence: _Sentence) -> tuple[Tagged, ...]:
+    return ((sentence.obj, "NOUN"),)
+
+
+def _objects(sentence: _Sentence) -> tuple[Tagged, ...]:
+    mass = sentence.obj in vocabulary.MASS_NOUNS
+    return ((sentence.obj if mass else vocabulary.plural(sentence.obj), "NOUN"),)
+
+
+def _object_pronoun(sentence: _Sentence) -> tuple[Tagged, ...]:
+    return ((sentence.patient[1] if sentence.scene.objects_are_people else "it", "PRON"),)
+
+
+_SLOTS: dict[str, Callable[[_Sentence], tuple[Tagged, ...]]] = {
+    "agent": lambda s: ((s.agent, "NOUN"),),
+    "agents": lambda s: ((vocabulary.plural(s.agent), "NOUN"),),
+    "obj": _object,
+    "objs": _objects,
+    "it": _object_pronoun,
+    "quality": lambda s: ((s.quality, "ADJ"),),
+    "place": _place,
+    "nice_place": _nice_place,
+    "base": lambda s: ((s.verb.base, "VERB"),),
+    "past": lambda s: ((s.verb.past, "VERB"),),
+    "ing": lambda s: ((s.verb.ing, "VERB"),),
+    "third": lambda s: ((s.verb.third, "VERB"),),
+    "manner": lambda s: ((s.choose(s.scene.manners), "ADV"),),
+    "he": lambda s: ((s.anyone[0], "PRON"),),
+    "his": lambda s: ((s.anyone[2], "PRON"),),
+    "was": lambda s: ((s.anyone[3], "AUX"),),
+    "we": lambda s: ((s.several[0], "PRON"),),
+    "us": lambda s: ((s.several[1], "PRON"),),
+    "our": lambda s: ((s.several[2], "PRON"),),
+    "name": lambda s: ((s.choose(vocabulary.NAMES[s.third[0]]), "PROPN"),),
+    "agent_he": lambda s: ((s.third[0], "PRON"),),
+    "agent_his": lambda s: ((s.third[2], "PRON"),),
+    **{name: _Words(entries) for name, entries in vocabulary.LISTS.items()},
+}
+
+
+def _compile(template: str) -> tuple[Callable[[_Sentence], tuple[Tagged, ...]], ...]:
+    """Turn a template into the functions that fill it, one for each of its words."""
+    parts: list[Callable[[_Sentence], tuple[Tagged, ...]]] = []
+    for token in template.split():
+        if token.startswith("$"):
+            parts.append(_SLOTS[token[1:]])
+        else:
+            parts.append(_Words((((token, vocabulary.FUNCTION_WORDS[token]),),)))
+    return tuple(parts)
+
+
+_TEMPLATES = tuple(
+    (_compile(template), scenes)
+    for templates, scenes in (
+        (_SCENE_TEMPLATES, vocabulary.SCENES),
+        (_OWNER_TEMPLATES, tuple(s for s in vocabulary.SCENES if s.objects_have_owners)),
+        (_JOURNEY_TEMPLATES, vocabulary.JOURNEYS),
+    )
+    for template in templates
+)
+
+
+def fill(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Draw a template and a scene and fill the one with words of the other.
+
+    Args:
+        rng: The only source of randomness.
+
+    Returns:
+        The words, the first capitalised and the last a full stop, and the UPOS tag of each.
+    """
+    parts, scenes = rng.choice(_TEMPLATES)
+    sentence = _Sentence(rng.choice(scenes), rng)
+    tagged = [word for part in parts for word in part(sentence)]
+    words = [word for word, _ in tagged]
+    for i, word in enumerate(words):
+        if word == "a":
+            words[i] = _article(words[i + 1 :], sentence.obj)
+    words[0] = words[0][0].upper() + words[0][1:]
+    return (*words, "."), (*(tag for _, tag in tagged), "PUNCT")
+
+
+def _article(following: list[str], obj: str) -> str:
+    """Give the indefinite article before these words: "a", "an", or "some" for a mass noun."""
+    if obj in vocabulary.MASS_NOUNS and obj in following[:2]:
+        return "some"
+    word = following[0]
+    if word in vocabulary.CONSONANT_SOUND:
+        return "a"
+    return "an" if word[0] in _VOWELS or word in vocabulary.VOWEL_SOUND else "a"

@@ -1,0 +1,41 @@
+"""Reading text files line by line, with errors that name the file and the line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+_MAX_LINE_BYTES = 1_000_000
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each line, without its line ending.
+
+    Args:
+        path: A UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        ValueError: If a line is over 1 MB or not UTF-8.
+        OSError: If the file cannot be read.
+    """
+    with path.open("rb") as file:
+        number = 0
+        # The limit bounds the memory that a file without line breaks can take.
+        while raw := file.readline(_MAX_LINE_BYTES + 1):
+            number += 1
+            if len(raw) > _MAX_LINE_BYTES:
+                raise line_error(
+                    path, number, f"is longer than {_MAX_LINE_BYTES:,} bytes; is this a text file?"
+                )
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise line_error(
+                    path, number, f"is not UTF-8 ({error.reason}); convert the file to UTF-8"
+                ) from error
+            yield number, line.rstrip("\r\n")
+
+
+def line_error(path: Path, number: int, problem: str) -> ValueError:
+    """Make the error for a line that cannot be read as what it should be."""
+    return ValueError(f"{path}, line {number}: the line {problem}")

@@ -1,0 +1,116 @@
+"""What a task is: a named source of input-output examples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input-output pair of a task, as text.
+
+    Example:
+        >>> Example("cat", "cats")
+        Example(x='cat', y='cats')
+    """
+
+    x: str
+    y: str
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A named source of examples with distinct inputs.
+
+    Any object with these two members is a task. A task that can give only a limited number of
+    distinct inputs says how many through ``__len__``; one without ``__len__`` is taken to be
+    unlimited.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name under which results list the task."""
+        ...
+
+    def sample(self, n: int, rng: random.Random) -> list[Example]:
+        """Draw ``n`` examples with distinct inputs, using no randomness but ``rng``."""
+        ...
+
+
+@dataclass(frozen=True)
+class MappingTask:
+    """A task given by the list of its pairs; see :func:`mapping_task`."""
+
+    name: str
+    pairs: tuple[Example, ...]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        first = ", ".join(f"{pair.x!r} -> {pair.y!r}" for pair in self.pairs[:2])
+        return f"MappingTask({self.name!r}, {len(self.pairs)} pairs: {first}, ...)"
+
+    def sample(self, n: int, rng: random.Random) -> list[Example]:
+        """Draw ``n`` of the pairs without replacement.
+
+        Raises:
+            ValueError: If ``n`` is more than the number of pairs.
+        """
+        check_sample_size(self.name, n, len(self.pairs))
+        return rng.sample(self.pairs, n)
+
+
+def mapping_task(
+    name: str, pairs: Mapping[str, str] | Iterable[Example] | Iterable[tuple[str, str]]
+) -> MappingTask:
+    """Make a task from its input-output pairs.
+
+    Args:
+        name: The task's name in results.
+        pairs: ``{x: y}``, or :class:`Example` objects, or ``(x, y)`` tuples.
+
+    Raises:
+        ValueError: If there are no pairs, a text is empty, or an input stands twice.
+
+    Example:
+        >>> colours = mapping_task("colours", {"sky": "blue", "grass": "green"})
+        >>> len(colours)
+        2
+        >>> sorted(example.y for example in colours.sample(2, random.Random(0)))
+        ['blue', 'green']
+    """
+    items = pairs.items() if isinstance(pairs, Mapping) else pairs
+    examples = tuple(item if isinstance(item, Example) else Example(*item) for item in items)
+    if not examples:
+        raise ValueError(f"task {name!r} has no pairs; give at least one input-output pair")
+    seen: set[str] = set()
+    for example in examples:
+        for side, text in (("input", example.x), ("output", example.y)):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"task {name!r} has an empty or non-text {side} in {example!r}")
+        if example.x in seen:
+            raise ValueError(
+                f"task {name!r} gives the input {example.x!r} twice; inputs must be distinct"
+            )
+        seen.add(example.x)
+    return MappingTask(name, examples)
+
+
+def check_sample_size(name: str, n: int, available: int) -> None:
+    """Raise ``ValueError`` unless a task with ``available`` inputs can give ``n`` of them."""
+    if n < 0:
+        raise ValueError(f"task {name!r} was asked for {n} examples; ask for 0 or more")
+    if n > available:
+        raise ValueError(
+            f"task {name!r} was asked for {n} examples with distinct inputs and has {available}; "
+            "ask for fewer examples or shots"
+        )
+
+
+def by_name(tasks: Sequence[Task]) -> dict[str, Task]:
+    """Index tasks by their names, in order."""
+    return {task.name: task for task in tasks}

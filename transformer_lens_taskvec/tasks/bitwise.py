@@ -1,0 +1,106 @@
+"""Bitwise tasks: a logical operation on a pair of binary numbers, written out as digits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformer_lens_taskvec.tasks.base import Example, Task, by_name, check_sample_size
+
+_MAX_BITS = 16
+_NULL = "Null"
+# Each operation as the integer formula of the two numbers and the mask of n ones.
+_OPERATIONS: dict[str, Callable[[int, int, int], int]] = {
+    "AND": lambda a, b, ones: a & b,
+    "NAND": lambda a, b, ones: ones ^ (a & b),
+    "OR": lambda a, b, ones: a | b,
+    "NOR": lambda a, b, ones: ones ^ (a | b),
+    "XOR": lambda a, b, ones: a ^ b,
+    "XNOR": lambda a, b, ones: ones ^ a ^ b,
+}
+
+
+@dataclass(frozen=True)
+class BitwiseTask:
+    """A bitwise operation on two ``n_bits``-digit binary numbers; see :func:`bitwise_tasks`.
+
+    Args:
+        name: The operation, one of AND, NAND, OR, NOR, XOR, XNOR, or Null for random digits.
+        n_bits: The number of binary digits of each number and of the answer, 1 to 16.
+
+    Raises:
+        ValueError: If the operation is unknown or ``n_bits`` is out of range.
+    """
+
+    name: str
+    n_bits: int = 5
+
+    def __post_init__(self) -> None:
+        if self.name != _NULL and self.name not in _OPERATIONS:
+            known = ", ".join((*_OPERATIONS, _NULL))
+            raise ValueError(f"unknown bitwise operation {self.name!r}; use one of {known}")
+        if not 1 <= self.n_bits <= _MAX_BITS:
+            raise ValueError(f"n_bits={self.n_bits} is out of range; use 1 to {_MAX_BITS} bits")
+
+    def __len__(self) -> int:
+        return 1 << 2 * self.n_bits
+
+    def sample(self, n: int, rng: random.Random) -> list[Example]:
+        """Draw ``n`` examples with distinct pairs of numbers.
+
+        Args:
+            n: The number of examples, at most ``4**n_bits``.
+            rng: The only source of randomness, also of Null's answers.
+
+        Returns:
+            Examples whose ``x`` is the two numbers with a space between them.
+
+        Raises:
+            ValueError: If ``n`` is negative or more than the number of pairs.
+
+        Example:
+            >>> task = BitwiseTask("AND", n_bits=1)
+            >>> sorted((e.x, e.y) for e in task.sample(4, random.Random(0)))
+            [('0 0', '0'), ('0 1', '0'), ('1 0', '0'), ('1 1', '1')]
+        """
+        check_sample_size(self.name, n, len(self))
+        # A pair is one number of 2 * n_bits digits, so sampling never lists all the pairs.
+        return [self._example(pair, rng) for pair in rng.sample(range(len(self)), n)]
+
+    def _example(self, pair: int, rng: random.Random) -> Example:
+        ones = (1 << self.n_bits) - 1
+        a, b = pair >> self.n_bits, pair & ones
+        if self.name == _NULL:
+            result = rng.getrandbits(self.n_bits)
+        else:
+            result = _OPERATIONS[self.name](a, b, ones)
+        return Example(f"{self._digits(a)} {self._digits(b)}", self._digits(result))
+
+    def _digits(self, number: int) -> str:
+        return f"{number:0{self.n_bits}b}"
+
+
+def bitwise_tasks(n_bits: int = 5, null: bool = True) -> dict[str, Task]:
+    """Make the bitwise-arithmetic tasks (§4): the result of an operation on two binary numbers.
+
+    Args:
+        n_bits: The number of binary digits, 1 to 16; the paper uses 5.
+        null: Whether to add Null, whose answer is random digits, as the last task.
+
+    Returns:
+        The tasks AND, NAND, OR, NOR, XOR, XNOR and Null by name, in this order.
+
+    Raises:
+        ValueError: If ``n_bits`` is out of range.
+
+    Example:
+        >>> tasks = bitwise_tasks()
+        >>> list(tasks)
+        ['AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR', 'Null']
+        >>> example = tasks["XOR"].sample(1, random.Random(1))[0]
+        >>> example
+        Example(x='01000 10011', y='11011')
+    """
+    names = (*_OPERATIONS, _NULL) if null else tuple(_OPERATIONS)
+    return by_name([BitwiseTask(name, n_bits) for name in names])

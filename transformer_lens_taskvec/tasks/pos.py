@@ -1,0 +1,144 @@
+"""Part-of-speech tasks: the first noun, adjective, verb, ... of a sentence."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from transformer_lens_taskvec.tasks.base import Example, Task, by_name, check_sample_size
+from transformer_lens_taskvec.tasks.sentences import Sentence, generate_sentences
+
+__all__ = ["POS_TAGS", "PosTask", "Sentence", "pos_tasks"]
+
+POS_TAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "Noun": "NOUN",
+        "Adjective": "ADJ",
+        "Verb": "VERB",
+        "Adverb": "ADV",
+        "Preposition": "ADP",
+        "Pronoun": "PRON",
+    }
+)
+_NULL = "Null"
+_NOT_WORDS = frozenset(["PUNCT", "SYM"])
+_WORD_CHARACTER = re.compile(r"\w")
+
+
+@dataclass(frozen=True, repr=False)
+class PosTask:
+    """Find the first word of one part of speech; see :func:`pos_tasks`, which makes them.
+
+    Args:
+        name: The task's name in results.
+        tag: The UPOS tag of the answer, or None for a randomly chosen word.
+        sentences: Sentences with distinct texts, in each of which there is an answer.
+    """
+
+    name: str
+    tag: str | None
+    sentences: tuple[Sentence, ...]
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def __repr__(self) -> str:
+        return f"PosTask({self.name!r}, tag={self.tag!r}, {len(self)} sentences)"
+
+    def sample(self, n: int, rng: random.Random) -> list[Example]:
+        """Draw ``n`` sentences without replacement, each with its answer.
+
+        Args:
+            n: The number of examples.
+            rng: The only source of randomness, also of Null's answers.
+
+        Returns:
+            Examples whose ``x`` is the sentence and whose ``y`` is a word of it.
+
+        Raises:
+            ValueError: If ``n`` is negative or more than the number of sentences, or a sentence
+                has no answer.
+        """
+        check_sample_size(self.name, n, len(self))
+        return [
+            Example(sentence.text, self._answer(sentence, rng))
+            for sentence in rng.sample(self.sentences, n)
+        ]
+
+    def _answer(self, sentence: Sentence, rng: random.Random) -> str:
+        if self.tag is None:
+            return rng.choice(_candidates(sentence))
+        answer = sentence.first(self.tag)
+        if answer is None:
+            raise ValueError(
+                f"task {self.name!r} needs a word tagged {self.tag} and there is none in "
+                f"{sentence.text!r}; make the tasks with pos_tasks, which leaves such sentences out"
+            )
+        return answer
+
+
+def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) -> dict[str, Task]:
+    """Make the part-of-speech tasks (§4): given a sentence, its first word of one kind.
+
+    All tasks use the same sentences: those with all six parts of speech, each text once. A
+    sentence is left out too if one of its answers does not stand by itself in the text, as
+    "gon" does not in "I'm gonna go". An answer is spelled as in the sentence.
+
+    Args:
+        sentences: Tagged sentences, from :func:`load_conllu` for example; by default 6,000
+            generated ones.
+        null: Whether to add Null, whose answer is a randomly chosen word, as the last task.
+
+    Returns:
+        The tasks Noun, Adjective, Verb, Adverb, Preposition, Pronoun and Null by name.
+
+    Raises:
+        ValueError: If no sentence has all six parts of speech.
+
+    Example:
+        >>> words = ("Slowly", ",", "they", "walked", "toward", "a", "small", "village", ".")
+        >>> tags = ("ADV", "PUNCT", "PRON", "VERB", "ADP", "DET", "ADJ", "NOUN", "PUNCT")
+        >>> tasks = pos_tasks([Sentence(words, tags)])
+        >>> tasks["Adverb"].sample(1, random.Random(0))
+        [Example(x='Slowly, they walked toward a small village.', y='Slowly')]
+    """
+    given = tuple(generate_sentences() if sentences is None else sentences)
+    usable: dict[str, Sentence] = {}
+    for sentence in given:
+        if _is_usable(sentence):
+            usable.setdefault(sentence.text, sentence)
+    if not usable:
+        raise ValueError(
+            f"none of the {len(given)} sentences given has all six parts of speech "
+            f"({', '.join(POS_TAGS.values())}); check that their tags are UPOS tags"
+        )
+    pool = tuple(usable.values())
+    tasks = [PosTask(name, tag, pool) for name, tag in POS_TAGS.items()]
+    return by_name([*tasks, PosTask(_NULL, None, pool)] if null else tasks)
+
+
+def _is_usable(sentence: Sentence) -> bool:
+    answers = [sentence.first(tag) for tag in POS_TAGS.values()]
+    return all(word is not None and _stands_alone(word, sentence.text) for word in answers)
+
+
+def _candidates(sentence: Sentence) -> list[str]:
+    return [
+        word
+        for word, tag in zip(sentence.words, sentence.tags, strict=True)
+        if tag not in _NOT_WORDS and _stands_alone(word, sentence.text)
+    ]
+
+
+def _stands_alone(word: str, text: str) -> bool:
+    """Whether the word occurs in the text with no letter, digit or underscore on either side."""
+    start = text.find(word)
+    while start >= 0:
+        around = text[max(start - 1, 0) : start] + text[start + len(word) :][:1]
+        if not _WORD_CHARACTER.search(around):
+            return True
+        start = text.find(word, start + 1)
+    return False

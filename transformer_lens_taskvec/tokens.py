@@ -1,0 +1,190 @@
+"""Prompts as padded batches of tokens.
+
+Texts are tokenised without special tokens, the prompt and the answer apart, so that no token spans
+the boundary between them. A beginning-of-sequence token is prepended only on request. Batches are
+left-padded: the last prompt token of every row stands at index -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from transformer_lens_taskvec.prompts import Episode
+
+Position = int | tuple[int, ...] | None
+"""One or several positions of a prompt: negative from its end, others from its first real token;
+None for every position."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded prompts.
+
+    Attributes:
+        tokens: ``[row, pos]`` token ids.
+        mask: ``[row, pos]``, True where a token is real.
+        rows: For each row, the index of its prompt in the list the batch was made from.
+    """
+
+    tokens: Int[Tensor, "row pos"]
+    mask: Bool[Tensor, "row pos"]
+    rows: tuple[int, ...]
+
+    @property
+    def lengths(self) -> Int[Tensor, " row"]:
+        """The number of real tokens of each row."""
+        return self.mask.sum(dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.tokens.to(device), self.mask.to(device), self.rows)
+
+
+def encode(model: Any, texts: Sequence[str], *, prepend_bos: bool = False) -> list[list[int]]:
+    """Token ids of each text, without special tokens but a BOS on request.
+
+    Raises:
+        ValueError: If the model has no tokenizer, the tokenizer has no BOS token where one was
+            asked for, or a text has no tokens.
+    """
+    prefix: list[int] = []
+    if prepend_bos:
+        bos = token_id(model, "bos")
+        if bos is None:
+            raise ValueError("prepend_bos=True, and the model's tokenizer has no BOS token")
+        prefix = [bos]
+    encoded = [prefix + ids for ids in _token_ids(_tokenizer(model), texts)]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {text!r} has no tokens; give it at least one")
+    return encoded
+
+
+def encode_answers(
+    model: Any, episodes: Sequence[Episode], *, stop: str | None = None
+) -> list[list[int]]:
+    """Token ids of each episode's answer, with the separator after it where ``stop`` asks for it.
+
+    Raises:
+        ValueError: If an answer has no tokens, or ``stop`` is neither None nor ``"separator"``.
+    """
+    if stop not in (None, "separator"):
+        raise ValueError(f"stop is {stop!r}; it must be None or 'separator'")
+    tokenizer = _tokenizer(model)
+    answers = _token_ids(tokenizer, [episode.answer for episode in episodes])
+    for episode, ids in zip(episodes, answers, strict=True):
+        if not ids:
+            raise ValueError(
+                f"the answer {episode.answer!r} of task {episode.task!r} has no tokens; "
+                "an episode's answer must tokenise to at least one"
+            )
+    if stop == "separator":
+        separators = _token_ids(tokenizer, [episode.separator for episode in episodes])
+        answers = [answer + end for answer, end in zip(answers, separators, strict=True)]
+    return answers
+
+
+def decode(model: Any, ids: Sequence[int]) -> str:
+    """The text of token ids, special tokens left out."""
+    return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True))
+
+
+def pad_id(model: Any) -> int:
+    """A token id to fill left padding with; it is masked out, so any valid one serves."""
+    return token_id(model, "pad") or 0
+
+
+def token_id(model: Any, kind: str) -> int | None:
+    """The id of the tokenizer's ``"bos"``, ``"eos"`` or ``"pad"`` token, or None."""
+    value = getattr(_tokenizer(model), f"{kind}_token_id", None)
+    return None if value is None else int(value)
+
+
+def batches(
+    encoded: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    pad: int,
+    same_length: bool = False,
+) -> Iterator[Batch]:
+    """Left-padded batches of prompts of similar length, the longest first.
+
+    Args:
+        encoded: Token ids of each prompt.
+        batch_size: The most rows in a batch.
+        pad: The token id that fills the padding.
+        same_length: Put only prompts of equal length together, for models without a usable
+            attention mask.
+    """
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    start = 0
+    while start < len(order):
+        width = len(encoded[order[start]])
+        end = start + 1
+        while (
+            end < len(order)
+            and end - start < batch_size
+            and (not same_length or len(encoded[order[end]]) == width)
+        ):
+            end += 1
+        yield _pad_left(encoded, order[start:end], pad)
+        start = end
+
+
+def _pad_left(encoded: Sequence[Sequence[int]], rows: Sequence[int], pad: int) -> Batch:
+    width = max(len(encoded[row]) for row in rows)
+    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids = encoded[row]
+        tokens[index, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
+        mask[index, width - len(ids) :] = True
+    return Batch(tokens, mask, tuple(rows))
+
+
+def row_indices(position: Position, mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row at"]:
+    """Where the positions of left-padded prompts stand in their rows.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, True], [False, True, True]])
+        >>> row_indices((0, -1), mask).tolist()
+        [[0, 2], [1, 2]]
+
+    Raises:
+        ValueError: If a prompt has no such position.
+    """
+    n_rows, width = mask.shape
+    if position is None:
+        return torch.arange(width).expand(n_rows, width)
+    positions = (position,) if isinstance(position, int) else position
+    lengths = mask.sum(dim=1)
+    shortest = int(lengths.min())
+    for one in positions:
+        if not -shortest <= one < shortest:
+            raise ValueError(f"position {one} is outside a prompt of {shortest} token(s)")
+    columns = [
+        torch.full((n_rows,), width + one) if one < 0 else (width - lengths.cpu() + one)
+        for one in positions
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def _tokenizer(model: Any) -> Any:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer; load it with one, or set model.tokenizer before use"
+        )
+    return tokenizer
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

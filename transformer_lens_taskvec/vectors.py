@@ -1,0 +1,159 @@
+"""Task vectors: for each task the mean of its activations, at each layer (Han et al. 2025, App. C).
+
+They are saved as safetensors, with the names that make them usable inside the file; loading never
+unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from transformer_lens_taskvec.collect import Activations, Source, layer_index
+from transformer_lens_taskvec.models import model_name
+
+_FORMAT = "taskvec-1"
+
+
+@dataclass(frozen=True, repr=False)
+class TaskVectors:
+    """One vector a task and layer.
+
+    Attributes:
+        values: ``[task, layer, d_model]``, float32 on the CPU.
+        tasks: The tasks' names.
+        layers: The layers of the second axis, counted from 0.
+        source: Where the vectors come from.
+    """
+
+    values: Float[Tensor, "task layer d_model"]
+    tasks: tuple[str, ...]
+    layers: tuple[int, ...]
+    source: Source
+
+    def __getitem__(self, task: str) -> Float[Tensor, "layer d_model"]:
+        """The vectors of one task, one a layer in the order of ``layers``.
+
+        Raises:
+            KeyError: If there is no such task; the message names those there are.
+        """
+        if task not in self.tasks:
+            raise KeyError(f"no vector for task {task!r}; there are: {', '.join(self.tasks)}")
+        return self.values[self.tasks.index(task)]
+
+    def at(self, task: str, layer: int) -> Float[Tensor, " d_model"]:
+        """The vector of one task at one layer, by the layer's number in the model.
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If there is no such layer.
+        """
+        return self[task][layer_index(self.layers, layer)]
+
+    def check_model(self, model: Any) -> None:
+        """Raise ``ValueError`` unless the vectors were taken from this model."""
+        if model_name(model) != self.source.model:
+            raise ValueError(
+                f"these vectors come from {self.source.model!r}, the model is {model_name(model)!r}"
+            )
+        width = int(model.cfg.d_model)
+        if self.source.hook.startswith("resid") and self.values.shape[-1] != width:
+            raise ValueError(
+                f"these vectors have width {self.values.shape[-1]}, "
+                f"{model_name(model)!r} has d_model {width}"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the vectors to a safetensors file, whole or not at all."""
+        metadata = {
+            "format": _FORMAT,
+            "tasks": json.dumps(self.tasks),
+            "layers": json.dumps(self.layers),
+            "source": json.dumps(asdict(self.source)),
+        }
+        target = Path(path)
+        handle, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        os.close(handle)
+        try:
+            save_file({"values": self.values.contiguous()}, scratch, metadata=metadata)
+            os.replace(scratch, target)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any = None) -> TaskVectors:
+        """Read vectors that :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            model: When given, the model the vectors must come from.
+
+        Raises:
+            ValueError: If the file is damaged or not of this kind, or the vectors come from
+                another model.
+            OSError: If the file cannot be read.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                values = file.get_tensor("values")
+            vectors = cls._from_file(values, metadata)
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged task-vector file, or none: {error}") from error
+        if model is not None:
+            vectors.check_model(model)
+        return vectors
+
+    @classmethod
+    def _from_file(cls, values: Tensor, metadata: dict[str, str]) -> TaskVectors:
+        if metadata.get("format") != _FORMAT:
+            raise TypeError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+        tasks = tuple(str(task) for task in json.loads(metadata["tasks"]))
+        layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
+        source = Source(**json.loads(metadata["source"]))
+        if values.ndim < 3 or values.shape[:2] != (len(tasks), len(layers)):
+            raise TypeError(
+                f"values of shape {tuple(values.shape)} for {len(tasks)} tasks and "
+                f"{len(layers)} layers"
+            )
+        return cls(values, tasks, layers, source)
+
+    def __repr__(self) -> str:
+        width = self.values.shape[-1]
+        return (
+            f"TaskVectors({len(self.tasks)} tasks x {len(self.layers)} layers x {width}, "
+            f"{self.source.hook} of {self.source.model}: {', '.join(self.tasks)})"
+        )
+
+
+def task_vectors(activations: Activations) -> TaskVectors:
+    """The mean activation of each task at each layer, accumulated in float64.
+
+    Args:
+        activations: Activations of episodes other than those that the vectors will be tested on.
+
+    Returns:
+        The vectors; ``vectors["AND"]`` is ``[layer, d_model]``.
+
+    Raises:
+        ValueError: If an activation is NaN or infinite.
+    """
+    if not bool(torch.isfinite(activations.values).all()):
+        raise ValueError("activations hold NaN or infinite values; their mean means nothing")
+    means = [
+        activations.values[activations.labels == index].double().mean(dim=0)
+        for index in range(len(activations.tasks))
+    ]
+    return TaskVectors(
+        torch.stack(means).float(), activations.tasks, activations.layers, activations.source
+    )
