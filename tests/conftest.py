@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import zoo
 
 import transformer_lens_taskvec as tv
@@ -20,11 +19,6 @@ SHARED = Path(__file__).parents[2] / "shared"
 """Real data that lies beside a development checkout; tests that read it skip without it."""
 
 CLASSES = ["bridge"] if zoo.HookedTransformer is None else ["bridge", "hooked_transformer"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -112,8 +112,7 @@ def test_an_injected_vector_turns_a_zero_shot_prompt_into_the_task(smollm2: Any)
         smollm2,
         [episode.prompt for episode in queries],
         [tv.inject(vectors.at("next_letter", 20), 20)],
-        max_new_tokens=2,
-        stop="\n",
+        max_new_tokens=1,
     )
     right = [text == episode.answer for text, episode in zip(texts, queries, strict=True)]
     assert sum(right) >= 4

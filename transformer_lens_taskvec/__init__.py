@@ -13,11 +13,18 @@ from transformer_lens_taskvec.decodability import Decodability, task_decodabilit
 from transformer_lens_taskvec.evaluate import Scores, evaluate, evaluate_many
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
 from transformer_lens_taskvec.generate import generate
+from transformer_lens_taskvec.heads import (
+    FunctionVector,
+    HeadEffects,
+    function_vector,
+    head_effects,
+)
 from transformer_lens_taskvec.interventions import Intervention, ablate, inject
 from transformer_lens_taskvec.models import HookedModel, load_model
 from transformer_lens_taskvec.plots import (
     plot_decodability,
     plot_embedding,
+    plot_head_effects,
     plot_layer_sweep,
     plot_perturbation,
 )
@@ -60,6 +67,8 @@ __all__ = [
     "Episode",
     "Example",
     "Experiment",
+    "FunctionVector",
+    "HeadEffects",
     "HookedModel",
     "Intervention",
     "LayerSweep",
@@ -77,7 +86,9 @@ __all__ = [
     "evaluate",
     "evaluate_many",
     "find_tasks",
+    "function_vector",
     "generate",
+    "head_effects",
     "inject",
     "knowledge_tasks",
     "layer_sweep",
@@ -90,6 +101,7 @@ __all__ = [
     "perturbation_matrix",
     "plot_decodability",
     "plot_embedding",
+    "plot_head_effects",
     "plot_layer_sweep",
     "plot_perturbation",
     "pos_tasks",

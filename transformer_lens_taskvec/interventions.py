@@ -155,7 +155,8 @@ class Intervention:
             spec["value"] = (self.vector * self.scale).tolist()
         if self.position is not None:
             spec["pos"] = self.position if isinstance(self.position, int) else list(self.position)
-        return {self.name: spec}
+        native = _NATIVE_NAMES.get(self.hook)
+        return {f"blocks.{self.layer}.{native}" if native else self.name: spec}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Intervention):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens_taskvec.analyses import LayerSweep, PerturbationMatrix
 from transformer_lens_taskvec.collect import Activations
 from transformer_lens_taskvec.decodability import Decodability
+from transformer_lens_taskvec.heads import HeadEffects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,6 +144,21 @@ def plot_perturbation(matrix: PerturbationMatrix, ax: Axes | None = None) -> Axe
         title=f"Change in NLL (nats), layer {matrix.layer}",
     )
     ax.figure.colorbar(image, ax=ax, label="change in NLL (nats)", shrink=0.8)
+    return ax
+
+
+def plot_head_effects(effects: HeadEffects, ax: Axes | None = None) -> Axes:
+    """Heat map of every head's mean effect on the answer's log-probability."""
+    ax = _axes(ax)
+    values = effects.log_probability
+    reach = float(values.abs().max()) or 1.0
+    image = ax.imshow(values.tolist(), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+    what = (
+        "mean into shuffled prompts" if effects.ablation is None else f"{effects.ablation} ablation"
+    )
+    ax.set(xlabel="head", ylabel="layer (counted from 0)", title=f"Head effects: {what}")
+    ax.set_xticks(range(values.shape[1]))
+    ax.figure.colorbar(image, ax=ax, label="change in log-probability (nats)")
     return ax
 
 

@@ -158,7 +158,7 @@ SCENES = (
         "build:built paint repair design measure finish",
         "house fence bridge wall tower cottage boat shed cabin roof",
         "tall small strong large narrow beautiful modern simple",
-        "near: river lake beach, beside: road field church, behind: school mill, in: village valley",
+        "near: river lake beach, beside: road field church, behind: school mill, in: village",
         "slowly carefully skillfully patiently steadily gradually",
     ),
     _scene(
@@ -182,7 +182,7 @@ SCENES = (
         "watch photograph observe follow study describe",
         "eagle fox bear owl whale wolf swan turtle seal snake lizard",
         "wild large young rare beautiful graceful lonely quiet dangerous",
-        "near: lake cave waterfall, in: forest valley desert, on: island beach, beside: river trail",
+        "near: lake cave waterfall, in: forest valley desert, on: island beach, beside: river",
         "quietly silently carefully briefly patiently eagerly",
         owners=False,
     ),

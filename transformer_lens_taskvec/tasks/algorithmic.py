@@ -110,7 +110,7 @@ class ListTask:
 def algorithmic_tasks() -> dict[str, Task]:
     """Make the tasks whose answer follows from the input by a rule.
 
-    The words are about 400 common lower-case English words of this package.
+    The words are 315 common lower-case English words of up to five letters, of this package.
 
     Returns:
         ``upper_case``, ``lower_case``, ``capitalize``, ``first_letter`` and ``last_letter`` of a
@@ -122,7 +122,7 @@ def algorithmic_tasks() -> dict[str, Task]:
         >>> tasks["next_letter"].pairs[0]
         Example(x='a', y='b')
         >>> tasks["list_first"]
-        ListTask('list_first', item=0, lists of 3 to 5 of 419 words)
+        ListTask('list_first', item=0, lists of 3 to 5 of 315 words)
     """
     words = _read_words()
     letters = string.ascii_lowercase

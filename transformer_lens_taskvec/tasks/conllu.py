@@ -20,7 +20,7 @@ _UPOS = frozenset([
 
 
 def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
-    """Read the sentences of a CoNLL-U file with their universal parts of speech.
+    r"""Read the sentences of a CoNLL-U file with their universal parts of speech.
 
     Words are the lines with a plain number; a contraction counts as its parts ("did", "n't"),
     and empty nodes, which the sentence does not pronounce, do not count. The text is the
@@ -44,7 +44,7 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
         >>> rows = ["1 She she PRON _ _ 2 nsubj _ _", "2 sings sing VERB _ _ 0 root _ _"]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "one.conllu")
-        ...     _ = path.write_text("\\n".join(rows).replace(" ", "\\t"))
+        ...     _ = path.write_text("\n".join(rows).replace(" ", "\t"))
         ...     load_conllu(path)
         [Sentence(words=('She', 'sings'), tags=('PRON', 'VERB'))]
     """

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.heads import shuffle_labels
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*one intervention at a time")
+
+
+@pytest.fixture(scope="module")
+def few_shot() -> list[tv.Episode]:
+    return tv.sample_episodes(tv.find_tasks(["singular_plural", "en_fr"]), n=4, n_shots=3, seed=0)
+
+
+def answer_nll(model: Any, episode: tv.Episode, hooks: list[Any]) -> float:
+    """One unpadded run by hand."""
+    encode = model.tokenizer.encode
+    prompt = encode(episode.prompt, add_special_tokens=False)
+    answer = encode(episode.answer, add_special_tokens=False)
+    at = len(prompt) - 1
+    with torch.no_grad():
+        logits = model.run_with_hooks(
+            torch.tensor([prompt + answer]), fwd_hooks=[(name, f(at)) for name, f in hooks]
+        )
+    logp = logits[0, at:-1].log_softmax(-1)
+    return -float(logp[range(len(answer)), answer].sum())
+
+
+def put(value: torch.Tensor, head: int) -> Any:
+    def at(position: int) -> Any:
+        def edit(z: torch.Tensor, hook: Any) -> torch.Tensor:
+            edited = z.clone()
+            edited[:, position, head] = value
+            return edited
+
+        return edit
+
+    return at
+
+
+@pytest.mark.model
+def test_an_effect_is_what_a_heads_mean_does_in_shuffled_prompts_one_run_each(
+    model: Any, few_shot: list[tv.Episode]
+) -> None:
+    effects = tv.head_effects(model, few_shot, seed=3)
+    assert effects.probability.shape == effects.log_probability.shape == (3, 4)
+    clean = [e for task in effects.tasks for e in few_shot if e.task == task]
+    for index, task in enumerate(effects.tasks):
+        own = [episode for episode in clean if episode.task == task]
+        caches = []
+        for episode in own[:2]:
+            tokens = model.tokenizer.encode(episode.prompt, add_special_tokens=False)
+            with torch.no_grad():
+                caches.append(model.run_with_cache(torch.tensor([tokens]))[1])
+        corrupted = [
+            e for e in shuffle_labels([*clean[2:4], *clean[6:8]], seed=3) if e.task == task
+        ]
+        for layer, head in ((0, 1), (2, 3)):
+            name = f"blocks.{layer}.attn.hook_z"
+            mean = torch.stack([cache[name][0, -1, head] for cache in caches]).mean(dim=0)
+            torch.testing.assert_close(
+                effects.means[index, layer, head], mean, atol=1e-5, rtol=1e-4
+            )
+            log_change, change = 0.0, 0.0
+            for episode in corrupted:
+                before = answer_nll(model, episode, [])
+                after = answer_nll(model, episode, [(name, put(mean, head))])
+                log_change += (before - after) / 2
+                change += float(torch.tensor(-after).exp() - torch.tensor(-before).exp()) / 2
+            found = effects.log_probability_by_task[index, layer, head]
+            assert float(found) == pytest.approx(log_change, abs=2e-4)
+            found = effects.probability_by_task[index, layer, head]
+            assert float(found) == pytest.approx(change, abs=1e-6)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_pruning_takes_a_head_out_of_clean_prompts(
+    model: Any, few_shot: list[tv.Episode], ablation: str
+) -> None:
+    effects = tv.head_effects(model, few_shot, on=few_shot, ablation=ablation)
+    z = tv.collect(model, few_shot, hook="z").values
+    for layer, head in ((1, 0), (2, 2)):
+        value = torch.zeros(8) if ablation == "zero" else z[:, layer, head].mean(dim=0)
+        for index, task in enumerate(effects.tasks):
+            own = [episode for episode in few_shot if episode.task == task]
+            change = 0.0
+            for episode in own:
+                hook = (f"blocks.{layer}.attn.hook_z", put(value, head))
+                change += answer_nll(model, episode, []) - answer_nll(model, episode, [hook])
+            found = effects.log_probability_by_task[index, layer, head]
+            assert float(found) == pytest.approx(change / len(own), abs=2e-4)
+
+
+@pytest.mark.model
+def test_a_function_vector_of_all_heads_is_the_mean_attention_output(
+    model: Any, few_shot: list[tv.Episode]
+) -> None:
+    effects = tv.head_effects(model, few_shot, on=few_shot)
+    vector = tv.function_vector(model, few_shot, n_heads=12, effects=effects)
+    assert sorted(vector.heads) == [(layer, head) for layer in range(3) for head in range(4)]
+    outputs = tv.task_vectors(tv.collect(model, few_shot, hook="attn_out"))
+    for task in vector.tasks:
+        torch.testing.assert_close(vector[task], outputs[task].sum(dim=0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_heads_write_through_their_part_of_w_o_in_every_architecture(
+    kind: str, tokenizer: Any, few_shot: list[tv.Episode]
+) -> None:
+    model = zoo.bridge(kind, tokenizer)
+    z = tv.collect(model, few_shot, hook="z").values
+    out = tv.collect(model, few_shot, hook="attn_out").values
+    bias = out.new_zeros(3, 32)
+    for layer in range(3):
+        b_O = getattr(model.blocks[layer].attn, "b_O", None)
+        bias[layer] = 0 if b_O is None else b_O.detach()
+    weights = torch.stack([model.blocks[layer].attn.W_O.detach() for layer in range(3)])
+    summed = torch.einsum("elhd,lhdm->elm", z, weights) + bias
+    torch.testing.assert_close(summed, out, atol=1e-4, rtol=1e-4)
+
+
+def test_the_top_heads_have_the_largest_effects(model: Any, few_shot: list[tv.Episode]) -> None:
+    effects = tv.head_effects(model, few_shot)
+    top = effects.top(5)
+    values = [float(effects.probability[place]) for place in top]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] >= float(effects.probability.flatten().sort(descending=True).values[4])
+    vector = tv.function_vector(model, few_shot, n_heads=5, effects=effects)
+    assert vector.heads == top
+    assert len(effects.to_frame()) == 2 * 12
+    with pytest.raises(ValueError, match="the model has 12 heads"):
+        effects.top(13)
+
+
+def test_shuffled_labels_are_the_same_labels_in_other_places(few_shot: list[tv.Episode]) -> None:
+    for before, after in zip(few_shot, shuffle_labels(few_shot, seed=0), strict=True):
+        assert [d.x for d in after.demos] == [d.x for d in before.demos]
+        assert sorted(d.y for d in after.demos) == sorted(d.y for d in before.demos)
+        assert all(a.y != b.y for a, b in zip(after.demos, before.demos, strict=True))
+        assert after.query == before.query
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ablation": "noise"}, "ablation is 'noise'"),
+        ({"episodes": 1}, "has one episode"),
+        ({"shots": 1}, "has 1 demonstration"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(model: Any, change: dict, message: str) -> None:
+    tasks = tv.find_tasks(["singular_plural"])
+    n, shots = change.pop("episodes", 4), change.pop("shots", 2)
+    episodes = tv.sample_episodes(tasks, n=n, n_shots=shots, seed=0)
+    with pytest.raises(ValueError, match=message):
+        tv.head_effects(model, episodes, **change)

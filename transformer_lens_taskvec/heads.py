@@ -1,0 +1,328 @@
+"""Attention heads: what each of them does for a task, and function vectors made of the best.
+
+A head's mean output over clean few-shot prompts is put in its place in prompts whose labels are
+shuffled, at the last prompt token; the change in the answer's probability is its average indirect
+effect (AIE). The sum of the top heads' mean outputs, each through its own part of ``W_O``, is the
+task's *function vector*, which triggers the task when it is added to the residual stream of a
+zero-shot prompt (Todd et al. 2023).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_taskvec.analyses import evaluate_by_task
+from transformer_lens_taskvec.collect import collect
+from transformer_lens_taskvec.engine import Variant
+from transformer_lens_taskvec.evaluate import Scores
+from transformer_lens_taskvec.interventions import ablate, inject
+from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.tasks.base import Example
+
+
+@dataclass(frozen=True, repr=False)
+class HeadEffects:
+    """What every head does to the answers.
+
+    Attributes:
+        probability_by_task: ``[task, layer, head]``, mean change in the answer's probability.
+        log_probability_by_task: ``[task, layer, head]``, mean change in its log-probability,
+            in nats.
+        baseline: Scores of the prompts that the heads were changed in, unchanged.
+        means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
+        ablation: None where means were put into shuffled prompts, else ``"zero"`` or ``"mean"``.
+    """
+
+    probability_by_task: Float[Tensor, "task layer head"]
+    log_probability_by_task: Float[Tensor, "task layer head"]
+    baseline: Scores
+    means: Float[Tensor, "task layer head d_head"]
+    ablation: str | None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.baseline.tasks
+
+    @property
+    def probability(self) -> Float[Tensor, "layer head"]:
+        """``[layer, head]``, the mean over tasks of the effect on the probability."""
+        return self.probability_by_task.mean(dim=0)
+
+    @property
+    def log_probability(self) -> Float[Tensor, "layer head"]:
+        """``[layer, head]``, the mean over tasks of the effect on the log-probability, in nats."""
+        return self.log_probability_by_task.mean(dim=0)
+
+    def top(self, n: int) -> tuple[tuple[int, int], ...]:
+        """The ``n`` heads with the largest mean effect on the probability, as (layer, head).
+
+        Raises:
+            ValueError: If there are not so many heads.
+        """
+        effects = self.probability
+        if not 1 <= n <= effects.numel():
+            raise ValueError(f"n_heads is {n}; the model has {effects.numel()} heads")
+        best = effects.flatten().topk(n).indices.tolist()
+        return tuple(divmod(index, effects.shape[1]) for index in best)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a task, layer and head: ``task, layer, head, probability, log_probability``."""
+        return pd.DataFrame(
+            [
+                {
+                    "task": task,
+                    "layer": layer,
+                    "head": head,
+                    "probability": float(self.probability_by_task[index, layer, head]),
+                    "log_probability": float(self.log_probability_by_task[index, layer, head]),
+                }
+                for index, task in enumerate(self.tasks)
+                for layer in range(self.means.shape[1])
+                for head in range(self.means.shape[2])
+            ]
+        )
+
+    def __repr__(self) -> str:
+        best = ", ".join(
+            f"{layer}.{head} {float(self.probability[layer, head]):+.3f}"
+            for layer, head in self.top(min(5, self.probability.numel()))
+        )
+        what = (
+            "means into shuffled prompts" if self.ablation is None else f"{self.ablation} ablation"
+        )
+        return f"HeadEffects({what}, {len(self.tasks)} tasks; largest on P(answer): {best})"
+
+
+@dataclass(frozen=True, repr=False)
+class FunctionVector:
+    """The sum of some heads' mean contributions to the residual stream, for each task.
+
+    Attributes:
+        values: ``[task, d_model]``.
+        tasks: The tasks' names.
+        heads: The heads it is made of, as (layer, head), the most effective first.
+        effects: What the heads were chosen by.
+    """
+
+    values: Float[Tensor, "task d_model"]
+    tasks: tuple[str, ...]
+    heads: tuple[tuple[int, int], ...]
+    effects: HeadEffects
+
+    def __getitem__(self, task: str) -> Float[Tensor, " d_model"]:
+        """The vector of one task, to be injected with ``mode="add"``.
+
+        Raises:
+            KeyError: If there is no such task.
+        """
+        if task not in self.tasks:
+            raise KeyError(f"no vector for task {task!r}; there are: {', '.join(self.tasks)}")
+        return self.values[self.tasks.index(task)]
+
+    def __repr__(self) -> str:
+        heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads)
+        return f"FunctionVector({', '.join(self.tasks)}; heads {heads})"
+
+
+def shuffle_labels(episodes: Sequence[Episode], seed: int) -> list[Episode]:
+    """The same episodes with each one's demonstration answers shuffled; none stays in its place.
+
+    Args:
+        episodes: Episodes of at least two demonstrations with different answers.
+        seed: Seed of the shuffling.
+
+    Returns:
+        Episodes that no longer show their task.
+
+    Raises:
+        ValueError: If an episode has fewer than two demonstrations.
+
+    Example:
+        >>> episode = Episode("t", (Example("a", "1"), Example("b", "2")), Example("c", "3"))
+        >>> shuffle_labels([episode], seed=0)[0].demos
+        (Example(x='a', y='2'), Example(x='b', y='1'))
+    """
+    rng = random.Random(seed)
+    shuffled = []
+    for episode in episodes:
+        n = len(episode.demos)
+        if n < 2:
+            raise ValueError(
+                f"an episode of {episode.task!r} has {n} demonstration(s); shuffling labels needs "
+                "two or more"
+            )
+        order = list(range(n))
+        for last in range(n - 1, 0, -1):  # Sattolo's shuffle: one cycle, nothing keeps its place
+            other = rng.randrange(last)
+            order[last], order[other] = order[other], order[last]
+        demos = tuple(
+            Example(demo.x, episode.demos[place].y)
+            for demo, place in zip(episode.demos, order, strict=True)
+        )
+        shuffled.append(replace(episode, demos=demos))
+    return shuffled
+
+
+def head_effects(
+    model: Any,
+    episodes: Sequence[Episode],
+    *,
+    on: Sequence[Episode] | None = None,
+    ablation: str | None = None,
+    seed: int = 0,
+    prepend_bos: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> HeadEffects:
+    """The effect of every attention head on the answers, at the last prompt token.
+
+    By default each head's mean output over clean prompts replaces its output in prompts with
+    shuffled labels: the average indirect effect (Todd et al. 2023). With ``ablation`` each head
+    is pruned instead, in the clean prompts (Han et al. 2025, Figures 17 and 18).
+
+    Args:
+        model: A model with attention heads (``attn.hook_z``).
+        episodes: Clean few-shot episodes that the means are taken from.
+        on: Clean episodes to measure on, of the same tasks; by default the second half of each
+            task's ``episodes``, and the means are taken from the first half, so that no answer
+            leaks into its own measurement.
+        ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
+        seed: Seed of the shuffling.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        progress: Whether to show progress bars.
+
+    Returns:
+        Effects on the answer's probability and log-probability, ``[layer, head]``.
+
+    Raises:
+        ValueError: If ``ablation`` is unknown, a task has one episode only, or an episode has too
+            few demonstrations to shuffle.
+    """
+    if ablation not in (None, "zero", "mean"):
+        raise ValueError(f"ablation is {ablation!r}; it must be None, 'zero' or 'mean'")
+    clean, measured = (episodes, on) if on is not None else _halves(episodes)
+    if ablation is None:
+        measured = shuffle_labels(measured, seed)
+    found = collect(model, clean, hook="z", prepend_bos=prepend_bos, progress=progress)
+    means = torch.stack(
+        [found.values[found.labels == index].mean(dim=0) for index in range(len(found.tasks))]
+    )
+    places = [(layer, head) for layer in found.layers for head in range(means.shape[2])]
+
+    def variants_of(task: str) -> list[Variant]:
+        if ablation == "zero":
+            edits = [ablate(layer, hook="z", head=head) for layer, head in places]
+        else:
+            of_task = task in found.tasks and ablation is None
+            mean = means[found.tasks.index(task)] if of_task else means.mean(dim=0)
+            edits = [
+                inject(mean[layer, head], layer, hook="z", head=head) for layer, head in places
+            ]
+        return [[], *([edit] for edit in edits)]
+
+    missing = {episode.task for episode in measured} - set(found.tasks)
+    if missing and ablation is None:
+        raise ValueError(f"no clean episodes for {', '.join(sorted(missing))}")
+    baseline, *scores = evaluate_by_task(
+        model,
+        measured,
+        variants_of,
+        prepend_bos=prepend_bos,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    order = [found.tasks.index(task) for task in baseline.tasks if task in found.tasks]
+    shape = (len(baseline.tasks), len(found.layers), means.shape[2])
+    return HeadEffects(
+        _change(baseline, scores, lambda nll: (-nll).exp()).view(shape),
+        _change(baseline, scores, lambda nll: -nll).view(shape),
+        baseline,
+        means[order],
+        ablation,
+    )
+
+
+def function_vector(
+    model: Any,
+    episodes: Sequence[Episode],
+    n_heads: int = 10,
+    *,
+    effects: HeadEffects | None = None,
+    seed: int = 0,
+    prepend_bos: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> FunctionVector:
+    """Each task's function vector: the top heads' mean outputs, through ``W_O``, summed.
+
+    Add it to the residual stream of zero-shot prompts, about a third of the way up:
+    ``inject(vector["antonyms"], layer, mode="add")`` (Todd et al. 2023).
+
+    Args:
+        model: A model with attention heads and ``blocks[l].attn.W_O``.
+        episodes: Clean few-shot episodes, of several tasks for heads that serve tasks in general.
+        n_heads: How many heads, by their mean effect over tasks.
+        effects: The effects to choose by, when they are known already.
+        seed: Seed of the shuffling.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The vectors, with the heads they are made of and their effects.
+
+    Raises:
+        ValueError: If there are not so many heads, or as for :func:`head_effects`.
+    """
+    if effects is None:
+        effects = head_effects(
+            model,
+            episodes,
+            seed=seed,
+            prepend_bos=prepend_bos,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+    heads = effects.top(n_heads)
+    total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
+    for layer, head in heads:
+        weights = model.blocks[layer].attn.W_O.detach()[head].to("cpu", torch.float32)
+        total += effects.means[:, layer, head] @ weights
+    return FunctionVector(total, effects.tasks, heads, effects)
+
+
+def _halves(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
+    """The first and the second half of each task's episodes."""
+    by_task: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        by_task.setdefault(episode.task, []).append(episode)
+    for task, own in by_task.items():
+        if len(own) < 2:
+            raise ValueError(
+                f"task {task!r} has one episode; two or more are needed, for the means and for "
+                "the measurement (or give on=...)"
+            )
+    first = [episode for own in by_task.values() for episode in own[: (len(own) + 1) // 2]]
+    second = [episode for own in by_task.values() for episode in own[(len(own) + 1) // 2 :]]
+    return first, second
+
+
+def _change(
+    baseline: Scores, scores: Sequence[Scores], of: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "task variant"]:
+    """The mean change of a function of the answer's NLL, by task and variant."""
+    changes = torch.stack([of(score.nll.double()) - of(baseline.nll.double()) for score in scores])
+    columns = [
+        changes[:, baseline.labels == index].mean(dim=1) for index in range(len(baseline.tasks))
+    ]
+    return torch.stack(columns).float()
