@@ -117,7 +117,7 @@ def test_prompts_longer_than_a_sliding_window_run_plainly(
     model = zoo.bridge("gemma2", tokenizer, sliding_window=8)
     assert capabilities(model).max_prompt == 8
     with pytest.warns(UserWarning, match="sliding window of 8 is shorter"):
-        found = in_the_engine(model, episodes, [[]])
+        found = in_the_engine(model, episodes, [[], [tv.ablate(1, hook="mlp_out", position=-1)]])
     for row, expected in enumerate(one_run_each(model, episodes, [])):
         torch.testing.assert_close(found[row, 0], expected, atol=1e-4, rtol=1e-4)
 

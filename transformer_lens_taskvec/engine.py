@@ -5,7 +5,8 @@ token runs once, and its KV cache is kept; then one suffix runs in which every v
 *branch*: the last prompt token and the answer's tokens, with the positions they would have alone,
 under a 4-D mask that shows a branch the prompt and its own past only. A hook acts on its own
 branch's first row. Work falls from ``variants x (prompt + answer)`` tokens to ``prompt + variants x
-answer``.
+answer``. And below the first layer that a branch is edited in it equals the unedited one: where the
+model allows it, blocks run only on the branches that differ already.
 
 Models and interventions that this does not suit are run the plain way, one variant at a time on
 whole sequences, with the same results.
@@ -14,6 +15,7 @@ whole sequences, with the same results.
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +50,10 @@ _BRANCH_TOKENS = 256
 """The most suffix tokens beside one prompt: attention among them grows with their square."""
 
 
+_FEW = 4
+"""Up to so many variants, large batches are worth more than answers of one length."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Logits of some prompts under some variants, at the positions that predict the answer.
@@ -61,7 +67,7 @@ class Chunk:
     """
 
     rows: tuple[int, ...]
-    variants: range
+    variants: tuple[int, ...]
     logits: Float[Tensor, "row variant answer_pos vocab"]
     answers: Int[Tensor, "row answer_pos"]
     mask: Bool[Tensor, "row answer_pos"]
@@ -93,32 +99,38 @@ def answer_logits(
     can = capabilities(model)
     packed = [index for index, variant in enumerate(variants) if all(map(_packs, variant))]
     if packed and not can.packs:
-        _warn_plain(model, can.reason)
+        if len(packed) > 1:
+            _warn_plain(model, can.reason)
         packed = []
     plain = [index for index in range(len(variants)) if index not in set(packed)]
     budget = max_tokens or default_max_tokens(model)
-    longest = max(map(len, prompts)) + max(map(len, answers))
-    branches = max(1, min(_BRANCH_TOKENS, budget) // max(map(len, answers)))
-    per_prompt = max(longest, min(branches, len(packed) or 1) * max(map(len, answers)))
+    prompt_length, answer_length = max(map(len, prompts)), max(map(len, answers))
+    beside = min(_BRANCH_TOKENS, budget, (1 + len(packed)) * answer_length) if packed else 0
+    per_prompt = max(prompt_length + answer_length, beside)
     device = device_of(model)
     for batch in batches(
         prompts,
         batch_size=max(1, budget // per_prompt),
         pad=pad_id(model),
         same_length=not can.pads,
+        # Padding behind an answer is run once a variant: among many, only equal lengths together.
+        groups=[len(answer) for answer in answers] if len(packed) > _FEW else None,
     ):
         batch = batch.to(device)
         ids, mask = _pad_right([answers[row] for row in batch.rows], device)
         alone = list(plain)
         if packed and not _fits(can, batch, ids.shape[1]):
-            _warn_plain(model, f"its sliding window of {can.max_prompt} is shorter than a prompt")
+            if len(packed) > 1:
+                window = f"its sliding window of {can.max_prompt} is shorter than a prompt"
+                _warn_plain(model, window)
             alone = list(range(len(variants)))
         elif packed:
-            for chosen, logits in _packed(model, batch, ids, variants, packed, branches):
-                yield from _chunks(batch, chosen, logits, ids, mask)
+            branches = max(1, min(_BRANCH_TOKENS, budget) // ids.shape[1] - 1)
+            for some, logits in _packed(model, batch, ids, variants, packed, branches):
+                yield Chunk(batch.rows, some, logits, ids, mask)
         for index in alone:
             logits = _plain(model, batch, ids, mask, variants[index])
-            yield Chunk(batch.rows, range(index, index + 1), logits[:, None], ids, mask)
+            yield Chunk(batch.rows, (index,), logits[:, None], ids, mask)
 
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:
@@ -181,7 +193,7 @@ def default_max_tokens(model: Any) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(min(max(free // 4 // per_token, 256), 65536))
-    return int(min(max((2 << 30) // per_token, 256), 2048))
+    return int(min(max((1 << 30) // per_token, 256), 1024))
 
 
 def _packs(hook: Hook) -> bool:
@@ -212,18 +224,6 @@ def _pad_right(
     return ids.to(device), mask.to(device)
 
 
-def _chunks(
-    batch: Batch, chosen: Sequence[int], logits: Tensor, ids: Tensor, mask: Tensor
-) -> Iterator[Chunk]:
-    """One chunk for each run of consecutive variants."""
-    start = 0
-    for end in range(1, len(chosen) + 1):
-        if end == len(chosen) or chosen[end] != chosen[end - 1] + 1:
-            variants = range(chosen[start], chosen[end - 1] + 1)
-            yield Chunk(batch.rows, variants, logits[:, start:end], ids, mask)
-            start = end
-
-
 def _packed(
     model: Any,
     batch: Batch,
@@ -231,24 +231,41 @@ def _packed(
     variants: Sequence[Variant],
     chosen: Sequence[int],
     branches: int,
-) -> Iterator[tuple[Sequence[int], Float[Tensor, "row variant answer_pos vocab"]]]:
+) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "row variant answer_pos vocab"]]]:
+    """Chunks of the chosen variants; branch 0 of each suffix is the model as it is."""
     n_rows, length = ids.shape
     prefix = batch.mask[:, :-1]
     cache = run_prefix(model, batch.tokens[:, :-1], prefix)
     branch = torch.cat([batch.tokens[:, -1:], ids[:, :-1]], dim=1)
-    for start in range(0, len(chosen), branches):
-        some = chosen[start : start + branches]
+    n_layers = int(model.cfg.n_layers)
+    edited = sorted(
+        (index for index in chosen if variants[index]), key=lambda i: _first(variants[i])
+    )
+    plain = tuple(index for index in chosen if not variants[index])
+    for start in range(0, max(len(edited), 1), branches):
+        some = edited[start : start + branches]
+        first = [_first(variants[index]) for index in some]
+        n_branches = 1 + len(some)
         logits = run_branches(
             model,
-            branch.repeat(1, len(some)),
+            branch.repeat(1, n_branches),
             branch_mask(
-                prefix, n_branches=len(some), branch_length=length, dtype=mask_dtype(model)
+                prefix, n_branches=n_branches, branch_length=length, dtype=mask_dtype(model)
             ),
-            branch_positions(prefix, n_branches=len(some), branch_length=length),
+            branch_positions(prefix, n_branches=n_branches, branch_length=length),
             cache,
-            _branch_hooks([variants[index] for index in some], length),
-        )
-        yield some, logits.view(n_rows, len(some), length, -1)
+            _branch_hooks([[], *(variants[index] for index in some)], length),
+            active=[1 + bisect_right(first, layer) for layer in range(n_layers)],
+        ).view(n_rows, n_branches, length, -1)
+        if start == 0 and plain:
+            yield plain, logits[:, :1].expand(-1, len(plain), -1, -1)
+        if some:
+            yield tuple(some), logits[:, 1:]
+
+
+def _first(variant: Variant) -> int:
+    """The first layer that a variant edits."""
+    return min(hook.layer for hook in variant if isinstance(hook, Intervention))
 
 
 def _branch_hooks(variants: Sequence[Variant], length: int) -> list[tuple[str, Callable[..., Any]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Protocol
@@ -52,6 +52,7 @@ class Capabilities:
         pads: Left-padded prompts give the numbers that they give alone.
         packs: Prompts can be cached and continued by branches under a 4-D mask.
         caches: Prompts can be cached and continued token by token.
+        shares_layers: Its blocks can run on those branches alone that differ already.
         reason: Why it does not pack, or the empty string.
         max_prompt: The longest prompt that packs, or None for no bound: a sliding window.
     """
@@ -59,6 +60,7 @@ class Capabilities:
     pads: bool
     packs: bool
     caches: bool
+    shares_layers: bool = False
     reason: str = ""
     max_prompt: int | None = None
 
@@ -234,26 +236,96 @@ def run_branches(
     positions: Int[Tensor, "row branch_pos"],
     cache: DynamicCache,
     hooks: Hooks = (),
+    *,
+    active: Sequence[int] | None = None,
 ) -> Float[Tensor, "row branch_pos vocab"]:
     """Logits of tokens that continue a cached prompt under a 4-D additive mask.
 
     The cache is the prompt's again when this returns.
+
+    Args:
+        model: A model that :func:`capabilities` says ``packs``.
+        tokens: Branches of the same tokens, one behind the other, the unedited one first.
+        attention_mask: From :func:`branch_mask`.
+        positions: From :func:`branch_positions`.
+        cache: From :func:`run_prefix`.
+        hooks: Hook functions; they see the branches that run.
+        active: For each layer how many of the branches are edited by then, the first, unedited
+            one counted in; they stand in that order. Only used where the model ``shares_layers``.
     """
     length = cache.get_seq_length()
+    shared = active is not None and capabilities(model).shares_layers
+    sharing = _sharing_layers(model, active or (), tokens.shape[1]) if shared else nullcontext()
     try:
-        logits = model.run_with_hooks(
-            tokens,
-            fwd_hooks=list(hooks),
-            return_type="logits",
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-        )
+        with sharing:
+            logits = model.run_with_hooks(
+                tokens,
+                fwd_hooks=list(hooks),
+                return_type="logits",
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+            )
     finally:
-        added = cache.get_seq_length() - length
-        if added:
-            cache.crop(-added)
+        for layer in cache.layers:
+            added = layer.get_seq_length() - length
+            if added:
+                layer.crop(-added)
     return _as_tensor(logits)
+
+
+@contextmanager
+def _sharing_layers(model: Any, active: Sequence[int], n_tokens: int) -> Iterator[None]:
+    """Let each block run on its active branches only, and what follows the blocks on all."""
+    length = n_tokens // active[-1]
+
+    def entering(layer: int) -> Callable[..., Any]:
+        n = active[layer] * length
+
+        def enter(block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            named = {name: _narrow(value, n_tokens, n) for name, value in kwargs.items()}
+            if not args:
+                hidden = _resize(kwargs["hidden_states"], n, length)
+                return (), {**named, "hidden_states": hidden}
+            rest = (_narrow(value, n_tokens, n) for value in args[1:])
+            return (_resize(args[0], n, length), *rest), named
+
+        return enter
+
+    def leave(module: Any, args: Any) -> Any:
+        return (_resize(args[0], n_tokens, length), *args[1:])
+
+    handles = [
+        block.register_forward_pre_hook(entering(layer), with_kwargs=True)
+        for layer, block in enumerate(model.blocks)
+    ]
+    handles.append(model.ln_final.register_forward_pre_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _resize(hidden: Float[Tensor, "row pos d"], n: int, length: int) -> Float[Tensor, "row n d"]:
+    """The first ``n`` tokens, where they are too few with copies of the first branch behind."""
+    missing = n - hidden.shape[1]
+    if missing <= 0:
+        return hidden[:, :n]
+    return torch.cat([hidden, hidden[:, :length].repeat(1, missing // length, 1)], dim=1)
+
+
+def _narrow(value: Any, full: int, n: int) -> Any:
+    """A block's argument (mask, positions, rotations) for the first ``n`` of ``full`` tokens."""
+    if isinstance(value, tuple | list):
+        return type(value)(_narrow(part, full, n) for part in value)
+    if not isinstance(value, Tensor) or n == full:
+        return value
+    if value.ndim == 4 and value.shape[-2] == full:
+        return value[..., :n, : value.shape[-1] - full + n]
+    if value.ndim in (2, 3) and value.shape[1] == full:
+        return value[:, :n]
+    return value[:n] if value.ndim == 1 and len(value) == full else value
 
 
 def new_cache(model: Any, n_rows: int) -> Any:
@@ -331,8 +403,11 @@ def _find_capabilities(model: Any) -> Capabilities:
         reason = f"{type(model).__name__} takes no 4-D attention mask"
         return Capabilities(pads=True, packs=False, caches=caches, reason=reason)
     packs, problem = _tried(_packing_error, model)
+    shares, _ = _tried(_sharing_error, model)
     reason = "" if packs else f"its prompts cannot be cached and continued ({problem})"
-    return Capabilities(True, packs, caches, reason, _sliding_window(hf_model.config))
+    return Capabilities(
+        True, packs, caches, packs and shares, reason, _sliding_window(hf_model.config)
+    )
 
 
 def _tried(measure: Callable[[Any], float], model: Any) -> tuple[bool, str]:
@@ -405,6 +480,35 @@ def _packing_error(model: Any) -> float:
         alone = run_prompts(model, whole, torch.ones_like(whole, dtype=torch.bool))
         errors.append(_relative(packed[:, 2 * index : 2 * index + 2], alone[:, 3:]))
     return max(errors)
+
+
+def _sharing_error(model: Any) -> float:
+    """How far edited branches that share layers are from those that run all of them."""
+    tokens = _probe_tokens(model, 5)
+    padded, mask = _padded(tokens[:, :3])
+    n_layers, n_branches = int(model.cfg.n_layers), 3
+    first = [n_layers // 2, n_layers - 1]
+
+    def halve(branch: int) -> Callable[..., Tensor]:
+        def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
+            edited = activation.clone()
+            edited[:, 2 * branch] *= 0.5
+            return edited
+
+        return hook_function
+
+    hooks = [
+        (hook_name("resid_post", layer), halve(branch)) for branch, layer in enumerate(first, 1)
+    ]
+    bias = branch_mask(mask, n_branches=n_branches, branch_length=2, dtype=mask_dtype(model))
+    positions = branch_positions(mask, n_branches=n_branches, branch_length=2)
+    branches = tokens[:, 3:].repeat(1, n_branches)
+    active = [1 + sum(layer >= edited for edited in first) for layer in range(n_layers)]
+    cache = run_prefix(model, padded, mask)
+    whole = run_branches(model, branches, bias, positions, cache, hooks)
+    with _sharing_layers(model, active, branches.shape[1]):
+        shared = run_branches(model, branches, bias, positions, cache, hooks)
+    return _relative(shared, whole)
 
 
 def branch_mask(

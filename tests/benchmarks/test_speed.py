@@ -1,0 +1,294 @@
+"""Ratios of this library to the usual ways, on SmolLM2-135M.
+
+pytest tests/benchmarks -s
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import record
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+
+import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.collect import Source
+from transformer_lens_taskvec.heads import shuffle_labels
+from transformer_lens_taskvec.models import run_until
+
+Compare = Callable[..., float]
+TASK = "element_symbol"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    return tv.load_model("smollm2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def sets() -> dict[str, list[tv.Episode]]:
+    tasks = tv.find_tasks([TASK])  # prompts of about 46 tokens
+    return tv.sample_splits(tasks, {"train": 8, "test": 24}, n_shots=5, seed=0)
+
+
+@pytest.fixture(scope="session")
+def vectors(smollm2: Any, sets: dict[str, list[tv.Episode]]) -> tv.TaskVectors:
+    return tv.task_vectors(tv.collect(smollm2, sets["train"]))
+
+
+def padded(model: Any, episodes: list[tv.Episode]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Left-padded prompts with their right-padded answers but the last token, and their mask."""
+    encode = model.tokenizer.encode
+    prompts = [encode(episode.prompt, add_special_tokens=False) for episode in episodes]
+    answers = [encode(episode.answer, add_special_tokens=False)[:-1] for episode in episodes]
+    width, length = max(map(len, prompts)), max(map(len, answers))
+    tokens = torch.full((len(prompts), width + length), 2)
+    mask = torch.zeros_like(tokens)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tokens[row, width - len(prompt) : width + len(answer)] = torch.tensor(prompt + answer)
+        mask[row, width - len(prompt) :] = 1
+    return tokens, mask, width
+
+
+def hook_loop(model: Any, episodes: list[tv.Episode], edits: list[tuple[str, Any]]) -> None:
+    """One teacher-forced ``run_with_hooks`` for every edit: how sweeps are usually written."""
+    tokens, mask, width = padded(model, episodes)
+    for name, edit in edits:
+
+        def hook(activation: torch.Tensor, hook: Any, edit: Any = edit) -> torch.Tensor:
+            edit(activation, width - 1)
+            return activation
+
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[(name, hook)])
+            logits[:, width - 1 :].log_softmax(-1)
+
+
+def replacing(vector: torch.Tensor, head: int | None = None) -> Any:
+    def edit(activation: torch.Tensor, at: int) -> None:
+        if head is None:
+            activation[:, at] = vector
+        else:
+            activation[:, at, head] = vector
+
+    return edit
+
+
+@pytest.mark.parametrize(("shots", "target"), [(5, 20.0), (0, 7.0)])
+def test_layer_sweep(
+    compare: Compare,
+    smollm2: Any,
+    sets: dict[str, list[tv.Episode]],
+    vectors: tv.TaskVectors,
+    shots: int,
+    target: float,
+) -> None:
+    episodes = sets["test"] if shots else tv.zero_shot(sets["test"])
+    values = vectors[TASK]
+    edits = [(f"blocks.{i}.hook_resid_post", replacing(values[i])) for i in range(30)]
+    ratio = compare(
+        f"layer sweep, 30 layers, {shots}-shot",
+        "one run_with_hooks per layer",
+        target,
+        lambda: tv.layer_sweep(smollm2, episodes, vectors),
+        lambda: hook_loop(smollm2, episodes, edits),
+        rounds=1 if shots else 3,
+    )
+    print(
+        f"\nlayer sweep, {shots}-shot: {tokens_predict(smollm2, episodes):.2f} x the tokens' time"
+    )
+    assert ratio >= target
+
+
+def tokens_predict(model: Any, episodes: list[tv.Episode]) -> float:
+    """A layer sweep's time over that of plain passes over as many tokens in the same shapes."""
+    tokens, mask, width = padded(model, episodes)
+    vectors = tv.task_vectors(tv.collect(model, episodes))
+    suffix = torch.randint(100, 40_000, (len(episodes), 31 * (tokens.shape[1] - width + 1)))
+    ratios = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(tokens[:, :width], attention_mask=mask[:, :width])
+            model(suffix)
+        plain = time.perf_counter() - start
+        start = time.perf_counter()
+        tv.layer_sweep(model, episodes, vectors)
+        ratios.append((time.perf_counter() - start) / plain)
+    record("layer sweep's wall time", "its tokens in plain passes, at most", 1.5, min(ratios))
+    return min(ratios)
+
+
+def test_head_effects(compare: Compare, smollm2: Any, sets: dict[str, list[tv.Episode]]) -> None:
+    clean, measured = sets["train"], sets["test"][:4]
+    z = tv.collect(smollm2, clean, hook="z").values.mean(dim=0)
+    edits = [
+        (f"blocks.{layer}.attn.hook_z", replacing(z[layer, head], head))
+        for layer in range(30)
+        for head in range(9)
+    ]
+    corrupted = shuffle_labels(measured, seed=0)
+
+    def one_run_per_head() -> None:
+        tv.collect(smollm2, clean, hook="z")
+        hook_loop(smollm2, corrupted, edits)
+
+    ratio = compare(
+        "head effects, 270 heads, 5-shot",
+        "one run per head",
+        30.0,
+        lambda: tv.head_effects(smollm2, clean, on=measured),
+        one_run_per_head,
+        rounds=1,
+    )
+    assert ratio >= 30
+
+
+def test_perturbation_matrix(compare: Compare, smollm2: Any) -> None:
+    tasks = tv.bitwise_tasks()
+    split = tv.sample_splits(tasks, {"train": 4, "test": 4}, n_shots=4, seed=0)
+    vectors = tv.task_vectors(tv.collect(smollm2, split["train"], layers=[15]))
+    edits = [
+        ("blocks.15.hook_resid_post", replacing(vectors.at(task, 15))) for task in vectors.tasks
+    ]
+
+    def one_run_per_cell() -> None:
+        for task in tasks:
+            own = [episode for episode in split["test"] if episode.task == task]
+            hook_loop(smollm2, own, edits)
+
+    ratio = compare(
+        "perturbation matrix, 7 x 7 bitwise tasks, 4-shot",
+        "one teacher-forced run per cell",
+        4.0,
+        lambda: tv.perturbation_matrix(smollm2, split["test"], vectors, 15),
+        one_run_per_cell,
+    )
+    assert ratio >= 4
+
+
+def test_task_decodability(compare: Compare) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(700) % 7
+    centres = torch.randn(7, 30, 576, generator=generator)
+    values = centres[labels] + 8 * torch.randn(700, 30, 576, generator=generator)
+    names = tuple(map(str, range(7)))
+    source = Source("made", "resid_post", -1, "{x}->{y}", False)
+    found = tv.Activations(values, labels, names, tuple(range(30)), source)
+    points, truth = values.numpy(), labels.numpy()
+
+    def by_scikit_learn() -> np.ndarray:
+        return np.stack(
+            [
+                cross_val_predict(
+                    KNeighborsClassifier(n_neighbors=10), points[:, i], truth, cv=LeaveOneOut()
+                )
+                for i in range(30)
+            ]
+        )
+
+    ratio = compare(
+        "TD, 700 points, 30 layers",
+        "scikit-learn leave-one-out per layer",
+        10.0,
+        lambda: tv.task_decodability(found),
+        by_scikit_learn,
+        rounds=1,
+    )
+    assert ratio >= 10
+
+
+def test_collect_is_as_fast_as_a_plain_pass(
+    compare: Compare, smollm2: Any, sets: dict[str, list[tv.Episode]]
+) -> None:
+    episodes = sets["test"]
+    tokens, mask, width = padded(smollm2, episodes)
+    tokens, mask = tokens[:, :width], mask[:, :width].bool()
+
+    def plain_pass() -> None:
+        with torch.no_grad():
+            run_until(smollm2, tokens, mask, [], "blocks.20.hook_resid_post")
+
+    ratio = compare(
+        "collect, layers 0 to 20",
+        "a plain pass to the same layer",
+        1 / 1.05,
+        lambda: tv.collect(smollm2, episodes, layers=range(21)),
+        plain_pass,
+        rounds=7,
+    )
+    assert ratio >= 1 / 1.05
+
+
+_MEMORY = """
+    import sys, threading, time, psutil, torch
+    import transformer_lens_taskvec as tv
+    model = tv.load_model("smollm2", device="cpu")
+    words = [f"w{i}" for i in range(60)]
+    task = tv.mapping_task("t", {word: word for word in words})
+    episodes = tv.sample_episodes([task], n=64, n_shots=20, seed=0)
+    encode = model.tokenizer.encode
+    ids = [encode(e.prompt, add_special_tokens=False)[:200] for e in episodes]
+    tokens = torch.tensor([row[:min(map(len, ids))] for row in ids])
+    texts = [model.tokenizer.decode(row) for row in tokens]
+    episodes = [tv.Episode("t", (), tv.Example(t, "x"), tv.PromptTemplate("{x}{y}")) for t in texts]
+    tv.collect(model, episodes[:1], layers=[0])
+    process, peak, done = psutil.Process(), 0, False
+    start = process.memory_info().rss
+    def watch():
+        global peak
+        while not done:
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.002)
+    thread = threading.Thread(target=watch); thread.start()
+    if sys.argv[1] == "collect":
+        kept = tv.collect(model, episodes, batch_size=4).values
+    else:
+        with torch.no_grad():
+            _, cache = model.run_with_cache(
+                tokens, names_filter=lambda name: name.endswith("hook_resid_post"))
+        kept = torch.stack([cache[f"blocks.{i}.hook_resid_post"][:, -1] for i in range(30)], dim=1)
+    done = True; thread.join()
+    assert kept.shape == (64, 30, 576), kept.shape
+    print(tokens.shape[1], peak - start)
+"""
+
+
+def test_collect_needs_a_tenth_of_the_memory(benchmark: Any) -> None:
+    used = {}
+    for way in ("collect", "run_with_cache"):
+        script = textwrap.dedent(_MEMORY)
+        out = subprocess.run(
+            [sys.executable, "-c", script, way], capture_output=True, text=True, check=True
+        ).stdout.split()
+        used[way] = int(out[1])
+        print(f"\n{way}: {out[0]} tokens a prompt, peak +{used[way] / 2**20:.0f} MiB")
+    ratio = used["run_with_cache"] / used["collect"]
+    record("collect's peak memory, 64 prompts of 200 tokens", "run_with_cache", 10.0, ratio)
+    benchmark.pedantic(resource.getrusage, args=(resource.RUSAGE_SELF,), rounds=1)
+    assert ratio >= 10
+
+
+def test_importing_costs_little_more_than_transformer_lens(benchmark: Any) -> None:
+    script = (
+        "import time, transformer_lens; t = time.perf_counter(); "
+        "import transformer_lens_taskvec; print(time.perf_counter() - t)"
+    )
+
+    def seconds() -> float:
+        command = [sys.executable, "-c", script]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    added = sorted(seconds() for _ in range(3))[1]
+    print(f"\nimport transformer_lens_taskvec adds {added:.2f} s")
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert added <= 0.5
