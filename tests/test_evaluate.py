@@ -243,3 +243,16 @@ def test_a_tokenizer_without_a_pad_token_serves(tokenizer: Any, episodes: list[t
     model.tokenizer = None
     with pytest.raises(ValueError, match="no tokenizer"):
         tv.evaluate(model, episodes)
+
+
+def test_edits_behind_a_block_come_before_those_in_front_of_the_next(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    vector = vectors.at("en_fr", 1)
+    front = tv.inject(vector, 2, hook="resid_pre", mode="add")
+    behind = tv.inject(2 * vector, 1, hook="resid_post")
+    variants = [[], [front, behind], [behind, front], [behind], [front], [behind, behind, front]]
+    found = in_the_engine(model, episodes[:3], variants)
+    for index, variant in enumerate(variants):
+        for row, expected in enumerate(one_run_each(model, episodes[:3], variant)):
+            torch.testing.assert_close(found[row, index], expected, atol=1e-4, rtol=1e-4)

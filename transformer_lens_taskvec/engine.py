@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,33 +104,46 @@ def answer_logits(
         packed = []
     plain = [index for index in range(len(variants)) if index not in set(packed)]
     budget = max_tokens or default_max_tokens(model)
-    prompt_length, answer_length = max(map(len, prompts)), max(map(len, answers))
-    beside = min(_BRANCH_TOKENS, budget, (1 + len(packed)) * answer_length) if packed else 0
-    per_prompt = max(prompt_length + answer_length, beside)
     device = device_of(model)
-    for batch in batches(
-        prompts,
-        batch_size=max(1, budget // per_prompt),
-        pad=pad_id(model),
-        same_length=not can.pads,
-        # Padding behind an answer is run once a variant: among many, only equal lengths together.
-        groups=[len(answer) for answer in answers] if len(packed) > _FEW else None,
-    ):
-        batch = batch.to(device)
-        ids, mask = _pad_right([answers[row] for row in batch.rows], device)
-        alone = list(plain)
-        if packed and not _fits(can, batch, ids.shape[1]):
-            if len(packed) > 1:
-                window = f"its sliding window of {can.max_prompt} is shorter than a prompt"
-                _warn_plain(model, window)
-            alone = list(range(len(variants)))
-        elif packed:
-            branches = max(1, min(_BRANCH_TOKENS, budget) // ids.shape[1] - 1)
-            for some, logits in _packed(model, batch, ids, variants, packed, branches):
-                yield Chunk(batch.rows, some, logits, ids, mask)
-        for index in alone:
-            logits = _plain(model, batch, ids, mask, variants[index])
-            yield Chunk(batch.rows, (index,), logits[:, None], ids, mask)
+    for rows in _groups(answers, len(packed)):
+        length = max(len(answers[row]) for row in rows)
+        beside = min(_BRANCH_TOKENS, budget, (1 + len(packed)) * length) if packed else 0
+        per_prompt = max(max(len(prompts[row]) for row in rows) + length, beside)
+        for batch in batches(
+            prompts,
+            batch_size=max(1, budget // per_prompt),
+            pad=pad_id(model),
+            same_length=not can.pads,
+            rows=rows,
+        ):
+            batch = batch.to(device)
+            ids, mask = _pad_right([answers[row] for row in batch.rows], device)
+            alone = list(plain)
+            if packed and not _fits(can, batch, length):
+                if len(packed) > 1:
+                    window = f"its sliding window of {can.max_prompt} is shorter than a prompt"
+                    _warn_plain(model, window)
+                alone = list(range(len(variants)))
+            elif packed:
+                branches = max(1, min(_BRANCH_TOKENS, budget) // length - 1)
+                for some, logits in _packed(model, batch, ids, variants, packed, branches):
+                    yield Chunk(batch.rows, some, logits, ids, mask)
+            for index in alone:
+                logits = _plain(model, batch, ids, mask, variants[index])
+                yield Chunk(batch.rows, (index,), logits[:, None], ids, mask)
+
+
+def _groups(answers: Sequence[Sequence[int]], n_packed: int) -> list[list[int]]:
+    """Prompts to batch together: among many variants, those with answers of one length.
+
+    What pads a shorter answer is run once a variant.
+    """
+    if n_packed <= _FEW:
+        return [list(range(len(answers)))]
+    groups: dict[int, list[int]] = {}
+    for row, answer in enumerate(answers):
+        groups.setdefault(len(answer), []).append(row)
+    return list(groups.values())
 
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:
@@ -238,6 +251,7 @@ def _packed(
     cache = run_prefix(model, batch.tokens[:, :-1], prefix)
     branch = torch.cat([batch.tokens[:, -1:], ids[:, :-1]], dim=1)
     n_layers = int(model.cfg.n_layers)
+    variants = [_early(variant, n_layers) for variant in variants]
     edited = sorted(
         (index for index in chosen if variants[index]), key=lambda i: _first(variants[i])
     )
@@ -261,6 +275,23 @@ def _packed(
             yield plain, logits[:, :1].expand(-1, len(plain), -1, -1)
         if some:
             yield tuple(some), logits[:, 1:]
+
+
+def _early(variant: Variant, n_layers: int) -> Variant:
+    """The variant with edits behind a block moved before the next, so that the block is shared.
+
+    They come before the edits that stand there already, as they did.
+    """
+    moved: list[Hook] = []
+    rest: list[Hook] = []
+    for hook in variant:
+        if not isinstance(hook, Intervention):
+            rest.append(hook)
+        elif hook.hook == "resid_post" and hook.layer + 1 < n_layers:
+            moved.append(replace(hook, layer=hook.layer + 1, hook="resid_pre"))
+        else:
+            rest.append(hook)
+    return [*moved, *rest]
 
 
 def _first(variant: Variant) -> int:

@@ -198,6 +198,5 @@ def score(chunk: Chunk) -> tuple[Bool[Tensor, "row variant"], Float[Tensor, "row
     answers = chunk.answers[:, None].expand(chunk.logits.shape[:3])
     behind = ~chunk.mask[:, None]
     right = ((chunk.logits.argmax(dim=-1) == answers) | behind).all(dim=-1)
-    picked = chunk.logits.gather(-1, answers[..., None])[..., 0].float()
-    loss = chunk.logits.float().logsumexp(dim=-1) - picked
+    loss = -chunk.logits.float().log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0]
     return right, loss.masked_fill(behind, 0.0).sum(dim=-1)

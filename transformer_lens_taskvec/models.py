@@ -222,9 +222,9 @@ def run_until(
 
 
 def run_prefix(model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks = ()) -> DynamicCache:
-    """The KV cache of left-padded tokens; the unembedding is not computed."""
+    """The KV cache of left-padded tokens; nothing is computed that it does not need."""
     cache = DynamicCache()
-    last = hook_name("resid_post", int(model.cfg.n_layers) - 1)
+    last = hook_name("attn_out", int(model.cfg.n_layers) - 1)
     run_until(model, tokens, mask, hooks, last, past_key_values=cache)
     return cache
 

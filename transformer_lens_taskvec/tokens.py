@@ -112,7 +112,7 @@ def batches(
     batch_size: int,
     pad: int,
     same_length: bool = False,
-    groups: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Left-padded batches of prompts of similar length, the longest first.
 
@@ -122,10 +122,10 @@ def batches(
         pad: The token id that fills the padding.
         same_length: Put only prompts of equal length together, for models without a usable
             attention mask.
-        groups: A number for each prompt; only prompts of one number go together.
+        rows: Which of the prompts; by default all.
     """
-    kinds = [0] * len(encoded) if groups is None else list(groups)
-    order = sorted(range(len(encoded)), key=lambda row: (kinds[row], -len(encoded[row])))
+    chosen = range(len(encoded)) if rows is None else rows
+    order = sorted(chosen, key=lambda row: -len(encoded[row]))
     start = 0
     while start < len(order):
         width = len(encoded[order[start]])
@@ -133,7 +133,6 @@ def batches(
         while (
             end < len(order)
             and end - start < batch_size
-            and kinds[order[end]] == kinds[order[start]]
             and (not same_length or len(encoded[order[end]]) == width)
         ):
             end += 1
