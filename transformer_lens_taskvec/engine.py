@@ -34,6 +34,7 @@ from transformer_lens_taskvec.models import (
     device_of,
     mask_dtype,
     model_name,
+    rows_of_cache,
     run_branches,
     run_prefix,
     run_prompts,
@@ -105,45 +106,30 @@ def answer_logits(
     plain = [index for index in range(len(variants)) if index not in set(packed)]
     budget = max_tokens or default_max_tokens(model)
     device = device_of(model)
-    for rows in _groups(answers, len(packed)):
-        length = max(len(answers[row]) for row in rows)
-        beside = min(_BRANCH_TOKENS, budget, (1 + len(packed)) * length) if packed else 0
-        per_prompt = max(max(len(prompts[row]) for row in rows) + length, beside)
-        for batch in batches(
-            prompts,
-            batch_size=max(1, budget // per_prompt),
-            pad=pad_id(model),
-            same_length=not can.pads,
-            rows=rows,
-        ):
-            batch = batch.to(device)
-            ids, mask = _pad_right([answers[row] for row in batch.rows], device)
-            alone = list(plain)
-            if packed and not _fits(can, batch, length):
-                if len(packed) > 1:
-                    window = f"its sliding window of {can.max_prompt} is shorter than a prompt"
-                    _warn_plain(model, window)
-                alone = list(range(len(variants)))
-            elif packed:
-                branches = max(1, min(_BRANCH_TOKENS, budget) // length - 1)
-                for some, logits in _packed(model, batch, ids, variants, packed, branches):
-                    yield Chunk(batch.rows, some, logits, ids, mask)
+    longest = max(map(len, prompts)) + max(map(len, answers))
+    for batch in batches(
+        prompts,
+        # A prefix pass makes no logits, so that more of it fits.
+        batch_size=max(1, (4 * budget if packed else budget) // longest),
+        pad=pad_id(model),
+        same_length=not can.pads,
+    ):
+        batch = batch.to(device)
+        ids, mask = _pad_right([answers[row] for row in batch.rows], device)
+        alone = list(plain)
+        if packed and not _fits(can, batch, ids.shape[1]):
+            if len(packed) > 1:
+                window = f"its sliding window of {can.max_prompt} is shorter than a prompt"
+                _warn_plain(model, window)
+            alone = list(range(len(variants)))
+        elif packed:
+            yield from _packed(model, batch, ids, mask, variants, packed, budget)
+        size = max(1, budget // longest)
+        for start in range(0, len(batch.rows) if alone else 0, size):
+            some, end = batch.part(start, start + size), start + size
             for index in alone:
-                logits = _plain(model, batch, ids, mask, variants[index])
-                yield Chunk(batch.rows, (index,), logits[:, None], ids, mask)
-
-
-def _groups(answers: Sequence[Sequence[int]], n_packed: int) -> list[list[int]]:
-    """Prompts to batch together: among many variants, those with answers of one length.
-
-    What pads a shorter answer is run once a variant.
-    """
-    if n_packed <= _FEW:
-        return [list(range(len(answers)))]
-    groups: dict[int, list[int]] = {}
-    for row, answer in enumerate(answers):
-        groups.setdefault(len(answer), []).append(row)
-    return list(groups.values())
+                logits = _plain(model, some, ids[start:end], variants[index])
+                yield Chunk(some.rows, (index,), logits[:, None], ids[start:end], mask[start:end])
 
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:
@@ -241,40 +227,71 @@ def _packed(
     model: Any,
     batch: Batch,
     ids: Int[Tensor, "row answer_pos"],
+    mask: Bool[Tensor, "row answer_pos"],
     variants: Sequence[Variant],
     chosen: Sequence[int],
-    branches: int,
-) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "row variant answer_pos vocab"]]]:
-    """Chunks of the chosen variants; branch 0 of each suffix is the model as it is."""
-    n_rows, length = ids.shape
-    prefix = batch.mask[:, :-1]
-    cache = run_prefix(model, batch.tokens[:, :-1], prefix)
-    branch = torch.cat([batch.tokens[:, -1:], ids[:, :-1]], dim=1)
+    budget: int,
+) -> Iterator[Chunk]:
+    """One pass over the prompts, then the chosen variants of prompts whose answers are alike."""
+    cache = run_prefix(model, batch.tokens[:, :-1], batch.mask[:, :-1])
     n_layers = int(model.cfg.n_layers)
-    variants = [_early(variant, n_layers) for variant in variants]
-    edited = sorted(
-        (index for index in chosen if variants[index]), key=lambda i: _first(variants[i])
+    moved = {index: _early(variants[index], n_layers) for index in chosen}
+    plain = tuple(index for index in chosen if not moved[index])
+    edited = sorted((i for i in chosen if moved[i]), key=lambda index: _first(moved[index]))
+    for group in _alike(mask, len(chosen)):
+        length = int(mask[group].sum(dim=1).max())
+        branches = max(1, min(_BRANCH_TOKENS, budget) // length - 1)
+        beside = (1 + min(branches, len(edited))) * length
+        size = max(1, budget // beside)
+        for rows in group.split(size):
+            kept = rows_of_cache(cache, rows)
+            prefix = batch.mask[rows, :-1]
+            answers = ids[rows, :length]
+            branch = torch.cat([batch.tokens[rows, -1:], answers[:, :-1]], dim=1)
+            numbers = tuple(batch.rows[row] for row in rows.tolist())
+            for start in range(0, max(len(edited), 1), branches):
+                some = tuple(edited[start : start + branches])
+                logits = _suffix(model, branch, prefix, kept, [moved[index] for index in some])
+                if start == 0 and plain:
+                    unedited = logits[:, :1].expand(-1, len(plain), -1, -1)
+                    yield Chunk(numbers, plain, unedited, answers, mask[rows, :length])
+                if some:
+                    yield Chunk(numbers, some, logits[:, 1:], answers, mask[rows, :length])
+
+
+def _suffix(
+    model: Any,
+    branch: Int[Tensor, "row answer_pos"],
+    prefix: Bool[Tensor, "row pos"],
+    cache: Any,
+    variants: Sequence[Variant],
+) -> Float[Tensor, "row branch answer_pos vocab"]:
+    """Logits of the unedited branch and of one branch a variant, in order of first edits."""
+    n_rows, length = branch.shape
+    n_branches = 1 + len(variants)
+    first = [_first(variant) for variant in variants]
+    bias = branch_mask(prefix, n_branches=n_branches, branch_length=length, dtype=mask_dtype(model))
+    logits = run_branches(
+        model,
+        branch.repeat(1, n_branches),
+        bias,
+        branch_positions(prefix, n_branches=n_branches, branch_length=length),
+        cache,
+        _branch_hooks([[], *variants], length),
+        active=[1 + bisect_right(first, layer) for layer in range(int(model.cfg.n_layers))],
     )
-    plain = tuple(index for index in chosen if not variants[index])
-    for start in range(0, max(len(edited), 1), branches):
-        some = edited[start : start + branches]
-        first = [_first(variants[index]) for index in some]
-        n_branches = 1 + len(some)
-        logits = run_branches(
-            model,
-            branch.repeat(1, n_branches),
-            branch_mask(
-                prefix, n_branches=n_branches, branch_length=length, dtype=mask_dtype(model)
-            ),
-            branch_positions(prefix, n_branches=n_branches, branch_length=length),
-            cache,
-            _branch_hooks([[], *(variants[index] for index in some)], length),
-            active=[1 + bisect_right(first, layer) for layer in range(n_layers)],
-        ).view(n_rows, n_branches, length, -1)
-        if start == 0 and plain:
-            yield plain, logits[:, :1].expand(-1, len(plain), -1, -1)
-        if some:
-            yield tuple(some), logits[:, 1:]
+    return logits.view(n_rows, n_branches, length, -1)
+
+
+def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Tensor, " row"]]:
+    """Rows to run together: among many variants, those with answers of one length.
+
+    What pads a shorter answer is run once a variant.
+    """
+    lengths = mask.sum(dim=1)
+    if n_variants <= _FEW:
+        return [torch.arange(len(lengths), device=mask.device)]
+    return [torch.where(lengths == length)[0] for length in lengths.unique()]
 
 
 def _early(variant: Variant, n_layers: int) -> Variant:
@@ -332,13 +349,12 @@ def _plain(
     model: Any,
     batch: Batch,
     ids: Int[Tensor, "row answer_pos"],
-    mask: Bool[Tensor, "row answer_pos"],
     variant: Variant,
 ) -> Float[Tensor, "row answer_pos vocab"]:
     """One variant on whole sequences."""
     width, length = batch.tokens.shape[1], ids.shape[1]
     tokens = torch.cat([batch.tokens, ids[:, :-1]], dim=1)
     # The padding behind short answers counts as real: nothing before it sees it.
-    whole = torch.cat([batch.mask, torch.ones_like(mask[:, :-1])], dim=1)
+    whole = torch.cat([batch.mask, torch.ones_like(ids[:, :-1], dtype=torch.bool)], dim=1)
     logits = run_prompts(model, tokens, whole, prompt_hooks(variant, batch.mask))
     return logits[:, width - 1 : width - 1 + length]

@@ -224,9 +224,19 @@ def run_until(
 def run_prefix(model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks = ()) -> DynamicCache:
     """The KV cache of left-padded tokens; nothing is computed that it does not need."""
     cache = DynamicCache()
+    if not tokens.shape[1]:  # prompts of one token have nothing before it
+        return cache
     last = hook_name("attn_out", int(model.cfg.n_layers) - 1)
     run_until(model, tokens, mask, hooks, last, past_key_values=cache)
     return cache
+
+
+def rows_of_cache(cache: DynamicCache, rows: Int[Tensor, " row"]) -> DynamicCache:
+    """A new cache with some of a cache's rows."""
+    chosen = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        chosen.update(layer.keys[rows], layer.values[rows], index)
+    return chosen
 
 
 def run_branches(

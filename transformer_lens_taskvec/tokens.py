@@ -41,6 +41,10 @@ class Batch:
         """The number of real tokens of each row."""
         return self.mask.sum(dim=1)
 
+    def part(self, start: int, end: int) -> Batch:
+        """Some of the rows."""
+        return Batch(self.tokens[start:end], self.mask[start:end], self.rows[start:end])
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(self.tokens.to(device), self.mask.to(device), self.rows)
@@ -112,7 +116,6 @@ def batches(
     batch_size: int,
     pad: int,
     same_length: bool = False,
-    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Left-padded batches of prompts of similar length, the longest first.
 
@@ -122,10 +125,9 @@ def batches(
         pad: The token id that fills the padding.
         same_length: Put only prompts of equal length together, for models without a usable
             attention mask.
-        rows: Which of the prompts; by default all.
     """
-    chosen = range(len(encoded)) if rows is None else rows
-    order = sorted(chosen, key=lambda row: -len(encoded[row]))
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    batch_size = -(-len(order) // -(-len(order) // batch_size))  # as few batches, of like size
     start = 0
     while start < len(order):
         width = len(encoded[order[start]])
