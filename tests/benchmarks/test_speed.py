@@ -129,7 +129,7 @@ def tokens_predict(model: Any, episodes: list[tv.Episode]) -> float:
 
 
 def test_head_effects(compare: Compare, smollm2: Any, sets: dict[str, list[tv.Episode]]) -> None:
-    clean, measured = sets["train"], sets["test"][:4]
+    clean, measured = sets["train"][:4], sets["test"][:4]
     z = tv.collect(smollm2, clean, hook="z").values.mean(dim=0)
     edits = [
         (f"blocks.{layer}.attn.hook_z", replacing(z[layer, head], head))
