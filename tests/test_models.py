@@ -144,4 +144,4 @@ def test_both_classes_give_the_same_logits_on_smollm2(smollm2: Any) -> None:
     hooked = zoo.hooked_transformer(smollm2.original_model, smollm2.tokenizer, "smollm2")
     tokens = torch.tensor([smollm2.tokenizer.encode("example:cat->cats\nexample:dog->")])
     with torch.no_grad():
-        torch.testing.assert_close(hooked(tokens), smollm2(tokens), atol=2e-4, rtol=0)
+        torch.testing.assert_close(hooked(tokens), smollm2(tokens), atol=1e-4, rtol=0)
