@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -83,3 +84,22 @@ def test_a_task_without_a_vector_is_named(
     strange = [tv.Episode("strange", (), episodes[0].query)]
     with pytest.raises(ValueError, match="no vector for strange; the vectors are of: singular"):
         tv.layer_sweep(model, strange, vectors)
+
+
+def test_heat_maps_name_their_axes_and_show_every_value(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
+    ax = tv.plot_perturbation(matrix)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(matrix.sources)
+    shown = [text.get_text() for text in ax.texts]
+    assert shown == [f"{value:+.1f}" for value in matrix.nll.flatten().tolist()]
+    effects = tv.head_effects(model, [e for e in episodes if e.n_shots == 2])
+    heads = tv.plot_head_effects(effects)
+    drawn = torch.tensor(heads.images[0].get_array().data)
+    torch.testing.assert_close(drawn.float(), effects.log_probability)
+    for one in (ax, heads):
+        assert one.get_title()
+        assert one.get_xlabel()
+        assert one.get_ylabel()
+        plt.close(one.figure)

@@ -103,10 +103,12 @@ def answer_logits(
         if len(packed) > 1:
             _warn_plain(model, can.reason)
         packed = []
-    plain = [index for index in range(len(variants)) if index not in set(packed)]
+    plain = sorted(set(range(len(variants))) - set(packed))
     budget = max_tokens or default_max_tokens(model)
     device = device_of(model)
     longest = max(map(len, prompts)) + max(map(len, answers))
+    if len(packed) > 1 and not _fits(can, longest):
+        _warn_plain(model, f"its sliding window of {can.max_prompt} is shorter than a prompt")
     for batch in batches(
         prompts,
         # A prefix pass makes no logits, so that more of it fits.
@@ -116,12 +118,9 @@ def answer_logits(
     ):
         batch = batch.to(device)
         ids, mask = _pad_right([answers[row] for row in batch.rows], device)
-        alone = list(plain)
-        if packed and not _fits(can, batch, ids.shape[1]):
-            if len(packed) > 1:
-                window = f"its sliding window of {can.max_prompt} is shorter than a prompt"
-                _warn_plain(model, window)
-            alone = list(range(len(variants)))
+        alone: Sequence[int] = plain
+        if packed and not _fits(can, batch.tokens.shape[1] + ids.shape[1]):
+            alone = range(len(variants))
         elif packed:
             yield from _packed(model, batch, ids, mask, variants, packed, budget)
         size = max(1, budget // longest)
@@ -199,8 +198,8 @@ def _packs(hook: Hook) -> bool:
     return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
 
 
-def _fits(can: Capabilities, batch: Batch, answer_length: int) -> bool:
-    return can.max_prompt is None or batch.tokens.shape[1] + answer_length <= can.max_prompt
+def _fits(can: Capabilities, length: int) -> bool:
+    return can.max_prompt is None or length <= can.max_prompt
 
 
 def _warn_plain(model: Any, reason: str) -> None:

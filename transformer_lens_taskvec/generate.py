@@ -146,7 +146,7 @@ def _from(
     if not isinstance(hook, Intervention):
         name, hook_function = hook
         return name, hook_function
-    if seen and not every_token and hook.position is not None:
+    if seen and not every_token:
         return None
 
     intervention = hook
@@ -154,8 +154,7 @@ def _from(
     def act(activation: Tensor, hook: Any = None) -> Tensor:
         n_new = activation.shape[1]
         if intervention.position is None:
-            prompt_end = prompt_mask.shape[1] if not every_token else seen + n_new
-            columns = torch.arange(max(0, min(n_new, prompt_end - seen)))
+            columns = torch.arange(n_new if every_token else prompt_mask.shape[1])
             return intervention.edit_at(activation, columns.expand(len(activation), -1))
         inside: list[Tensor] = []
         if not seen:

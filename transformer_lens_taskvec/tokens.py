@@ -36,11 +36,6 @@ class Batch:
     mask: Bool[Tensor, "row pos"]
     rows: tuple[int, ...]
 
-    @property
-    def lengths(self) -> Int[Tensor, " row"]:
-        """The number of real tokens of each row."""
-        return self.mask.sum(dim=1)
-
     def part(self, start: int, end: int) -> Batch:
         """Some of the rows."""
         return Batch(self.tokens[start:end], self.mask[start:end], self.rows[start:end])
