@@ -5,7 +5,7 @@ All of them are variants given to :func:`~transformer_lens_taskvec.evaluate.eval
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,10 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.collect import label, layer_index
+from transformer_lens_taskvec.collect import layer_index
 from transformer_lens_taskvec.engine import Variant
-from transformer_lens_taskvec.evaluate import Scores, evaluate_many
+from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task, evaluate_many
 from transformer_lens_taskvec.interventions import Mode, inject
 from transformer_lens_taskvec.prompts import Episode
 from transformer_lens_taskvec.vectors import TaskVectors
@@ -410,60 +409,6 @@ def steering_effect(
         max_tokens=max_tokens,
     )
     return SteeringEffect(unperturbed, positive, negative, layer)
-
-
-def evaluate_by_task(
-    model: Any,
-    episodes: Sequence[Episode],
-    variants_of: Callable[[str], Sequence[Variant]],
-    *,
-    stop: str | None = None,
-    prepend_bos: bool = False,
-    max_tokens: int | None = None,
-    progress: bool = False,
-) -> list[Scores]:
-    """As ``evaluate_many``, with variants that depend on the episode's task.
-
-    Args:
-        model: Any model with TransformerLens' hook API.
-        episodes: The episodes; their order is kept.
-        variants_of: Gives the variants of a task, as many for each task.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        prepend_bos: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The scores, one a variant, of all the episodes.
-    """
-    if not episodes:
-        raise ValueError("episodes is empty; give at least one episode")
-    tasks, labels = label(episodes)
-    parts = []
-    for task in tqdm(tasks, disable=not progress, leave=False, desc="tasks"):
-        own = [episode for episode in episodes if episode.task == task]
-        parts.append(
-            evaluate_many(
-                model,
-                own,
-                variants_of(task),
-                stop=stop,
-                prepend_bos=prepend_bos,
-                max_tokens=max_tokens,
-            )
-        )
-    back = torch.cat([torch.where(labels == index)[0] for index in range(len(tasks))]).argsort()
-    return [
-        Scores(
-            torch.cat([score.correct for score in scores])[back],
-            torch.cat([score.nll for score in scores])[back],
-            labels,
-            tasks,
-            stop,
-            prepend_bos,
-        )
-        for scores in zip(*parts, strict=True)
-    ]
 
 
 def _check_tasks(tasks: Sequence[str], vectors: TaskVectors) -> None:

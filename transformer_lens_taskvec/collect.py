@@ -11,15 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from transformer_lens_taskvec.capabilities import capabilities
 from transformer_lens_taskvec.interventions import hook_name
-from transformer_lens_taskvec.models import (
-    capabilities,
-    check_layers,
-    device_of,
-    inference,
-    model_name,
-    run_until,
-)
+from transformer_lens_taskvec.models import check_layers, device_of, inference, model_name
+from transformer_lens_taskvec.passes import run_until
 from transformer_lens_taskvec.prompts import Episode
 from transformer_lens_taskvec.tokens import batches, encode, pad_id, row_indices
 

@@ -24,16 +24,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.interventions import Intervention
-from transformer_lens_taskvec.models import (
-    Capabilities,
+from transformer_lens_taskvec.models import check_hook, device_of, model_name
+from transformer_lens_taskvec.passes import (
     branch_mask,
     branch_positions,
-    capabilities,
-    check_hook,
-    device_of,
     mask_dtype,
-    model_name,
     rows_of_cache,
     run_branches,
     run_prefix,
@@ -269,6 +266,7 @@ def _suffix(
     n_rows, length = branch.shape
     n_branches = 1 + len(variants)
     first = [_first(variant) for variant in variants]
+    active = [1 + bisect_right(first, layer) for layer in range(int(model.cfg.n_layers))]
     bias = branch_mask(prefix, n_branches=n_branches, branch_length=length, dtype=mask_dtype(model))
     logits = run_branches(
         model,
@@ -277,7 +275,7 @@ def _suffix(
         branch_positions(prefix, n_branches=n_branches, branch_length=length),
         cache,
         _branch_hooks([[], *variants], length),
-        active=[1 + bisect_right(first, layer) for layer in range(int(model.cfg.n_layers))],
+        active=active if capabilities(model).shares_layers else None,
     )
     return logits.view(n_rows, n_branches, length, -1)
 

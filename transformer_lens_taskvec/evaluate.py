@@ -8,7 +8,7 @@ answer as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,6 +190,60 @@ def evaluate_many(
     return [
         Scores(correct[index], nll[index], labels, tasks, stop, prepend_bos)
         for index in range(len(variants))
+    ]
+
+
+def evaluate_by_task(
+    model: Any,
+    episodes: Sequence[Episode],
+    variants_of: Callable[[str], Sequence[Variant]],
+    *,
+    stop: str | None = None,
+    prepend_bos: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> list[Scores]:
+    """As ``evaluate_many``, with variants that depend on the episode's task.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes; their order is kept.
+        variants_of: Gives the variants of a task, as many for each task.
+        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        prepend_bos: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The scores, one a variant, of all the episodes.
+    """
+    if not episodes:
+        raise ValueError("episodes is empty; give at least one episode")
+    tasks, labels = label(episodes)
+    parts = []
+    for task in tqdm(tasks, disable=not progress, leave=False, desc="tasks"):
+        own = [episode for episode in episodes if episode.task == task]
+        parts.append(
+            evaluate_many(
+                model,
+                own,
+                variants_of(task),
+                stop=stop,
+                prepend_bos=prepend_bos,
+                max_tokens=max_tokens,
+            )
+        )
+    back = torch.cat([torch.where(labels == index)[0] for index in range(len(tasks))]).argsort()
+    return [
+        Scores(
+            torch.cat([score.correct for score in scores])[back],
+            torch.cat([score.nll for score in scores])[back],
+            labels,
+            tasks,
+            stop,
+            prepend_bos,
+        )
+        for scores in zip(*parts, strict=True)
     ]
 
 

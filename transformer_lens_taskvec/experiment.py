@@ -17,10 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from transformer_lens_taskvec.analyses import LayerSweep, evaluate_by_task, layer_sweep
+from transformer_lens_taskvec.analyses import LayerSweep, layer_sweep
 from transformer_lens_taskvec.collect import Activations, collect
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
-from transformer_lens_taskvec.evaluate import Scores, evaluate
+from transformer_lens_taskvec.evaluate import Scores, evaluate, evaluate_by_task
 from transformer_lens_taskvec.interventions import inject
 from transformer_lens_taskvec.models import check_layers
 from transformer_lens_taskvec.prompts import (

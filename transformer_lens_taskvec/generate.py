@@ -9,16 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.capabilities import capabilities
 from transformer_lens_taskvec.engine import Variant, check_variants, default_max_tokens
 from transformer_lens_taskvec.interventions import Intervention
-from transformer_lens_taskvec.models import (
-    capabilities,
-    device_of,
-    inference,
-    new_cache,
-    run_cached,
-    run_prompts,
-)
+from transformer_lens_taskvec.models import device_of, inference
+from transformer_lens_taskvec.passes import new_cache, run_cached, run_prompts
 from transformer_lens_taskvec.tokens import (
     Batch,
     batches,

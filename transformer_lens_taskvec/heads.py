@@ -19,10 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_taskvec.analyses import evaluate_by_task
 from transformer_lens_taskvec.collect import collect
 from transformer_lens_taskvec.engine import Variant
-from transformer_lens_taskvec.evaluate import Scores
+from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
 from transformer_lens_taskvec.interventions import ablate, inject
 from transformer_lens_taskvec.prompts import Episode
 from transformer_lens_taskvec.tasks.base import Example

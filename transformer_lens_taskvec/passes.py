@@ -1,0 +1,255 @@
+"""Passes through a model: whole prompts, up to a layer, cached, and packed as branches.
+
+Prompts are left-padded everywhere, and positions count each row's real tokens from its first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from transformer_lens_taskvec.interventions import hook_name
+from transformer_lens_taskvec.models import device_of
+
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+
+
+def run_prompts(
+    model: Any,
+    tokens: Int[Tensor, "row pos"],
+    mask: Bool[Tensor, "row pos"],
+    hooks: Hooks = (),
+) -> Float[Tensor, "row pos vocab"]:
+    """Logits of left-padded tokens, with positions counted from each row's first real token."""
+    kwargs: dict[str, Any] = {}
+    if not bool(mask.all()):
+        kwargs["attention_mask"] = mask.long()
+    logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type="logits", **kwargs)
+    return _as_tensor(logits)
+
+
+class _Done(Exception):
+    """Raised by a hook when nothing after it is needed."""
+
+
+def run_until(
+    model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks, last: str, **kwargs: Any
+) -> None:
+    """Run left-padded tokens with hooks, and stop when the hook point ``last`` has been passed."""
+
+    def stop(activation: Tensor, hook: Any = None) -> Tensor:
+        raise _Done
+
+    if not bool(mask.all()):
+        kwargs["attention_mask"] = mask.long()
+    with suppress(_Done):
+        model.run_with_hooks(tokens, fwd_hooks=[*hooks, (last, stop)], **kwargs)
+
+
+def run_prefix(model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks = ()) -> DynamicCache:
+    """The KV cache of left-padded tokens; nothing is computed that it does not need."""
+    cache = DynamicCache()
+    if not tokens.shape[1]:  # prompts of one token have nothing before it
+        return cache
+    last = hook_name("attn_out", int(model.cfg.n_layers) - 1)
+    run_until(model, tokens, mask, hooks, last, past_key_values=cache)
+    return cache
+
+
+def rows_of_cache(cache: DynamicCache, rows: Int[Tensor, " row"]) -> DynamicCache:
+    """A new cache with some of a cache's rows."""
+    chosen = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        chosen.update(layer.keys[rows], layer.values[rows], index)
+    return chosen
+
+
+def run_branches(
+    model: Any,
+    tokens: Int[Tensor, "row branch_pos"],
+    attention_mask: Float[Tensor, "row 1 branch_pos key"],
+    positions: Int[Tensor, "row branch_pos"],
+    cache: DynamicCache,
+    hooks: Hooks = (),
+    *,
+    active: Sequence[int] | None = None,
+) -> Float[Tensor, "row branch_pos vocab"]:
+    """Logits of tokens that continue a cached prompt under a 4-D additive mask.
+
+    The cache is the prompt's again when this returns.
+
+    Args:
+        model: A model that can, as ``capabilities`` tells.
+        tokens: Branches of the same tokens, one behind the other, the unedited one first.
+        attention_mask: From :func:`branch_mask`.
+        positions: From :func:`branch_positions`.
+        cache: From :func:`run_prefix`.
+        hooks: Hook functions; they see the branches that run.
+        active: For each layer how many of the branches are edited by then, the first, unedited
+            one counted in; they stand in that order. None runs every block on all of them, as
+            models must that do not ``share_layers``.
+    """
+    length = cache.get_seq_length()
+    sharing = nullcontext() if active is None else _sharing_layers(model, active, tokens.shape[1])
+    try:
+        with sharing:
+            logits = model.run_with_hooks(
+                tokens,
+                fwd_hooks=list(hooks),
+                return_type="logits",
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+            )
+    finally:
+        for layer in cache.layers:
+            added = layer.get_seq_length() - length
+            if added:
+                layer.crop(-added)
+    return _as_tensor(logits)
+
+
+@contextmanager
+def _sharing_layers(model: Any, active: Sequence[int], n_tokens: int) -> Iterator[None]:
+    """Let each block run on its active branches only, and what follows the blocks on all."""
+    length = n_tokens // active[-1]
+
+    def entering(layer: int) -> Callable[..., Any]:
+        n = active[layer] * length
+
+        def enter(block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            named = {name: _narrow(value, n_tokens, n) for name, value in kwargs.items()}
+            if not args:
+                hidden = _resize(kwargs["hidden_states"], n, length)
+                return (), {**named, "hidden_states": hidden}
+            rest = (_narrow(value, n_tokens, n) for value in args[1:])
+            return (_resize(args[0], n, length), *rest), named
+
+        return enter
+
+    def leave(module: Any, args: Any) -> Any:
+        return (_resize(args[0], n_tokens, length), *args[1:])
+
+    handles = [
+        block.register_forward_pre_hook(entering(layer), with_kwargs=True)
+        for layer, block in enumerate(model.blocks)
+    ]
+    handles.append(model.ln_final.register_forward_pre_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _resize(hidden: Float[Tensor, "row pos d"], n: int, length: int) -> Float[Tensor, "row n d"]:
+    """The first ``n`` tokens, where they are too few with copies of the first branch behind."""
+    missing = n - hidden.shape[1]
+    if missing <= 0:
+        return hidden[:, :n]
+    return torch.cat([hidden, hidden[:, :length].repeat(1, missing // length, 1)], dim=1)
+
+
+def _narrow(value: Any, full: int, n: int) -> Any:
+    """A block's argument (mask, positions, rotations) for the first ``n`` of ``full`` tokens."""
+    if isinstance(value, tuple | list):
+        return type(value)(_narrow(part, full, n) for part in value)
+    if not isinstance(value, Tensor) or n == full:
+        return value
+    if value.ndim == 4 and value.shape[-2] == full:
+        return value[..., :n, : value.shape[-1] - full + n]
+    if value.ndim in (2, 3) and value.shape[1] == full:
+        return value[:, :n]
+    return value[:n] if value.ndim == 1 and len(value) == full else value
+
+
+def new_cache(model: Any, n_rows: int) -> Any:
+    """An empty KV cache of the kind that :func:`run_cached` takes."""
+    if _takes_lens_cache(model):
+        from transformer_lens import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), n_rows)
+    return DynamicCache()
+
+
+def run_cached(
+    model: Any,
+    tokens: Int[Tensor, "row new"],
+    mask: Bool[Tensor, "row pos"],
+    cache: Any,
+    hooks: Hooks = (),
+) -> Float[Tensor, "row new vocab"]:
+    """Logits of new tokens after what the cache holds; the cache then holds them too.
+
+    Args:
+        model: A model that can, as ``capabilities`` tells.
+        tokens: ``[row, new]``.
+        mask: ``[row, pos]`` over the cached positions and the new ones.
+        cache: From :func:`new_cache`.
+        hooks: Hook functions, which see the new positions only.
+    """
+    kwargs: dict[str, Any]
+    new = tokens.shape[1]
+    if _takes_lens_cache(model):
+        kwargs = {"past_kv_cache": cache, "attention_mask": mask[:, -new:].long()}
+    else:
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        kwargs = {
+            "past_key_values": cache,
+            "attention_mask": mask.long(),
+            "position_ids": positions[:, -new:],
+        }
+    logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type="logits", **kwargs)
+    return _as_tensor(logits)
+
+
+def _takes_lens_cache(model: Any) -> bool:
+    return "past_kv_cache" in inspect.signature(model.forward).parameters
+
+
+def mask_dtype(model: Any) -> torch.dtype:
+    """The dtype of additive attention masks."""
+    dtype = getattr(model.cfg, "dtype", torch.float32)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def branch_mask(
+    prefix_mask: Bool[Tensor, "row prefix"],
+    *,
+    n_branches: int,
+    branch_length: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "row 1 branch_pos key"]:
+    """The additive mask under which each branch sees its prompt and its own past, and no other."""
+    rows, device = prefix_mask.shape[0], prefix_mask.device
+    causal = torch.ones(branch_length, branch_length, dtype=torch.bool, device=device).tril()
+    own = torch.block_diag(*[causal] * n_branches).bool()
+    n_tokens = own.shape[0]
+    visible = torch.cat(
+        [
+            prefix_mask[:, None, :].expand(rows, n_tokens, -1),
+            own[None].expand(rows, -1, -1),
+        ],
+        dim=2,
+    )
+    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def branch_positions(
+    prefix_mask: Bool[Tensor, "row prefix"], *, n_branches: int, branch_length: int
+) -> Int[Tensor, "row branch_pos"]:
+    """The position ids that each branch's tokens would have alone after the prompt."""
+    steps = torch.arange(branch_length, device=prefix_mask.device).repeat(n_branches)
+    return prefix_mask.sum(dim=1, keepdim=True) + steps
+
+
+def _as_tensor(logits: Any) -> Tensor:
+    return logits if isinstance(logits, Tensor) else logits.logits
