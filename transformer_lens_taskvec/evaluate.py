@@ -252,5 +252,9 @@ def score(chunk: Chunk) -> tuple[Bool[Tensor, "row variant"], Float[Tensor, "row
     answers = chunk.answers[:, None].expand(chunk.logits.shape[:3])
     behind = ~chunk.mask[:, None]
     right = ((chunk.logits.argmax(dim=-1) == answers) | behind).all(dim=-1)
-    loss = -chunk.logits.float().log_softmax(dim=-1).gather(-1, answers[..., None])[..., 0]
-    return right, loss.masked_fill(behind, 0.0).sum(dim=-1)
+    # A row at a time, which fits a CPU's cache: the vocabulary is most of a small model's numbers.
+    picked = [
+        logits.float().log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+        for logits, ids in zip(chunk.logits, answers, strict=True)
+    ]
+    return right, -torch.stack(picked).masked_fill(behind, 0.0).sum(dim=-1)
