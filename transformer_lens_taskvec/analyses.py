@@ -141,6 +141,7 @@ class PerturbationMatrix:
         sources: The tasks of the episodes.
         targets: The tasks of the vectors.
         layer: The layer of the injection.
+        baseline: The episodes without intervention.
     """
 
     nll: Float[Tensor, "source target"]
@@ -148,6 +149,7 @@ class PerturbationMatrix:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     layer: int
+    baseline: Scores
 
     @property
     def conditional_decoding(self) -> float:
@@ -177,7 +179,7 @@ class PerturbationMatrix:
         return (
             f"PerturbationMatrix(layer {self.layer}, {len(self.sources)} sources x "
             f"{len(self.targets)} targets; conditional decoding "
-            f"{self.conditional_decoding:.3f} nats)"
+            f"{self.conditional_decoding:.3f} of {self.baseline.loss})"
         )
 
 
@@ -356,6 +358,7 @@ def perturbation_matrix(
         tasks,
         vectors.tasks,
         layer,
+        scores[0],
     )
 
 

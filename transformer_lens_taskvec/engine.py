@@ -48,6 +48,9 @@ _BRANCH_TOKENS = 256
 """The most suffix tokens beside one prompt: attention among them grows with their square."""
 
 
+_VECTORS = 1 << 15
+"""Vectors in one pass of a model of the lab."""
+
 _FEW = 4
 """Up to so many variants, large batches are worth more than answers of one length."""
 
@@ -126,6 +129,33 @@ def answer_logits(
             for index in alone:
                 logits = _plain(model, some, ids[start:end], variants[index])
                 yield Chunk(some.rows, (index,), logits[:, None], ids[start:end], mask[start:end])
+
+
+def answer_numbers(
+    model: Any,
+    prompts: Sequence[Float[Tensor, "pos dim"]],
+    variants: Sequence[Variant],
+    *,
+    max_tokens: int | None = None,
+) -> Float[Tensor, "variant example"]:
+    """The number that a model of the lab predicts after each prompt of vectors, by variant.
+
+    Args:
+        model: A model that reads vectors and predicts one number a pair.
+        prompts: The prompts; the last vector of each is its query.
+        variants: Interventions to do together, for each variant.
+        max_tokens: The most tokens in one pass.
+    """
+    device = device_of(model)
+    numbers = torch.zeros(len(variants), len(prompts))
+    size = max(1, (max_tokens or _VECTORS) // max(map(len, prompts)))
+    for batch in batches(prompts, batch_size=size, pad=0, same_length=True):
+        batch = batch.to(device)
+        for index, variant in enumerate(variants):
+            hooks = prompt_hooks(variant, batch.mask)
+            predicted = model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
+            numbers[index, list(batch.rows)] = predicted[:, -1].float().cpu()
+    return numbers
 
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:

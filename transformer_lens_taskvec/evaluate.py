@@ -4,12 +4,16 @@ An answer counts as right if greedy decoding would produce exactly its tokens. G
 so if and only if, with the answer's tokens fed in one after the other, each is the argmax where it
 is predicted; so one teacher-forced pass tells it, and the negative log-likelihood (NLL) of the
 answer as well.
+
+Where the answer is a number (the lab's episodes) it counts as right within the episode's tolerance,
+and the place of the NLL is taken by the squared error: the NLL under a Gaussian of variance 1/2
+about the prediction, less a constant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -19,7 +23,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from transformer_lens_taskvec.collect import label
-from transformer_lens_taskvec.engine import Chunk, Variant, answer_logits, check_variants
+from transformer_lens_taskvec.engine import (
+    Chunk,
+    Variant,
+    answer_logits,
+    answer_numbers,
+    check_variants,
+)
 from transformer_lens_taskvec.models import inference
 from transformer_lens_taskvec.prompts import Episode
 from transformer_lens_taskvec.tokens import encode, encode_answers
@@ -31,11 +41,13 @@ class Scores:
 
     Attributes:
         correct: ``[example]``, whether greedy decoding gives exactly the answer.
-        nll: ``[example]``, negative log-likelihood of the whole answer, in nats.
+        nll: ``[example]``, negative log-likelihood of the whole answer, in nats; the squared error
+            where answers are numbers.
         labels: ``[example]``, each an index into ``tasks``.
         tasks: The tasks' names, in order of first appearance.
         stop: None, or ``"separator"`` where the separator had to follow the answer.
         prepend_bos: Whether a beginning-of-sequence token stood before the prompts.
+        loss: What ``nll`` is, for the labels of figures.
     """
 
     correct: Bool[Tensor, " example"]
@@ -44,6 +56,7 @@ class Scores:
     tasks: tuple[str, ...]
     stop: str | None
     prepend_bos: bool
+    loss: str = "NLL (nats)"
 
     @property
     def accuracy(self) -> float:
@@ -64,13 +77,12 @@ class Scores:
         if task not in self.tasks:
             raise KeyError(f"no scores for task {task!r}; there are: {', '.join(self.tasks)}")
         chosen = self.labels == self.tasks.index(task)
-        return Scores(
-            self.correct[chosen],
-            self.nll[chosen],
-            torch.zeros(int(chosen.sum()), dtype=torch.long),
-            (task,),
-            self.stop,
-            self.prepend_bos,
+        return replace(
+            self,
+            correct=self.correct[chosen],
+            nll=self.nll[chosen],
+            labels=torch.zeros(int(chosen.sum()), dtype=torch.long),
+            tasks=(task,),
         )
 
     def by_task(self) -> dict[str, float]:
@@ -93,7 +105,7 @@ class Scores:
     def __repr__(self) -> str:
         per_task = ", ".join(f"{task} {share:.2f}" for task, share in self.by_task().items())
         return (
-            f"Scores(accuracy {self.accuracy:.3f}, NLL {self.mean_nll:.3f} nats, "
+            f"Scores(accuracy {self.accuracy:.3f}, {self.loss} {self.mean_nll:.3f}, "
             f"{len(self)} episodes; {per_task})"
         )
 
@@ -173,7 +185,12 @@ def evaluate_many(
     if not variants:
         raise ValueError("variants is empty; [[]] is the model without interventions")
     check_variants(model, variants)
+    tasks, labels = label(episodes)
     prompts = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
+    if isinstance(prompts[0], Tensor):
+        with inference(model):
+            numbers = answer_numbers(model, prompts, variants, max_tokens=max_tokens)
+        return [_number_scores(row, episodes, labels, tasks) for row in numbers]
     answers = encode_answers(model, episodes, stop=stop)
     correct = torch.zeros(len(variants), len(episodes), dtype=torch.bool)
     nll = torch.zeros(len(variants), len(episodes))
@@ -186,11 +203,22 @@ def evaluate_many(
             correct[columns, rows] = right.T.cpu()
             nll[columns, rows] = loss.T.float().cpu()
             bar.update(right.numel())
-    tasks, labels = label(episodes)
     return [
         Scores(correct[index], nll[index], labels, tasks, stop, prepend_bos)
         for index in range(len(variants))
     ]
+
+
+def _number_scores(
+    predicted: Float[Tensor, " example"],
+    episodes: Sequence[Any],
+    labels: Int[Tensor, " example"],
+    tasks: tuple[str, ...],
+) -> Scores:
+    """Scores where answers are numbers."""
+    off = predicted - torch.tensor([episode.answer for episode in episodes])
+    within = off.abs() <= torch.tensor([episode.tolerance for episode in episodes])
+    return Scores(within, off.square(), labels, tasks, None, False, "squared error")
 
 
 def evaluate_by_task(
@@ -235,13 +263,12 @@ def evaluate_by_task(
         )
     back = torch.cat([torch.where(labels == index)[0] for index in range(len(tasks))]).argsort()
     return [
-        Scores(
-            torch.cat([score.correct for score in scores])[back],
-            torch.cat([score.nll for score in scores])[back],
-            labels,
-            tasks,
-            stop,
-            prepend_bos,
+        replace(
+            scores[0],
+            correct=torch.cat([score.correct for score in scores])[back],
+            nll=torch.cat([score.nll for score in scores])[back],
+            labels=labels,
+            tasks=tasks,
         )
         for scores in zip(*parts, strict=True)
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -24,7 +24,6 @@ from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
 from transformer_lens_taskvec.interventions import ablate, inject
 from transformer_lens_taskvec.prompts import Episode
-from transformer_lens_taskvec.tasks.base import Example
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,6 +145,7 @@ def shuffle_labels(episodes: Sequence[Episode], seed: int) -> list[Episode]:
         ValueError: If an episode has fewer than two demonstrations.
 
     Example:
+        >>> from transformer_lens_taskvec import Example
         >>> episode = Episode("t", (Example("a", "1"), Example("b", "2")), Example("c", "3"))
         >>> shuffle_labels([episode], seed=0)[0].demos
         (Example(x='a', y='2'), Example(x='b', y='1'))
@@ -153,7 +153,7 @@ def shuffle_labels(episodes: Sequence[Episode], seed: int) -> list[Episode]:
     rng = random.Random(seed)
     shuffled = []
     for episode in episodes:
-        n = len(episode.demos)
+        n = episode.n_shots
         if n < 2:
             raise ValueError(
                 f"an episode of {episode.task!r} has {n} demonstration(s); shuffling labels needs "
@@ -163,11 +163,7 @@ def shuffle_labels(episodes: Sequence[Episode], seed: int) -> list[Episode]:
         for last in range(n - 1, 0, -1):  # Sattolo's shuffle: one cycle, nothing keeps its place
             other = rng.randrange(last)
             order[last], order[other] = order[other], order[last]
-        demos = tuple(
-            Example(demo.x, episode.demos[place].y)
-            for demo, place in zip(episode.demos, order, strict=True)
-        )
-        shuffled.append(replace(episode, demos=demos))
+        shuffled.append(episode.with_answers(order))
     return shuffled
 
 

@@ -141,9 +141,9 @@ def plot_perturbation(matrix: PerturbationMatrix, ax: Axes | None = None) -> Axe
     ax.set(
         xlabel="injected task vector",
         ylabel="task of the prompt",
-        title=f"Change in NLL (nats), layer {matrix.layer}",
+        title=f"Change in {matrix.baseline.loss}, layer {matrix.layer}",
     )
-    ax.figure.colorbar(image, ax=ax, label="change in NLL (nats)", shrink=0.8)
+    ax.figure.colorbar(image, ax=ax, label=f"change in {matrix.baseline.loss}", shrink=0.8)
     return ax
 
 

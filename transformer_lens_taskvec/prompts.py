@@ -121,6 +121,14 @@ class Episode:
         """The number of demonstrations."""
         return len(self.demos)
 
+    def with_answers(self, order: Sequence[int]) -> Episode:
+        """The same episode with its demonstrations' answers in another order."""
+        demos = [
+            Example(demo.x, self.demos[place].y)
+            for demo, place in zip(self.demos, order, strict=True)
+        ]
+        return replace(self, demos=tuple(demos))
+
 
 def sample_episodes(
     tasks: Mapping[str, Task] | Iterable[Task],

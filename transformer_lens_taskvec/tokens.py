@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.prompts import Episode
@@ -27,12 +27,12 @@ class Batch:
     """Left-padded prompts.
 
     Attributes:
-        tokens: ``[row, pos]`` token ids.
+        tokens: ``[row, pos]`` token ids, or ``[row, pos, dim]`` vectors.
         mask: ``[row, pos]``, True where a token is real.
         rows: For each row, the index of its prompt in the list the batch was made from.
     """
 
-    tokens: Int[Tensor, "row pos"]
+    tokens: Int[Tensor, "row pos"] | Float[Tensor, "row pos dim"]
     mask: Bool[Tensor, "row pos"]
     rows: tuple[int, ...]
 
@@ -45,13 +45,27 @@ class Batch:
         return Batch(self.tokens.to(device), self.mask.to(device), self.rows)
 
 
-def encode(model: Any, texts: Sequence[str], *, prepend_bos: bool = False) -> list[list[int]]:
+Tokens = Sequence[int] | Float[Tensor, "pos dim"]
+"""A prompt as the model reads it: token ids, or real vectors for a model of the lab."""
+
+
+def encode(model: Any, prompts: Sequence[str | Tensor], *, prepend_bos: bool = False) -> list[Any]:
     """Token ids of each text, without special tokens but a BOS on request.
+
+    Prompts that are vectors already, ``[pos, dim]``, stay as they are.
 
     Raises:
         ValueError: If the model has no tokenizer, the tokenizer has no BOS token where one was
-            asked for, or a text has no tokens.
+            asked for, a text has no tokens, or texts and vectors are mixed.
     """
+    vectors = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if vectors and (texts or prepend_bos):
+        raise ValueError("prompts of vectors go without a BOS token, and without texts among them")
+    return vectors or list(_encode_texts(model, texts, prepend_bos))
+
+
+def _encode_texts(model: Any, texts: Sequence[str], prepend_bos: bool) -> list[list[int]]:
     prefix: list[int] = []
     if prepend_bos:
         bos = token_id(model, "bos")
@@ -96,6 +110,8 @@ def decode(model: Any, ids: Sequence[int]) -> str:
 
 def pad_id(model: Any) -> int:
     """A token id to fill left padding with; it is masked out, so any valid one serves."""
+    if getattr(model, "tokenizer", None) is None:
+        return 0
     return token_id(model, "pad") or 0
 
 
@@ -106,7 +122,7 @@ def token_id(model: Any, kind: str) -> int | None:
 
 
 def batches(
-    encoded: Sequence[Sequence[int]],
+    encoded: Sequence[Tokens],
     *,
     batch_size: int,
     pad: int,
@@ -115,7 +131,7 @@ def batches(
     """Left-padded batches of prompts of similar length, the longest first.
 
     Args:
-        encoded: Token ids of each prompt.
+        encoded: Each prompt, from :func:`encode`.
         batch_size: The most rows in a batch.
         pad: The token id that fills the padding.
         same_length: Put only prompts of equal length together, for models without a usable
@@ -137,13 +153,14 @@ def batches(
         start = end
 
 
-def _pad_left(encoded: Sequence[Sequence[int]], rows: Sequence[int], pad: int) -> Batch:
+def _pad_left(encoded: Sequence[Tokens], rows: Sequence[int], pad: int) -> Batch:
     width = max(len(encoded[row]) for row in rows)
-    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+    first = torch.as_tensor(encoded[rows[0]])
+    tokens = first.new_full((len(rows), width, *first.shape[1:]), pad)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for index, row in enumerate(rows):
-        ids = encoded[row]
-        tokens[index, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
+        ids = torch.as_tensor(encoded[row])
+        tokens[index, width - len(ids) :] = ids
         mask[index, width - len(ids) :] = True
     return Batch(tokens, mask, tuple(rows))
 

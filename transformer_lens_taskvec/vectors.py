@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transformer_lens_taskvec.collect import Activations, Source, layer_index
+from transformer_lens_taskvec.interventions import InSubspace
 from transformer_lens_taskvec.models import model_name
 
 _FORMAT = "taskvec-1"
@@ -59,6 +60,22 @@ class TaskVectors:
             ValueError: If there is no such layer.
         """
         return self[task][layer_index(self.layers, layer)]
+
+    def subspace(self, layer: int) -> InSubspace:
+        """The directions in which the tasks' vectors differ at a layer, as a mode for ``inject``.
+
+        Its rank is the number of tasks less one, at most.
+
+        Raises:
+            ValueError: If there is no such layer, or one task only.
+        """
+        if len(self.tasks) < 2:
+            raise ValueError("one task spans no subspace; it takes two or more to differ")
+        values = self.values[:, layer_index(self.layers, layer)].double()
+        centred = values - values.mean(dim=0)
+        _, strengths, directions = torch.linalg.svd(centred, full_matrices=False)
+        kept = strengths > 1e-9 * strengths.max()
+        return InSubspace(directions[kept].float())
 
     def check_model(self, model: Any) -> None:
         """Raise ``ValueError`` unless the vectors were taken from this model."""

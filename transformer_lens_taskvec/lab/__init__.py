@@ -1,5 +1,6 @@
 """The lab: small transformers trained here, in which task vectors can be watched as they emerge."""
 
+from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
 from transformer_lens_taskvec.lab.mixtures import (
     Batch,
     Family,
@@ -37,6 +38,7 @@ __all__ = [
     "MixturePosterior",
     "OracleErrors",
     "RegressionConfig",
+    "RegressionEpisode",
     "RegressionFamilies",
     "RegressionTransformer",
     "Run",
@@ -54,6 +56,7 @@ __all__ = [
     "load_run",
     "oracle_errors",
     "quadratic",
+    "regression_episodes",
     "ridge",
     "train",
     "true_basis_ridge",

@@ -157,10 +157,8 @@ class RegressionTransformer(HookedRootModule):
         """The standard deviation of a weight matrix; GPT-2's, or what training learns fastest."""
         if name.endswith(("w_o", "w_out")):
             return 0.02 / math.sqrt(2 * self.cfg.n_layers)
-        if self.cfg.init == "gpt2" or name == "read_out.weight":
+        if self.cfg.init == "gpt2" or name in ("read_out.weight", "W_pos"):
             return 0.02
-        if name == "W_pos":
-            return 0.2
         fan_in = self.cfg.d_input if name == "read_in.weight" else self.cfg.d_model
         return 0.6 / math.sqrt(fan_in)
 
@@ -199,7 +197,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = cfg.n_heads
         self.d_head = cfg.d_head
-        self.w_qkv = nn.Parameter(torch.empty(3, cfg.d_model, cfg.d_model))
+        self.w_qkv = nn.Parameter(torch.empty(3 * cfg.d_model, cfg.d_model))
         self.bias_qkv = nn.Parameter(torch.empty(3 * cfg.d_model))
         self.w_o = nn.Parameter(torch.empty(cfg.d_model, cfg.d_model))
         self.bias_o = nn.Parameter(torch.empty(cfg.d_model))
@@ -225,7 +223,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the heads together add to the residual stream."""
         batch, n_tokens, d_model = normalized.shape
-        qkv = F.linear(normalized, self.w_qkv.view(-1, d_model), self.bias_qkv)
+        qkv = F.linear(normalized, self.w_qkv, self.bias_qkv)
         q, k, v = qkv.view(batch, n_tokens, 3, self.n_heads, self.d_head).unbind(2)
         q = self.hook_q(q).transpose(1, 2)
         k = self.hook_k(k).transpose(1, 2)

@@ -156,6 +156,7 @@ class Run:
         if step not in self.steps:
             raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
         model = self.config.model(device=device)
+        model.cfg.model_name = f"{self.path.name}@{step}"
         model.load_state_dict(load_file(checkpoint_path(self.path, step), device=str(device)))
         return model.eval()
 

@@ -46,11 +46,11 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
         "paper": TrainConfig(),
         "small": TrainConfig(
             mixture=SparseLinearMixture.small(),
-            n_layers=6,
+            n_layers=4,
             n_heads=4,
             d_model=64,
             init="fan_in",
-            steps=16_000,
+            steps=25_000,
             batch_size=64,
             optimizer="muon",
             learning_rate=1e-3,

@@ -1,0 +1,97 @@
+"""Sequences of a regression mixture as episodes, so that the library's functions take them.
+
+A text episode has a prompt and an answer of characters; a regression episode has a prompt of real
+vectors and an answer that is a number. ``collect``, ``task_decodability``, ``evaluate``,
+``perturbation_matrix``, ``head_effects`` and the rest do the same with both: the query is the last
+token of the prompt, and instead of the NLL of an answer stands the squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_taskvec.lab.mixtures import Mixture, balanced_labels
+from transformer_lens_taskvec.lab.model import interleave
+from transformer_lens_taskvec.prompts import PromptTemplate
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionEpisode:
+    """One sequence of a mixture: demonstrations, and a query with its answer.
+
+    Attributes:
+        task: The latent task.
+        xs: Inputs, ``[point, dim]``, the query's last.
+        ys: The demonstrations' outputs, ``[demo]``, one fewer than inputs.
+        answer: The query's noisy output.
+        tolerance: How far off a prediction may be and still count as right.
+        template: How the sequence is written down, for the record that results keep.
+    """
+
+    task: str
+    xs: Float[Tensor, "point dim"]
+    ys: Float[Tensor, " demo"]
+    answer: float
+    tolerance: float = 0.3
+    template: PromptTemplate = PromptTemplate("{x} {y}", separator=" ")
+
+    @property
+    def prompt(self) -> Float[Tensor, "token dim"]:
+        """The tokens ``x_1, y_1, ..., x_n``."""
+        return interleave(self.xs[None], self.ys[None])[0]
+
+    @property
+    def n_shots(self) -> int:
+        """The number of demonstrations."""
+        return len(self.ys)
+
+    def with_answers(self, order: Sequence[int]) -> RegressionEpisode:
+        """The same episode with its demonstrations' outputs in another order."""
+        return replace(self, ys=self.ys[list(order)])
+
+
+def regression_episodes(
+    mixture: Mixture, n: int, n_shots: int | None = None, seed: int = 0
+) -> list[RegressionEpisode]:
+    """Sample ``n`` episodes of each latent task.
+
+    Args:
+        mixture: What the sequences are drawn from.
+        n: Episodes per task.
+        n_shots: Demonstrations per episode; by default as many as a sequence of the mixture has
+            before its last point.
+        seed: Seed of the sampling.
+
+    Returns:
+        The episodes, task by task.
+
+    Raises:
+        ValueError: If ``n`` is below 1, or a sequence has fewer demonstrations.
+
+    Example:
+        >>> from transformer_lens_taskvec.lab import SparseLinearMixture
+        >>> episodes = regression_episodes(SparseLinearMixture.small(), n=2, n_shots=3)
+        >>> len(episodes), episodes[0].task, episodes[0].prompt.shape
+        (8, 'B1', torch.Size([7, 8]))
+    """
+    n_shots = mixture.n_points - 1 if n_shots is None else n_shots
+    if not 0 <= n_shots < mixture.n_points:
+        raise ValueError(
+            f"n_shots is {n_shots}; a sequence of {mixture.n_points} points has 0 to "
+            f"{mixture.n_points - 1} demonstrations"
+        )
+    if n < 1:
+        raise ValueError(f"n is {n}; ask for 1 episode or more")
+    labels = balanced_labels(len(mixture.tasks), n, torch.device("cpu"))
+    batch = mixture.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
+    return [
+        RegressionEpisode(
+            mixture.tasks[int(label)], xs[: n_shots + 1], ys[:n_shots], float(ys[n_shots])
+        )
+        for xs, ys, label in zip(batch.xs, batch.ys, batch.labels, strict=True)
+    ]
