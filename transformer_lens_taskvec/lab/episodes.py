@@ -19,6 +19,8 @@ from transformer_lens_taskvec.lab.mixtures import Mixture, balanced_labels
 from transformer_lens_taskvec.lab.model import interleave
 from transformer_lens_taskvec.prompts import PromptTemplate
 
+_INTERLEAVED = PromptTemplate("{x} {y}", separator=" ")
+
 
 @dataclass(frozen=True, eq=False)
 class RegressionEpisode:
@@ -38,7 +40,7 @@ class RegressionEpisode:
     ys: Float[Tensor, " demo"]
     answer: float
     tolerance: float = 0.3
-    template: PromptTemplate = PromptTemplate("{x} {y}", separator=" ")
+    template: PromptTemplate = _INTERLEAVED
 
     @property
     def prompt(self) -> Float[Tensor, "token dim"]:
