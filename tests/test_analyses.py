@@ -93,7 +93,8 @@ def test_heat_maps_name_their_axes_and_show_every_value(
     ax = tv.plot_perturbation(matrix)
     assert [label.get_text() for label in ax.get_yticklabels()] == list(matrix.sources)
     shown = [text.get_text() for text in ax.texts]
-    assert shown == [f"{value:+.1f}" for value in matrix.nll.flatten().tolist()]
+    # Changes below two nats are shown to two digits.
+    assert shown == [f"{value:+.2f}" for value in matrix.nll.flatten().tolist()]
     effects = tv.head_effects(model, [e for e in episodes if e.n_shots == 2])
     heads = tv.plot_head_effects(effects)
     drawn = torch.tensor(heads.images[0].get_array().data)

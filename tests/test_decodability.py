@@ -103,3 +103,29 @@ def test_k_that_leaves_nobody_to_vote_is_refused(k: int) -> None:
 def test_one_task_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="two tasks or more"):
         tv.task_decodability(activations(30, 1))
+
+
+def test_the_null_is_what_permuted_labels_score() -> None:
+    found = activations(60, 3)
+    null = tv.task_decodability(found, k=5).null(n_permutations=20, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for row in range(3):
+        labels = found.labels[torch.randperm(60, generator=generator)]
+        again = tv.Activations(found.values, labels, found.tasks, found.layers, SOURCE)
+        torch.testing.assert_close(null.permuted[row], tv.task_decodability(again, k=5).mean)
+    assert null.permuted.shape == (20, 2) and null.band().shape == (2, 2)
+
+
+def test_p_values_tell_separated_tasks_from_arbitrary_labels() -> None:
+    apart = tv.task_decodability(activations(90, 3, spread=5.0)).null(200)
+    same = tv.task_decodability(activations(90, 3, spread=0.0)).null(200)
+    assert apart.p_value == pytest.approx(1 / 201) and (apart.p_values < 0.01).all()
+    assert same.p_value > 0.05 and "p = " in repr(same)
+    assert same.band()[0].max() < 1 / 3 < same.band()[1].min()
+
+
+def test_intervals_hold_the_scores() -> None:
+    found = tv.task_decodability(activations(120, 3, spread=0.7))
+    interval = found.interval(1)
+    assert (interval[:, 0] <= found.at(1)).all() and (found.at(1) <= interval[:, 1]).all()
+    assert (interval[:, 1] - interval[:, 0] > 0.02).all()

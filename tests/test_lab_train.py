@@ -22,8 +22,8 @@ from torch import Tensor
 from transformer_lens_taskvec.lab import training as train_module
 from transformer_lens_taskvec.lab.mixtures import Batch, RegressionFamilies, SparseLinearMixture
 from transformer_lens_taskvec.lab.optim import Muon, orthogonalized
-from transformer_lens_taskvec.lab.runs import TrainConfig, load_run
-from transformer_lens_taskvec.lab.training import PRESETS, TrainingDiverged, evaluate_mixture, train
+from transformer_lens_taskvec.lab.runs import TrainConfig, evaluate_mixture, load_run
+from transformer_lens_taskvec.lab.training import PRESETS, TrainingDiverged, train
 
 TINY = dataclasses.replace(
     PRESETS["small"],

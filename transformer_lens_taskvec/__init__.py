@@ -8,10 +8,19 @@ from transformer_lens_taskvec.analyses import (
     perturbation_matrix,
     steering_effect,
 )
+from transformer_lens_taskvec.checkpoints import OverCheckpoints, over_checkpoints
 from transformer_lens_taskvec.collect import Activations, collect
-from transformer_lens_taskvec.decodability import Decodability, task_decodability
-from transformer_lens_taskvec.evaluate import Scores, evaluate, evaluate_many
+from transformer_lens_taskvec.controls import controls
+from transformer_lens_taskvec.decodability import Decodability, DecodabilityNull, task_decodability
+from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate, evaluate, evaluate_many
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
+from transformer_lens_taskvec.finetune import (
+    FinetuningStudy,
+    LoraSettings,
+    finetune_layers,
+    finetuning_study,
+)
+from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
 from transformer_lens_taskvec.generate import generate
 from transformer_lens_taskvec.heads import (
     FunctionVector,
@@ -20,13 +29,26 @@ from transformer_lens_taskvec.heads import (
     head_effects,
 )
 from transformer_lens_taskvec.interventions import Intervention, ablate, inject
-from transformer_lens_taskvec.models import HookedModel, load_model
+from transformer_lens_taskvec.models import HookedModel, boot, load_hf_model, load_model
 from transformer_lens_taskvec.plots import (
+    plot_checkpoints,
     plot_decodability,
     plot_embedding,
     plot_head_effects,
     plot_layer_sweep,
+    plot_oracles,
+    plot_pairwise,
     plot_perturbation,
+    plot_steering,
+    plot_td_vs_accuracy,
+    plot_training,
+)
+from transformer_lens_taskvec.prompting import (
+    BITWISE_INSTRUCTIONS,
+    POS_INSTRUCTIONS,
+    PromptingStudy,
+    prompting_study,
+    with_instructions,
 )
 from transformer_lens_taskvec.prompts import (
     ARROW,
@@ -38,6 +60,7 @@ from transformer_lens_taskvec.prompts import (
     sample_splits,
     zero_shot,
 )
+from transformer_lens_taskvec.studies import Study, run_study, split_pos_tasks
 from transformer_lens_taskvec.tasks import (
     Example,
     Task,
@@ -60,32 +83,46 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ARROW",
+    "BITWISE_INSTRUCTIONS",
     "EXAMPLE_ARROW",
+    "POS_INSTRUCTIONS",
     "QA",
     "Activations",
     "Decodability",
+    "DecodabilityNull",
     "Episode",
     "Example",
     "Experiment",
+    "FinetuningStudy",
+    "Fit",
     "FunctionVector",
     "HeadEffects",
     "HookedModel",
     "Intervention",
     "LayerSweep",
+    "LoraSettings",
+    "OverCheckpoints",
     "PerturbationMatrix",
     "PromptTemplate",
+    "PromptingStudy",
     "Scores",
     "SteeringEffect",
+    "Study",
     "Task",
     "TaskVectors",
     "ablate",
     "algorithmic_tasks",
     "all_tasks",
     "bitwise_tasks",
+    "boot",
     "collect",
+    "collect_and_evaluate",
+    "controls",
     "evaluate",
     "evaluate_many",
     "find_tasks",
+    "finetune_layers",
+    "finetuning_study",
     "function_vector",
     "generate",
     "head_effects",
@@ -94,23 +131,36 @@ __all__ = [
     "layer_sweep",
     "linguistic_tasks",
     "load_conllu",
+    "load_hf_model",
     "load_mapping",
     "load_model",
     "load_treebank",
     "mapping_task",
+    "over_checkpoints",
     "perturbation_matrix",
+    "plot_checkpoints",
     "plot_decodability",
     "plot_embedding",
     "plot_head_effects",
     "plot_layer_sweep",
+    "plot_oracles",
+    "plot_pairwise",
     "plot_perturbation",
+    "plot_steering",
+    "plot_td_vs_accuracy",
+    "plot_training",
     "pos_tasks",
+    "prompting_study",
     "run_experiment",
+    "run_study",
     "sample_episodes",
     "sample_splits",
+    "split_pos_tasks",
     "steering_effect",
     "task_decodability",
     "task_vectors",
+    "td_vs_accuracy",
     "translation_tasks",
+    "with_instructions",
     "zero_shot",
 ]

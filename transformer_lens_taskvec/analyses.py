@@ -5,8 +5,8 @@ All of them are variants given to :func:`~transformer_lens_taskvec.evaluate.eval
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens_taskvec.collect import layer_index
+from transformer_lens_taskvec.controls import controls as make_controls
 from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task, evaluate_many
 from transformer_lens_taskvec.interventions import Mode, inject
-from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.vectors import TaskVectors
 
 
@@ -32,6 +33,7 @@ class LayerSweep:
         baseline: The same episodes without intervention.
         layers: The layers, counted from 0.
         scales: What the vectors were multiplied with.
+        controls: The same sweep, at the first scale, with each control in the vectors' place.
     """
 
     correct: Bool[Tensor, "scale layer example"]
@@ -39,6 +41,7 @@ class LayerSweep:
     baseline: Scores
     layers: tuple[int, ...]
     scales: tuple[float, ...]
+    controls: Mapping[str, LayerSweep] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -69,7 +72,7 @@ class LayerSweep:
         if scale not in self.scales:
             raise ValueError(f"scale {scale} is not among the scales {list(self.scales)}")
         at = [self.scales.index(scale)]
-        return LayerSweep(self.correct[at], self.nll[at], self.baseline, self.layers, (scale,))
+        return replace(self, correct=self.correct[at], nll=self.nll[at], scales=(scale,))
 
     def best_layer(self, task: str | None = None) -> int:
         """The layer with the highest accuracy of a task, or of the mean over tasks.
@@ -94,7 +97,10 @@ class LayerSweep:
         return dict(zip(self.tasks, row.tolist(), strict=True))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a scale, layer and task, with the score without intervention beside it."""
+        """One row a scale, layer and task, with the score without intervention beside it.
+
+        Where there are controls, each has its accuracy in a column ``control: ...``.
+        """
         baseline_nll = self._by_task(self.baseline.nll[None].double())[0]
         rows = []
         for scale in self.scales:
@@ -110,6 +116,10 @@ class LayerSweep:
                     "baseline_accuracy": float(self.baseline_accuracy[column]),
                     "baseline_nll": float(baseline_nll[column]),
                     "n": int((self.baseline.labels == column).sum()),
+                    **{
+                        f"control: {kind}": float(control.accuracy[row, column])
+                        for kind, control in self.controls.items()
+                    },
                 }
                 for row, layer in enumerate(self.layers)
                 for column, task in enumerate(self.tasks)
@@ -205,19 +215,20 @@ class SteeringEffect:
         return self.unperturbed.tasks
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a task: ``task, unperturbed, positive, negative, n``."""
-        return pd.DataFrame(
-            [
-                {
-                    "task": task,
-                    "unperturbed": self.unperturbed.of(task).accuracy,
-                    "positive": self.positive.of(task).accuracy,
-                    "negative": self.negative.of(task).accuracy,
-                    "n": len(self.unperturbed.of(task)),
-                }
-                for task in self.tasks
-            ]
-        )
+        """One row a task: ``task, unperturbed, positive, negative, n``.
+
+        Beside each accuracy stand ``..._low`` and ``..._high``, Wilson's 95 % interval.
+        """
+        rows = []
+        for task in self.tasks:
+            row: dict[str, Any] = {"task": task}
+            for kind in ("unperturbed", "positive", "negative"):
+                scores: Scores = getattr(self, kind).of(task)
+                row[kind] = scores.accuracy
+                row[f"{kind}_low"], row[f"{kind}_high"] = scores.interval()
+                row["n"] = len(scores)
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
         lines = [
@@ -229,11 +240,12 @@ class SteeringEffect:
 
 def layer_sweep(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     vectors: TaskVectors,
     *,
     mode: Mode = "replace",
     scales: Sequence[float] = (1.0,),
+    controls: bool | Mapping[str, TaskVectors] = False,
     position: int | Sequence[int] | None = -1,
     stop: str | None = None,
     max_tokens: int | None = None,
@@ -247,6 +259,9 @@ def layer_sweep(
         vectors: Their layers are the layers of the sweep, their hook point is the one injected at.
         mode: As for :func:`~transformer_lens_taskvec.interventions.inject`.
         scales: What the vectors are multiplied with, one sweep each.
+        controls: Vectors to inject in the task vectors' place, from
+            :func:`~transformer_lens_taskvec.controls.controls`; True for those that are made of the
+            vectors alone. They are at the first scale.
         position: Where to inject; -1, the last prompt token, is by far the fastest.
         stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
         max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
@@ -259,6 +274,10 @@ def layer_sweep(
         ValueError: If a task has no vector, or the vectors are another model's.
     """
     vectors.check_model(model)
+    if isinstance(controls, bool):
+        controls = make_controls(vectors) if controls else {}
+    sweeps = [(vectors, scale) for scale in scales]
+    sweeps += [(control, scales[0]) for control in controls.values()]
 
     def variants_of(task: str) -> list[Variant]:
         return [[]] + [
@@ -272,8 +291,8 @@ def layer_sweep(
                     hook=vectors.source.hook,
                 )
             ]
-            for scale in scales
-            for layer, vector in zip(vectors.layers, vectors[task], strict=True)
+            for swept, scale in sweeps
+            for layer, vector in zip(vectors.layers, swept[task], strict=True)
         ]
 
     _check_tasks([episode.task for episode in episodes], vectors)
@@ -286,19 +305,25 @@ def layer_sweep(
         max_tokens=max_tokens,
         progress=progress,
     )
-    grid = (len(scales), len(vectors.layers), len(episodes))
-    return LayerSweep(
-        torch.stack([score.correct for score in scores]).view(grid),
-        torch.stack([score.nll for score in scores]).view(grid),
-        baseline,
-        vectors.layers,
-        tuple(float(scale) for scale in scales),
-    )
+    grid = (len(sweeps), len(vectors.layers), len(episodes))
+    correct = torch.stack([score.correct for score in scores]).view(grid)
+    nll = torch.stack([score.nll for score in scores]).view(grid)
+    n = len(scales)
+
+    def part(rows: slice, of: Sequence[float], beside: Mapping[str, LayerSweep]) -> LayerSweep:
+        kept = tuple(float(scale) for scale in of)
+        return LayerSweep(correct[rows], nll[rows], baseline, vectors.layers, kept, beside)
+
+    beside = {
+        kind: part(slice(n + index, n + index + 1), scales[:1], {})
+        for index, kind in enumerate(controls)
+    }
+    return part(slice(n), scales, beside)
 
 
 def perturbation_matrix(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     vectors: TaskVectors,
     layer: int,
     *,
@@ -328,9 +353,8 @@ def perturbation_matrix(
         ValueError: If there is no such layer, or the vectors are another model's.
     """
     vectors.check_model(model)
-    variants: list[Variant] = [[]]
-    variants += [
-        [
+    edits: dict[str, Variant] = {
+        task: [
             inject(
                 vectors.at(task, layer),
                 layer,
@@ -341,10 +365,41 @@ def perturbation_matrix(
             )
         ]
         for task in vectors.tasks
-    ]
+    }
     bos = vectors.source.prepend_bos
+    return matrix_of_edits(
+        model, episodes, edits, layer, stop=stop, prepend_bos=bos, max_tokens=max_tokens
+    )
+
+
+def matrix_of_edits(
+    model: Any,
+    episodes: Sequence[AnyEpisode],
+    edits: Mapping[str, Variant],
+    layer: int,
+    *,
+    stop: str | None = None,
+    prepend_bos: bool = False,
+    max_tokens: int | None = None,
+) -> PerturbationMatrix:
+    """A perturbation matrix of any edits, one column each.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes; their tasks are the rows.
+        edits: For each target the interventions that stand for it.
+        layer: The layer they act in, for the record.
+        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        prepend_bos: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+    """
     scores = evaluate_many(
-        model, episodes, variants, stop=stop, prepend_bos=bos, max_tokens=max_tokens
+        model,
+        episodes,
+        [[], *edits.values()],
+        stop=stop,
+        prepend_bos=prepend_bos,
+        max_tokens=max_tokens,
     )
     tasks = scores[0].tasks
     own = [scores[0].labels == index for index in range(len(tasks))]
@@ -356,7 +411,7 @@ def perturbation_matrix(
         nll[:, 1:] - nll[:, :1],
         accuracy[:, 1:] - accuracy[:, :1],
         tasks,
-        vectors.tasks,
+        tuple(edits),
         layer,
         scores[0],
     )
@@ -364,7 +419,7 @@ def perturbation_matrix(
 
 def steering_effect(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     vectors: TaskVectors,
     layer: int,
     null: str = "Null",

@@ -79,6 +79,100 @@ def tasks() -> None:
         typer.echo(f"{name:22} {example.x} -> {example.y}")
 
 
+@app.command()
+def study(
+    kind: Annotated[str, typer.Argument(help="'pos', 'bitwise', 'finetune' or 'checkpoints'.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and figures.")],
+    model: Model = "smollm2",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Sentences for 'pos': a CoNLL-U file, or a Penn Treebank folder."),
+    ] = None,
+    checkpoints: Annotated[
+        str, typer.Option(help="For 'checkpoints': training steps or revisions, with commas.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="20 episodes a task, not 100.")] = False,
+    seed: Seed = 0,
+    bos: Bos = False,
+) -> None:
+    """Run the paper's experiments on a pretrained model.
+
+    Example: taskvec study bitwise --model smollm2 --quick --out bitwise
+    """
+    with _errors_as_messages():
+        from transformer_lens_taskvec.paper import run_paper_study
+
+        parts = [part.strip() for part in checkpoints.split(",") if part.strip()]
+        steps = [int(part) if part.isdigit() else part for part in parts]
+        paths = run_paper_study(
+            kind,
+            model,
+            out,
+            data=data,
+            checkpoints=steps,
+            quick=quick,
+            seed=seed,
+            prepend_bos=bos,
+            progress=True,
+        )
+        typer.echo((out / "report.md").read_text())
+        for path in paths:
+            typer.echo(f"wrote {path}")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one goes on.")],
+    preset: Annotated[str, typer.Option(help="'small', 'paper' or 'toy'.")] = "small",
+    steps: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
+    seed: Seed = 0,
+    device: Annotated[str | None, typer.Option(help="'cpu', 'cuda'; CUDA if there is any.")] = None,
+    autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
+) -> None:
+    """Train a small transformer in which task vectors emerge.
+
+    Example: taskvec train --preset small --out runs/small
+    """
+    with _errors_as_messages():
+        from transformer_lens_taskvec import lab
+
+        run = lab.train(
+            preset, out, seed=seed, steps=steps, device=device, autocast=autocast, compile=compiled
+        )
+        typer.echo(repr(run))
+        if preset != "toy":
+            typer.echo(f"look at it with: taskvec emergence {out}")
+
+
+@app.command()
+def emergence(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a run of 'taskvec train'; by default one that comes along."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for emergence.json and the figures.")] = Path(
+        "taskvec-emergence"
+    ),
+    n: Annotated[int, typer.Option(min=11, help="Sequences per task.")] = 100,
+    seed: Seed = 0,
+) -> None:
+    """Measure and draw a run: errors, decodability, swaps, embeddings, pruned heads.
+
+    Example: taskvec emergence runs/small --out figures
+    """
+    with _errors_as_messages():
+        from transformer_lens_taskvec import lab
+        from transformer_lens_taskvec.plots import save_figures
+
+        loaded = lab.shipped_run() if run is None else lab.load_run(run)
+        found = lab.emergence(loaded, n=n, seed=seed)
+        typer.echo(repr(found))
+        figures = lab.emergence_figures(loaded, found, n=n)
+        for path in [found.save(out), *save_figures(figures, out)]:
+            typer.echo(f"wrote {path}")
+
+
 def _run(
     model: str,
     names: tuple[str, ...] | list[str],

@@ -15,7 +15,7 @@ from transformer_lens_taskvec.capabilities import capabilities
 from transformer_lens_taskvec.interventions import hook_name
 from transformer_lens_taskvec.models import check_layers, device_of, inference, model_name
 from transformer_lens_taskvec.passes import run_until
-from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.tokens import batches, encode, pad_id, row_indices
 
 _TOKENS_PER_BATCH = 4096
@@ -85,7 +85,7 @@ class Activations:
 
 def collect(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     *,
     hook: str = "resid_post",
     layers: Sequence[int] | None = None,
@@ -170,7 +170,7 @@ def _run(
     return torch.stack([kept[name] for name in names], dim=1)
 
 
-def label(episodes: Sequence[Episode]) -> tuple[tuple[str, ...], Int[Tensor, " example"]]:
+def label(episodes: Sequence[AnyEpisode]) -> tuple[tuple[str, ...], Int[Tensor, " example"]]:
     """The tasks of the episodes in order of first appearance, and each episode's index in them."""
     tasks = tuple(dict.fromkeys(episode.task for episode in episodes))
     index = {task: number for number, task in enumerate(tasks)}

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from transformer_lens_taskvec.collect import Activations, layer_index
 
+_AT_ONCE = 50
+"""Permutations at once."""
+
 
 @dataclass(frozen=True, repr=False)
 class Decodability:
@@ -77,6 +80,55 @@ class Decodability:
             matrix[second, first] = hit[pair == 1].float().mean()
         return matrix
 
+    def null(self, n_permutations: int = 1_000, seed: int = 0) -> DecodabilityNull:
+        """The mean TD that labels without meaning would have, at every layer.
+
+        Labels are permuted over the points, the same way at every layer; the neighbours stay, so
+        that no distance is computed anew.
+
+        Args:
+            n_permutations: How often.
+            seed: Seed of the permutations.
+
+        Returns:
+            The null distribution, with p-values.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        labels, n_classes = self.activations.labels, len(self.tasks)
+        orders = [torch.randperm(len(labels), generator=generator) for _ in range(n_permutations)]
+        permuted = labels[torch.stack(orders)].to(torch.int8)
+        means = torch.empty(n_permutations, len(self.layers))
+        for index in range(len(self.layers)):
+            distances = _distances(_flat(self.activations.values[:, index]))
+            nearest, neighbours = distances.topk(self.k, dim=1, largest=False)
+            for start in range(0, n_permutations, _AT_ONCE):
+                some = permuted[start : start + _AT_ONCE]
+                hits = _vote(some[:, neighbours], nearest, n_classes) == some
+                per_task = [_share(hits, some == task) for task in range(n_classes)]
+                means[start : start + _AT_ONCE, index] = torch.stack(per_task).mean(dim=0)
+        return DecodabilityNull(self.mean, means, self.layers)
+
+    def interval(
+        self, layer: int, confidence: float = 0.95, n_resamples: int = 2_000, seed: int = 0
+    ) -> Float[Tensor, "task 2"]:
+        """Each task's interval at a layer, by a bootstrap over its points; neighbours stay.
+
+        Raises:
+            ValueError: If the layer was not collected.
+        """
+        distances = _distances(_flat(self.activations.at(layer)))
+        labels = self.activations.labels
+        hits = _hits(distances, labels, self.k, n_classes=len(self.tasks)).float()
+        generator = torch.Generator().manual_seed(seed)
+        tail = (1 - confidence) / 2
+        intervals = []
+        for task in range(len(self.tasks)):
+            own = hits[labels == task]
+            drawn = torch.randint(len(own), (n_resamples, len(own)), generator=generator)
+            shares = own[drawn].mean(dim=1)
+            intervals.append(torch.quantile(shares, torch.tensor([tail, 1 - tail])))
+        return torch.stack(intervals)
+
     def at(self, layer: int) -> Float[Tensor, " task"]:
         """The scores at one layer, by its number in the model."""
         return self.scores[layer_index(self.layers, layer)]
@@ -106,6 +158,47 @@ class Decodability:
         return (
             f"Decodability(best layer {best}: mean {float(self.mean.max()):.3f} "
             f"(chance {self.chance:.3f}, k={self.k}); {per_task})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class DecodabilityNull:
+    """TD beside what it would be if the labels meant nothing.
+
+    Attributes:
+        observed: Mean TD, ``[layer]``.
+        permuted: Mean TD under permuted labels, ``[permutation, layer]``.
+        layers: The layers, counted from 0.
+    """
+
+    observed: Float[Tensor, " layer"]
+    permuted: Float[Tensor, "permutation layer"]
+    layers: tuple[int, ...]
+
+    @property
+    def p_values(self) -> Float[Tensor, " layer"]:
+        """At each layer by itself, the share of permutations with as high a TD, and one more."""
+        as_high = (self.permuted >= self.observed).sum(dim=0)
+        return (1 + as_high) / (1 + len(self.permuted))
+
+    @property
+    def p_value(self) -> float:
+        """Of the highest TD over layers: each permutation's highest is what it is held against."""
+        as_high = (self.permuted.max(dim=1).values >= self.observed.max()).sum()
+        return float((1 + as_high) / (1 + len(self.permuted)))
+
+    def band(self, confidence: float = 0.95) -> Float[Tensor, "2 layer"]:
+        """Where TD lies at each layer if labels mean nothing."""
+        tail = (1 - confidence) / 2
+        return torch.quantile(self.permuted, torch.tensor([tail, 1 - tail]), dim=0)
+
+    def __repr__(self) -> str:
+        best = int(self.observed.argmax())
+        high = float(self.band()[1, best])
+        return (
+            f"DecodabilityNull(layer {self.layers[best]}: TD {float(self.observed[best]):.3f}, "
+            f"{len(self.permuted)} permutations up to {high:.3f}; p = {self.p_value:.4f} over "
+            f"{len(self.layers)} layers)"
         )
 
 
@@ -173,12 +266,21 @@ def _hits(
 ) -> Bool[Tensor, " point"]:
     """Whether the vote of each point's neighbours is its own label."""
     nearest, neighbours = distances.topk(k, dim=1, largest=False)
-    voters = torch.nn.functional.one_hot(labels[neighbours], n_classes)
-    votes = voters.sum(dim=1)
-    total_distance = (voters * nearest[..., None]).sum(dim=1)
-    tied = votes == votes.max(dim=1, keepdim=True).values
-    winner = total_distance.masked_fill(~tied, float("inf")).argmin(dim=1)
-    return winner == labels
+    return _vote(labels[neighbours], nearest, n_classes) == labels
+
+
+def _vote(
+    voters: Int[Tensor, "*many point k"], nearest: Float[Tensor, "point k"], n_classes: int
+) -> Int[Tensor, "*many point"]:
+    """The class with most votes; of tied ones the one whose voters are nearer in sum."""
+    # A vote weighs one, less a distance so small that it can only decide a tie.
+    weights = 1 - nearest / (2 * nearest.sum(dim=1, keepdim=True).clamp(min=1e-30))
+    scores = [(weights * (voters == one)).sum(dim=-1) for one in range(n_classes)]
+    return torch.stack(scores, dim=-1).argmax(dim=-1)
+
+
+def _share(hits: Bool[Tensor, "many point"], own: Bool[Tensor, "many point"]) -> Tensor:
+    return (hits & own).sum(dim=1) / own.sum(dim=1)
 
 
 def _mean_by(

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.collect import label
+from transformer_lens_taskvec.collect import Activations, Source, label
 from transformer_lens_taskvec.engine import (
     Chunk,
     Variant,
@@ -30,8 +30,9 @@ from transformer_lens_taskvec.engine import (
     answer_numbers,
     check_variants,
 )
-from transformer_lens_taskvec.models import inference
-from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.interventions import inject
+from transformer_lens_taskvec.models import check_layers, inference, model_name
+from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.tokens import encode, encode_answers
 
 
@@ -62,6 +63,14 @@ class Scores:
     def accuracy(self) -> float:
         """The share of episodes answered right."""
         return float(self.correct.double().mean())
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's interval of the accuracy."""
+        from scipy.stats import binomtest  # half a second, that most imports do without
+
+        test = binomtest(int(self.correct.sum()), len(self))
+        found = test.proportion_ci(confidence_level=confidence, method="wilson")
+        return float(found.low), float(found.high)
 
     @property
     def mean_nll(self) -> float:
@@ -112,7 +121,7 @@ class Scores:
 
 def evaluate(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     interventions: Variant = (),
     *,
     stop: str | None = None,
@@ -153,7 +162,7 @@ def evaluate(
 
 def evaluate_many(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     variants: Sequence[Variant],
     *,
     stop: str | None = None,
@@ -221,9 +230,79 @@ def _number_scores(
     return Scores(within, off.square(), labels, tasks, None, False, "squared error")
 
 
+def collect_and_evaluate(
+    model: Any,
+    episodes: Sequence[AnyEpisode],
+    *,
+    layers: Sequence[int] | None = None,
+    hook: str = "resid_post",
+    stop: str | None = None,
+    prepend_bos: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> tuple[Activations, Scores]:
+    """Activations at the last prompt token and scores of the answers, in one pass.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes; their order is kept.
+        layers: As for :func:`~transformer_lens_taskvec.collect.collect`.
+        hook: As for :func:`~transformer_lens_taskvec.collect.collect`.
+        stop: As for :func:`evaluate`.
+        prepend_bos: As for :func:`evaluate`.
+        max_tokens: As for :func:`evaluate`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What ``collect`` and ``evaluate`` return.
+
+    Raises:
+        ValueError: As for both.
+    """
+    if not episodes:
+        raise ValueError("episodes is empty; give at least one episode")
+    chosen = check_layers(model, layers, hook)
+    kept: list[list[Tensor]] = [[] for _ in chosen]
+
+    def keeping(place: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def keep(activation: Tensor, _: Tensor) -> Tensor:
+            kept[place].append(activation.detach().to("cpu", torch.float32))
+            return activation
+
+        return keep
+
+    nothing = torch.zeros(int(model.cfg.d_model))
+    reading = [
+        inject(nothing, layer, mode=keeping(place), hook=hook) for place, layer in enumerate(chosen)
+    ]
+    tasks, labels = label(episodes)
+    prompts = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
+    answers = encode_answers(model, episodes, stop=stop)
+    correct = torch.zeros(len(episodes), dtype=torch.bool)
+    nll = torch.zeros(len(episodes))
+    values: Tensor | None = None
+    with inference(model), tqdm(total=len(episodes), disable=not progress, leave=False) as bar:
+        for chunk in answer_logits(model, prompts, answers, [reading], max_tokens=max_tokens):
+            rows = list(chunk.rows)
+            right, loss = score(chunk)
+            correct[rows], nll[rows] = right[:, 0].cpu(), loss[:, 0].float().cpu()
+            read = torch.stack([torch.cat(parts) for parts in kept], dim=1)
+            if values is None:
+                values = read.new_empty(len(episodes), *read.shape[1:])
+            values[rows] = read
+            for parts in kept:
+                parts.clear()
+            bar.update(len(rows))
+    assert values is not None
+    templates = sorted({episode.template.example for episode in episodes})
+    source = Source(model_name(model), hook, -1, " | ".join(templates), prepend_bos)
+    activations = Activations(values, labels, tasks, chosen, source)
+    return activations, Scores(correct, nll, labels, tasks, stop, prepend_bos)
+
+
 def evaluate_by_task(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     variants_of: Callable[[str], Sequence[Variant]],
     *,
     stop: str | None = None,

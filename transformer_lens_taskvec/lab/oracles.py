@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.lab.mixtures import Mixture, SparseLinearMixture
+from transformer_lens_taskvec.lab.mixtures import Batch, Mixture, SparseLinearMixture
 
 _SEQUENCES_AT_ONCE = 1000
 
@@ -285,25 +285,40 @@ def oracle_errors(
     Returns:
         The errors.
     """
-    if penalty is None:
-        penalty = _best_penalty(mixture)
     generator = torch.Generator(device).manual_seed(seed)
     total: dict[str, Tensor] = {}
     for start in range(0, n_sequences, _SEQUENCES_AT_ONCE):
         batch = mixture.sample(min(_SEQUENCES_AT_ONCE, n_sequences - start), generator)
-        predictions = {
-            "least squares": least_squares(batch.xs, batch.ys),
-            "ridge": ridge(batch.xs, batch.ys, penalty=penalty),
-            "lasso": lasso(batch.xs, batch.ys, alpha=alpha),
-        }
-        if isinstance(mixture, SparseLinearMixture):
-            predictions["true basis"] = true_basis_ridge(mixture, batch.xs, batch.ys, batch.labels)
-            predictions["Bayes mixture"] = bayes_mixture(mixture, batch.xs, batch.ys).prediction
+        predictions = oracle_predictions(mixture, batch, alpha=alpha, penalty=penalty)
         for name, prediction in predictions.items():
             errors = (prediction - batch.ys).square().sum(0).double()
             total[name] = total[name] + errors if name in total else errors
     curves = torch.stack(list(total.values())) / n_sequences
     return OracleErrors(tuple(total), curves.float().cpu(), n_sequences)
+
+
+def oracle_predictions(
+    mixture: Mixture, batch: Batch, *, alpha: float = 0.01, penalty: float | None = None
+) -> dict[str, Float[Tensor, "batch point"]]:
+    """What every oracle that the mixture has predicts for some sequences, at every position.
+
+    Args:
+        mixture: What the sequences are drawn from.
+        batch: The sequences.
+        alpha: As for :func:`oracle_errors`.
+        penalty: As for :func:`oracle_errors`.
+    """
+    if penalty is None:
+        penalty = _best_penalty(mixture)
+    predictions = {
+        "least squares": least_squares(batch.xs, batch.ys),
+        "ridge": ridge(batch.xs, batch.ys, penalty=penalty),
+        "lasso": lasso(batch.xs, batch.ys, alpha=alpha),
+    }
+    if isinstance(mixture, SparseLinearMixture):
+        predictions["true basis"] = true_basis_ridge(mixture, batch.xs, batch.ys, batch.labels)
+        predictions["Bayes mixture"] = bayes_mixture(mixture, batch.xs, batch.ys).prediction
+    return predictions
 
 
 def _best_penalty(mixture: Mixture) -> float:

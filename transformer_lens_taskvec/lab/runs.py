@@ -10,28 +10,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from transformer_lens_taskvec.files import write_text, write_whole
 from transformer_lens_taskvec.lab import mixtures
-from transformer_lens_taskvec.lab.mixtures import Mixture, RegressionFamilies, SparseLinearMixture
+from transformer_lens_taskvec.lab.mixtures import (
+    Mixture,
+    RegressionFamilies,
+    SparseLinearMixture,
+    balanced_labels,
+)
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
+from transformer_lens_taskvec.lab.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_EVAL_SEED = 2_000_003
+
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The settings of a training run; the defaults are the paper's (App. D).
+class TrainConfig(Recipe):
+    """The settings of a training run on a mixture; the defaults are the paper's (App. D).
+
+    Besides those of :class:`~transformer_lens_taskvec.lab.recipe.Recipe`:
 
     Attributes:
         mixture: What the sequences are drawn from.
@@ -40,18 +50,6 @@ class TrainConfig:
         d_model: Width of the residual stream.
         init: ``"gpt2"`` for standard deviations of 0.02, ``"fan_in"`` for ones that keep the scale
             of activations; either way, smaller for projections back into the residual stream.
-        steps: Training steps.
-        batch_size: Sequences a step.
-        optimizer: ``"adam"`` for all parameters, or ``"muon"`` for the blocks' matrices and Adam
-            for the rest.
-        learning_rate: Adam's.
-        betas: Adam's.
-        muon_learning_rate: Muon's.
-        weight_decay: Muon's.
-        warmup: Steps over which the learning rates rise linearly.
-        schedule: What follows: ``"constant"``, or ``"cosine"`` down to zero at the last step.
-        n_checkpoints: Evaluations, about evenly spaced in the logarithm of the step.
-        n_eval: Sequences a task at each evaluation.
     """
 
     mixture: Mixture = field(default_factory=SparseLinearMixture)
@@ -59,32 +57,11 @@ class TrainConfig:
     n_heads: int = 8
     d_model: int = 256
     init: Literal["gpt2", "fan_in"] = "gpt2"
-    steps: int = 80_000
-    batch_size: int = 128
-    optimizer: Literal["adam", "muon"] = "adam"
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.9999)
-    muon_learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    warmup: int = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    n_checkpoints: int = 40
-    n_eval: int = 250
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "n_checkpoints", "n_eval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        choices = {
-            "init": ("gpt2", "fan_in"),
-            "optimizer": ("adam", "muon"),
-            "schedule": ("constant", "cosine"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup must be in [0, {self.steps}], steps; got {self.warmup}")
+    loss_name: ClassVar[str] = "mse"
+
+    def _choices(self) -> dict[str, tuple[str, ...]]:
+        return {**super()._choices(), "init": ("gpt2", "fan_in")}
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> RegressionTransformer:
         """An untrained model of this size."""
@@ -99,14 +76,44 @@ class TrainConfig:
         )
         return RegressionTransformer(cfg, seed=seed)
 
-    def checkpoint_steps(self) -> tuple[int, ...]:
-        """The steps at which the model is evaluated and kept: 0, then a geometric series."""
-        if self.n_checkpoints == 1:
-            return (0, self.steps)
-        first = max(1.0, self.steps / 1000)
-        ratio = (self.steps / first) ** (1 / (self.n_checkpoints - 1))
-        series = {round(first * ratio**i) for i in range(self.n_checkpoints)}
-        return tuple(sorted({0, *series, self.steps}))
+    def matrices(self, model: Any) -> list[nn.Parameter]:
+        """The blocks' weight matrices."""
+        named = model.named_parameters()
+        return [p for name, p in named if name.startswith("blocks") and ".w_" in name]
+
+    def loss(
+        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+    ) -> Tensor:
+        """The squared error of the predictions at every position of a new batch."""
+        batch = self.mixture.sample(self.batch_size, generator)
+        with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
+            predictions = forward(batch.xs, batch.ys)
+        error: Tensor = (predictions.float() - batch.ys).square().mean()
+        return error
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """The mean squared error for each task at each position."""
+        return {"mse": evaluate_mixture(model, self.mixture, n_eval=self.n_eval).tolist()}
+
+    def summary(self, record: dict[str, Any]) -> str:
+        """The error of each task over the second half of the sequence."""
+        half = self.mixture.n_points // 2
+        means = [sum(curve[half:]) / len(curve[half:]) for curve in record["mse"]]
+        pairs = zip(self.mixture.tasks, means, strict=True)
+        return " ".join(f"{task} {mse:.3f}" for task, mse in pairs)
+
+    def load(self, path: Path) -> Run:
+        """The run in a folder."""
+        return load_run(path, mixture=self.mixture)
+
+    def described(self) -> dict[str, Any]:
+        """The settings as JSON has them, the mixture by its kind."""
+        plain = {"mixture": _mixture_to(self.mixture)}
+        for setting in dataclasses.fields(self):
+            if setting.name != "mixture":
+                plain[setting.name] = getattr(self, setting.name)
+        described: dict[str, Any] = json.loads(json.dumps(plain))
+        return described
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,6 +167,25 @@ class Run:
         model.load_state_dict(load_file(checkpoint_path(self.path, step), device=str(device)))
         return model.eval()
 
+    def export(
+        self, path: str | Path, steps: Sequence[int], *, dtype: torch.dtype = torch.float16
+    ) -> Run:
+        """Write some of the checkpoints as a run of their own, for keeping or sending.
+
+        Args:
+            path: An empty or new folder.
+            steps: The checkpoints.
+            dtype: Of the weights on disk; they are float32 again when loaded.
+
+        Returns:
+            The run in the new folder. It cannot be trained further.
+
+        Raises:
+            ValueError: If there is no checkpoint at one of the steps, or the folder holds a run.
+        """
+        export_checkpoints(self.path, Path(path), steps, dtype)
+        return load_run(path, mixture=self.config.mixture)
+
     def to_frame(self) -> pd.DataFrame:
         """One row for each checkpoint, task and point."""
         import pandas as pd
@@ -180,6 +206,35 @@ class Run:
         )
 
 
+def evaluate_mixture(
+    model: RegressionTransformer, mixture: Mixture, *, n_eval: int = 250, seed: int = _EVAL_SEED
+) -> Float[Tensor, "task point"]:
+    """The model's mean squared error for each task at each position.
+
+    Args:
+        model: The model.
+        mixture: What the sequences are drawn from.
+        n_eval: Sequences a task.
+        seed: Their seed; by default the one that training evaluates with.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    n_tasks = len(mixture.tasks)
+    labels = balanced_labels(n_tasks, n_eval, device)
+    batch = mixture.sample(len(labels), generator, labels=labels)
+    with torch.no_grad():
+        errors: Tensor = (model(batch.xs, batch.ys) - batch.ys).square()
+    return errors.view(n_tasks, n_eval, -1).mean(1)
+
+
+def shipped_run() -> Run:
+    """The run that comes with the package: ``small``, seed 0, a dozen checkpoints.
+
+    ``taskvec train --preset small`` makes it anew; here its weights are float16.
+    """
+    return load_run(Path(__file__).parent / "shipped" / "small")
+
+
 def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Run:
     """Read a run from its folder.
 
@@ -190,12 +245,14 @@ def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Run:
 
     Raises:
         FileNotFoundError: If there is no run in the folder.
-        ValueError: If the mixture is needed and not given.
+        ValueError: If the mixture is needed and not given, or the run is one of the toy model.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
     saved = json.loads((path / "config.json").read_text())
+    if "mixture" not in saved:
+        raise ValueError(f"{path} holds a run of the toy model; read it with load_toy_run")
     seed = saved.pop("seed")
     description = saved.pop("mixture")
     saved["betas"] = tuple(saved["betas"])
@@ -219,12 +276,27 @@ def _settings() -> set[str]:
     return {setting.name for setting in dataclasses.fields(TrainConfig)}
 
 
-def describe(config: TrainConfig, seed: int) -> dict[str, Any]:
-    """The settings as JSON has them."""
-    fields = {name: getattr(config, name) for name in sorted(_settings())}
-    fields["mixture"] = _mixture_to(config.mixture)
-    described: dict[str, Any] = json.loads(json.dumps({"seed": seed, **fields}))
-    return described
+def export_checkpoints(
+    source: Path, target: Path, steps: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Copy a run with some of its checkpoints only, in another dtype.
+
+    Raises:
+        ValueError: If there is no checkpoint at one of the steps, or the target holds a run.
+    """
+    if (target / "config.json").exists():
+        raise ValueError(f"{target} already holds a run; choose another folder")
+    records = {record["step"]: record for record in read_metrics(source)}
+    missing = sorted(set(steps) - set(records))
+    if missing:
+        raise ValueError(f"no checkpoint at step {missing[0]}; there are {sorted(records)}")
+    kept = sorted(set(steps))
+    for step in kept:
+        weights = load_file(checkpoint_path(source, step))
+        small = {name: value.to(dtype) for name, value in weights.items()}
+        write_tensors(checkpoint_path(target, step), small, {"step": str(step)})
+    write_text(target / "metrics.jsonl", "".join(json.dumps(records[s]) + "\n" for s in kept))
+    write_text(target / "config.json", (source / "config.json").read_text())
 
 
 def checkpoint_path(path: Path, step: int) -> Path:
@@ -238,22 +310,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    _write(path, lambda beside: beside.write_text(text))
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a whole safetensors file or nothing."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    _write(path, lambda beside: save_file(tensors, beside, metadata))
-
-
-def _write(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    write(beside)
-    os.replace(beside, path)
+    write_whole(path, lambda beside: save_file(tensors, beside, metadata))
 
 
 def _mixture_to(mixture: Mixture) -> dict[str, Any]:

@@ -21,27 +21,24 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.lab.mixtures import Mixture, SparseLinearMixture, balanced_labels
-from transformer_lens_taskvec.lab.model import RegressionTransformer
+from transformer_lens_taskvec.files import write_text
+from transformer_lens_taskvec.lab.mixtures import SparseLinearMixture
 from transformer_lens_taskvec.lab.optim import Muon
+from transformer_lens_taskvec.lab.recipe import Recipe
 from transformer_lens_taskvec.lab.runs import (
-    Run,
     TrainConfig,
     checkpoint_path,
-    describe,
-    load_run,
     read_metrics,
     write_tensors,
-    write_text,
 )
+from transformer_lens_taskvec.lab.toy import ToyConfig
 
-PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
+PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
         "paper": TrainConfig(),
         "small": TrainConfig(
@@ -50,7 +47,7 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
             n_heads=4,
             d_model=64,
             init="fan_in",
-            steps=25_000,
+            steps=34_000,
             batch_size=64,
             optimizer="muon",
             learning_rate=1e-3,
@@ -59,12 +56,12 @@ PRESETS: Mapping[str, TrainConfig] = MappingProxyType(
             warmup=200,
             schedule="cosine",
         ),
+        "toy": ToyConfig(),
     }
 )
-"""The settings that have a name: the paper's, and one that two CPU cores learn in minutes."""
+"""The settings that have a name: the paper's, one that two CPU cores learn in minutes, the toy."""
 
 _DATA_SEED = 1_000_003
-_EVAL_SEED = 2_000_003
 _SAVES = 100
 _DIVERGED = 10.0
 
@@ -74,7 +71,7 @@ class TrainingDiverged(RuntimeError):
 
 
 def train(
-    config: str | TrainConfig,
+    config: str | Recipe,
     out_dir: str | Path,
     *,
     seed: int = 0,
@@ -84,12 +81,12 @@ def train(
     progress: bool = True,
     autocast: bool = False,
     compile: bool = False,
-) -> Run:
-    """Train a regression transformer, or go on with a run that was interrupted.
+) -> Any:
+    """Train a model of the lab, or go on with a run that was interrupted.
 
     Args:
-        config: The name of a preset (``"paper"``, ``"small"``), or settings of one's own:
-            ``dataclasses.replace(PRESETS["small"], mixture=...)``.
+        config: The name of a preset (``"paper"``, ``"small"``, ``"toy"``), or settings of one's
+            own: ``dataclasses.replace(PRESETS["small"], mixture=...)``.
         out_dir: The folder of the run.
         seed: Seed of the weights and of the data.
         steps: Training steps, in place of the settings'; warm-up and schedule are fitted to them.
@@ -101,7 +98,8 @@ def train(
         compile: Whether to compile the model first; it pays on CUDA only.
 
     Returns:
-        The run, as :func:`~transformer_lens_taskvec.lab.runs.load_run` reads it.
+        The run, as :func:`~transformer_lens_taskvec.lab.runs.load_run` reads it, or
+        :func:`~transformer_lens_taskvec.lab.toy.load_toy_run` one of the toy model.
 
     Raises:
         ValueError: If there is no such preset, or the folder holds a run with other settings.
@@ -111,38 +109,19 @@ def train(
     path = Path(out_dir)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     numerics = {"device": device.type, "autocast": autocast, "compile": compile}
-    _open_folder(path, {**describe(config, seed), **numerics}, resume)
+    _open_folder(path, {"seed": seed, **config.described(), **numerics}, resume)
     state = _State.start(config, seed, device)
     saved = path / "state.safetensors"
     taken = state.load(saved) if saved.exists() else None
-    forward = torch.compile(state.model.forward) if compile else state.model.forward
+    forward: Callable[..., Any] = state.model.forward
+    if compile:
+        forward = torch.compile(forward)
     with _matmul_precision(device):
         _loop(config, path, state, taken, forward, progress, autocast)
-    return load_run(path, mixture=config.mixture)
+    return config.load(path)
 
 
-def evaluate_mixture(
-    model: RegressionTransformer, mixture: Mixture, *, n_eval: int = 250, seed: int = _EVAL_SEED
-) -> Float[Tensor, "task point"]:
-    """The model's mean squared error for each task at each position.
-
-    Args:
-        model: The model.
-        mixture: What the sequences are drawn from.
-        n_eval: Sequences a task.
-        seed: Their seed; by default the one that training evaluates with.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    n_tasks = len(mixture.tasks)
-    labels = balanced_labels(n_tasks, n_eval, device)
-    batch = mixture.sample(len(labels), generator, labels=labels)
-    with torch.no_grad():
-        errors: Tensor = (model(batch.xs, batch.ys) - batch.ys).square()
-    return errors.view(n_tasks, n_eval, -1).mean(1)
-
-
-def _resolve(config: str | TrainConfig, steps: int | None) -> TrainConfig:
+def _resolve(config: str | Recipe, steps: int | None) -> Recipe:
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"no preset {config!r}; there are {', '.join(PRESETS)}")
@@ -173,13 +152,13 @@ def _open_folder(path: Path, settings: dict[str, Any], resume: bool) -> None:
 class _State:
     """All that a training step changes."""
 
-    model: RegressionTransformer
+    model: nn.Module
     optimizers: list[Optimizer]
     generator: torch.Generator
     error_sum: Tensor
 
     @classmethod
-    def start(cls, config: TrainConfig, seed: int, device: torch.device) -> _State:
+    def start(cls, config: Recipe, seed: int, device: torch.device) -> _State:
         model = config.model(seed=seed, device=device)
         return cls(
             model,
@@ -233,11 +212,11 @@ class _State:
 
 
 def _loop(
-    config: TrainConfig,
+    config: Recipe,
     path: Path,
     state: _State,
     taken: int | None,
-    forward: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[..., Any],
     progress: bool,
     autocast: bool,
 ) -> None:
@@ -257,36 +236,33 @@ def _loop(
         else:
             _write_metrics(path, records)
         bar.update(taken)
-        bar.set_postfix_str(_summary(config, records[-1]))
+        bar.set_postfix_str(config.summary(records[-1]))
         for step in range(taken + 1, config.steps + 1):
             _take_step(config, state, step, forward, autocast)
             bar.update()
             if step in checkpoints:
-                _check(state, records, step)
+                _check(config, state, records, step)
                 records.append(_keep(config, path, state, records, step, started))
-                bar.set_postfix_str(_summary(config, records[-1]))
+                bar.set_postfix_str(config.summary(records[-1]))
                 state.error_sum.zero_()
                 state.save(path / "state.safetensors", step)
             elif step % every == 0:
-                _check(state, records, step)
+                _check(config, state, records, step)
                 state.save(path / "state.safetensors", step)
 
 
 def _take_step(
-    config: TrainConfig,
+    config: Recipe,
     state: _State,
     step: int,
-    forward: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[..., Any],
     autocast: bool,
 ) -> None:
     """Step number ``step``, counted from 1."""
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * _rate(config, step)
-    batch = config.mixture.sample(config.batch_size, state.generator)
-    with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
-        predictions = forward(batch.xs, batch.ys)
-    error = (predictions.float() - batch.ys).square().mean()
+            group["lr"] = group["initial_lr"] * config.rate(step)
+    error = config.loss(forward, state.generator, autocast)
     error.backward()
     for optimizer in state.optimizers:
         optimizer.step()
@@ -294,21 +270,10 @@ def _take_step(
     state.error_sum += error.detach()
 
 
-def _rate(config: TrainConfig, step: int) -> float:
-    """The share of the full learning rate at a step."""
-    if step <= config.warmup:
-        return step / config.warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _optimizers(model: RegressionTransformer, config: TrainConfig) -> list[Optimizer]:
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if name.startswith("blocks") and ".w_" in name]
-    rest = [p for _, p in named if all(p is not matrix for matrix in matrices)]
-    adam_on = rest if config.optimizer == "muon" else [p for _, p in named]
+def _optimizers(model: nn.Module, config: Recipe) -> list[Optimizer]:
+    parameters, matrices = list(model.parameters()), config.matrices(model)
+    rest = [p for p in parameters if all(p is not matrix for matrix in matrices)]
+    adam_on = rest if config.optimizer == "muon" else parameters
     optimizers: list[Optimizer] = [
         Adam(adam_on, lr=config.learning_rate, betas=config.betas, fused=True)
     ]
@@ -325,11 +290,11 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _check(state: _State, records: list[dict[str, Any]], step: int) -> None:
+def _check(config: Recipe, state: _State, records: list[dict[str, Any]], step: int) -> None:
     """Raise unless the state is worth keeping."""
     norms = torch.stack(torch._foreach_norm(list(state.model.parameters())))
     error = float(state.error_sum) / (step - records[-1]["step"])
-    untrained = float(torch.tensor(records[0]["mse"]).mean())
+    untrained = float(torch.tensor(records[0][config.loss_name]).mean())
     finite = bool(norms.isfinite().all()) and math.isfinite(error)
     if finite and error <= _DIVERGED * untrained:
         return
@@ -346,7 +311,7 @@ def _check(state: _State, records: list[dict[str, Any]], step: int) -> None:
 
 
 def _keep(
-    config: TrainConfig,
+    config: Recipe,
     path: Path,
     state: _State,
     records: list[dict[str, Any]],
@@ -354,13 +319,13 @@ def _keep(
     started: float,
 ) -> dict[str, Any]:
     """Evaluate the model, and write it and its evaluation."""
-    mse = evaluate_mixture(state.model, config.mixture, n_eval=config.n_eval)
+    evaluation = config.evaluate(state.model)
     steps_since = step - records[-1]["step"] if records else 0
     record = {
         "step": step,
         "seconds": round(time.perf_counter() - started, 2),
-        "train_mse": float(state.error_sum) / steps_since if steps_since else None,
-        "mse": mse.tolist(),
+        f"train_{config.loss_name}": float(state.error_sum) / steps_since if steps_since else None,
+        **evaluation,
     }
     write_tensors(checkpoint_path(path, step), state.model.state_dict(), {"step": str(step)})
     _write_metrics(path, [*records, record])
@@ -370,14 +335,6 @@ def _keep(
 def _write_metrics(path: Path, records: list[dict[str, Any]]) -> None:
     lines = (json.dumps(record) + "\n" for record in records)
     write_text(path / "metrics.jsonl", "".join(lines))
-
-
-def _summary(config: TrainConfig, record: dict[str, Any]) -> str:
-    """The error of each task over the second half of the sequence, for the progress bar."""
-    half = config.mixture.n_points // 2
-    means = [sum(curve[half:]) / len(curve[half:]) for curve in record["mse"]]
-    pairs = zip(config.mixture.tasks, means, strict=True)
-    return " ".join(f"{task} {mse:.3f}" for task, mse in pairs)
 
 
 @contextmanager

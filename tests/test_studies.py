@@ -1,0 +1,277 @@
+"""Studies of a model: TD and accuracy from one pass, fits, checkpoints, finetuning."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import zoo
+from scipy.stats import linregress
+from typer.testing import CliRunner
+
+import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.cli import app
+from transformer_lens_taskvec.finetune import same_outside
+from transformer_lens_taskvec.paper import run_paper_study
+from transformer_lens_taskvec.prompting import input_embeddings
+
+TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
+SMALL: dict[str, Any] = {"n": 6, "k": 3, "shots": (1, 2)}
+
+
+def decodability(td: list[float], tasks: tuple[str, ...]) -> tv.Decodability:
+    return tv.Decodability(
+        torch.tensor([td]), tasks, (0,), 10, torch.full((len(td),), 4), activations=None
+    )
+
+
+def scores(accuracy: list[float], tasks: tuple[str, ...]) -> tv.Scores:
+    correct = torch.tensor([[i < 20 * share for i in range(20)] for share in accuracy])
+    labels = torch.arange(len(accuracy)).repeat_interleave(20)
+    return tv.Scores(correct.flatten(), torch.zeros(correct.numel()), labels, tasks, None, False)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("max_tokens", [None, 300])
+def test_one_pass_gives_what_two_give(model: Any, max_tokens: int | None) -> None:
+    episodes = tv.sample_episodes(TASKS, 4, 2, seed=0)
+    activations, scored = tv.collect_and_evaluate(model, episodes, max_tokens=max_tokens)
+    torch.testing.assert_close(
+        activations.values, tv.collect(model, episodes).values, atol=1e-4, rtol=1e-4
+    )
+    apart = tv.evaluate(model, episodes)
+    torch.testing.assert_close(scored.nll, apart.nll, atol=1e-3, rtol=1e-4)
+    assert scored.correct.equal(apart.correct) and scored.labels.equal(activations.labels)
+    assert all(not point.has_hooks() for point in model.hook_dict.values())
+
+
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
+def test_a_study_measures_and_writes(model: Any, tmp_path: Path) -> None:
+    study = tv.run_study(model, TASKS, **SMALL)
+    frame = study.to_frame()
+    assert len(frame) == 6 and set(frame.shots) == {1, 2}
+    assert ((frame.low <= frame.accuracy) & (frame.accuracy <= frame.high)).all()
+    assert study.fit.points.task.isin(["AND", "OR"]).all()
+    paths = study.save(tmp_path, "bitwise")
+    assert {path.name for path in paths} >= {"results.json", "report.md", "pairwise_td.png"}
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert len(saved["results"]) == 6 and saved["td_by_layer"]["2"]["tasks"] == list(TASKS)
+    report = (tmp_path / "report.md").read_text()
+    assert "Llama-3.1-8B 0.53" in report and "steering_1_shot.png" in report
+    assert not plt.get_fignums()
+    again = tv.run_study(model, TASKS, **SMALL)
+    assert again.to_json() == study.to_json()
+
+
+@pytest.mark.model
+def test_a_recurrent_model_is_studied_the_same_way(tokenizer: Any) -> None:
+    with pytest.warns(UserWarning, match="one intervention at a time"):
+        study = tv.run_study(zoo.bridge("mamba", tokenizer), TASKS, n=4, k=2, shots=(1, 2))
+    assert study.to_frame().td.between(0, 1).all() and study.decodability[1].layers == (0, 1, 2)
+
+
+def test_null_must_be_there() -> None:
+    with pytest.raises(ValueError, match="no task 'Null'"):
+        tv.run_study(None, tv.bitwise_tasks(null=False))
+
+
+def test_a_fit_is_the_least_squares_line() -> None:
+    rng = np.random.default_rng(0)
+    td, noise = rng.uniform(0.2, 1, (2, 6)), rng.normal(0, 0.1, (2, 6))
+    accuracy = np.round(np.clip(0.8 * td + noise, 0, 1) * 20) / 20
+    names = (*"ABCDE", "Null")
+    fit = tv.td_vs_accuracy(
+        {shots: decodability(td[i].tolist(), names) for i, shots in enumerate((1, 4))},
+        {shots: scores(accuracy[i].tolist(), names) for i, shots in enumerate((1, 4))},
+    )
+    line = linregress(td[:, :5].flatten().astype(np.float32), accuracy[:, :5].flatten())
+    assert fit.slope == pytest.approx(line.slope, abs=1e-5)
+    assert fit.r2 == pytest.approx(line.rvalue**2, abs=1e-5)
+    for value, interval in (
+        (fit.r2, fit.r2_interval),
+        (fit.slope, fit.slope_interval),
+        (fit.spearman, fit.spearman_interval),
+    ):
+        assert interval[0] <= value <= interval[1] and interval[0] < interval[1]
+    assert "R^2" in repr(fit) and len(fit.to_frame()) == 10
+    plt.close(tv.plot_td_vs_accuracy(fit).figure)
+
+
+def test_a_fit_needs_matching_points() -> None:
+    one = {1: decodability([0.5, 0.6], ("A", "B"))}
+    with pytest.raises(ValueError, match="shots differ"):
+        tv.td_vs_accuracy(one, {2: scores([0.5, 0.6], ("A", "B"))})
+    with pytest.raises(ValueError, match="three points"):
+        tv.td_vs_accuracy(one, {1: scores([0.5, 0.6], ("A", "B"))})
+
+
+def test_intervals_are_wilsons() -> None:
+    low, high = scores([0.5], ("A",)).interval()
+    assert (low, high) == pytest.approx((0.299, 0.701), abs=1e-3)
+
+
+def test_pos_tasks_share_no_sentence_between_train_and_test() -> None:
+    train, test = tv.split_pos_tasks(seed=1)
+    texts = [
+        {example.x for example in part["Noun"].sample(len(part["Noun"]), random.Random(0))}
+        for part in (train, test)
+    ]
+    assert not texts[0] & texts[1] and 3.5 < len(texts[0]) / len(texts[1]) < 4.5
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        tv.split_pos_tasks(test_share=1.0)
+
+
+def test_instructions_head_the_prompt() -> None:
+    episodes = tv.sample_episodes(TASKS, 1, 1, seed=0)
+    told = tv.with_instructions(episodes, tv.BITWISE_INSTRUCTIONS)
+    assert told[0].prompt == "AND\n" + episodes[0].prompt
+    assert set(tv.BITWISE_INSTRUCTIONS) == set(tv.bitwise_tasks())
+    assert set(tv.POS_INSTRUCTIONS) == set(tv.pos_tasks())
+
+
+@pytest.mark.model
+def test_what_the_words_of_an_instruction_give_away_is_measured(model: Any) -> None:
+    found = tv.prompting_study(model, TASKS, tv.BITWISE_INSTRUCTIONS, n_shots=2, n=10, k=3)
+    frame = found.to_frame().set_index("condition")
+    assert list(frame.index) == ["plain", "instructed", "random"]
+    # The operator's name is in the prompt's words, and at random it says nothing of the task.
+    assert frame.td_at_input["instructed"] > frame.td_at_input["random"] + 0.2
+    assert found.of_instruction.tasks == tuple(TASKS)
+
+
+@pytest.mark.model
+def test_input_embeddings_are_means_over_real_tokens(model: Any) -> None:
+    short = tv.sample_episodes(TASKS, 1, 0, seed=0)
+    mixed = [*short, *tv.sample_episodes(TASKS, 1, 3, seed=0)]
+    alone, together = (input_embeddings(model, some).values for some in (short, mixed))
+    torch.testing.assert_close(alone, together[: len(short)])
+    tokens = torch.tensor([model.tokenizer.encode(short[0].prompt, add_special_tokens=False)])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    torch.testing.assert_close(alone[0, 0], cache["blocks.0.hook_resid_pre"][0].mean(dim=0))
+
+
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
+def test_checkpoints_are_studied_once_each(model: Any, tmp_path: Path) -> None:
+    loaded: list[Any] = []
+
+    def load(checkpoint: Any) -> Any:
+        loaded.append(checkpoint)
+        return model
+
+    def study(loaded_model: Any) -> tv.Study:
+        return tv.run_study(loaded_model, TASKS, steer_shots=(), **SMALL)
+
+    first = tv.over_checkpoints("org/m", [100], study, load=load, folder=tmp_path)
+    both = tv.over_checkpoints("org/m", [100, "rev"], study, load=load, folder=tmp_path)
+    assert loaded == [100, "rev"] and both.checkpoints == (100, "rev")
+    assert first.results.td.tolist() == both.results.td[:6].tolist()
+    assert len(list(tmp_path.iterdir())) == 2
+    plt.close(tv.plot_checkpoints(both)[0].figure)
+    with pytest.raises(ValueError, match="distinct"):
+        tv.over_checkpoints("m", [1, 1], study)
+
+
+SETTINGS = tv.LoraSettings(n_samples=24, n_shots=1, batch_size=4, accumulate=2, learning_rate=5e-3)
+
+
+@pytest.mark.model
+def test_only_the_layers_asked_for_change(tokenizer: Any) -> None:
+    hf_model = zoo.hf_model("llama")
+    before = {name: value.clone() for name, value in hf_model.named_parameters()}
+    tuned = tv.finetune_layers(hf_model, tokenizer, TASKS, [1, 2], settings=SETTINGS)
+    assert same_outside(hf_model, tuned, [1, 2]) and not same_outside(hf_model, tuned, [1])
+    assert all(value.equal(before[name]) for name, value in hf_model.named_parameters())
+    assert set(dict(tuned.named_parameters())) == set(before)
+    episodes = tv.sample_episodes(TASKS, 8, 1, seed=9)
+    nll = [
+        tv.evaluate(tv.boot(m, tokenizer, device="cpu"), episodes).mean_nll
+        for m in (hf_model, tuned)
+    ]
+    assert nll[1] < nll[0]
+    with pytest.raises(ValueError, match="name some of 0 to 2"):
+        tv.finetune_layers(hf_model, tokenizer, TASKS, [3])
+
+
+def test_finetuning_resumes_to_the_same_bits(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tune(folder: Path) -> Any:
+        return tv.finetune_layers(
+            zoo.hf_model("llama"), tokenizer, TASKS, [0], settings=SETTINGS, folder=folder
+        )
+
+    whole = tune(tmp_path / "whole")
+    step, taken = torch.optim.AdamW.step, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path / "cut")
+    monkeypatch.undo()
+    resumed = tune(tmp_path / "cut")
+    assert same_outside(whole, resumed, [])
+
+
+def test_finetuning_study_leaves_td_below_the_last_layers(tokenizer: Any) -> None:
+    found = tv.finetuning_study(
+        zoo.hf_model("llama"),
+        tokenizer,
+        TASKS,
+        lambda model: tv.run_study(model, TASKS, steer_shots=(), **SMALL),
+        n_layers=1,
+        settings=SETTINGS,
+    )
+    assert found.layers == {"pretrained": (), "first 1": (0,), "last 1": (2,)}
+    assert all(found.unchanged.values())
+    assert (found.td_below("last 1") == 0).all()
+    assert found.to_frame().setting.tolist() == ["pretrained", "first 1", "last 1"]
+
+
+def test_wrong_names_end_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no study 'poss'"):
+        run_paper_study("poss", "smollm2", tmp_path)
+    result = CliRunner().invoke(
+        app, ["study", "bitwise", "--model", "meta-llama/Llama-3.1-8C", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 2 and "hf auth login" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_studies_of_the_toy_show_the_papers_findings(tmp_path: Path) -> None:
+    toy = tv.load_model("toy", device="cpu")
+    study = tv.run_study(toy, tv.bitwise_tasks(), n=30, shots=(1, 4), n_vectors=60)
+    frame = study.to_frame().set_index(["shots", "task"]).drop("Null", level="task")
+    assert study.steering[1].layer == 1
+    assert frame.loc[4].td.min() > 0.9
+    assert frame.loc[1].positive.mean() > frame.loc[1].accuracy.mean() + 0.05
+    assert frame.loc[4].negative.mean() < 0.3 < 0.95 < frame.loc[4].accuracy.mean()
+    told = tv.prompting_study(toy, tv.bitwise_tasks(), tv.BITWISE_INSTRUCTIONS, n=30)
+    seen = told.to_frame().set_index("condition")
+    # The operator's name in the prompt is decodable from its words, and the model ignores it.
+    assert seen.td_at_input["instructed"] > 0.8 > 0.5 > seen.td_of_instruction["random"]
+
+
+def test_the_command_studies_the_toys_training_run(tmp_path: Path) -> None:
+    options = ["--model", "toy", "--checkpoints", "204,1500", "--quick", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["study", "checkpoints", *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "results.json").read_text())
+    mean = {
+        step: np.mean([row["td"] for row in rows if row["checkpoint"] == step])
+        for step in (204, 1500)
+    }
+    assert mean[204] < 0.6 < 0.85 < mean[1500]
+    assert "over_checkpoints.png" in (tmp_path / "report.md").read_text()

@@ -1,0 +1,112 @@
+"""A study over a model's published training checkpoints (Han et al. 2025, Figure 5)."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from transformer_lens_taskvec.files import write_text
+from transformer_lens_taskvec.models import load_model
+from transformer_lens_taskvec.studies import Study
+
+Checkpoint = int | str
+
+
+@dataclass(frozen=True, repr=False)
+class OverCheckpoints:
+    """A study at each of several checkpoints.
+
+    Attributes:
+        name: The model.
+        checkpoints: The checkpoints, in the order they were given.
+        results: ``checkpoint, task, shots, layer, td, accuracy, ...``: a study's rows at each.
+    """
+
+    name: str
+    checkpoints: tuple[Checkpoint, ...]
+    results: pd.DataFrame
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows."""
+        return self.results
+
+    def __repr__(self) -> str:
+        means = self.results.groupby("checkpoint", sort=False)[["td", "accuracy"]].mean()
+        lines = [
+            f"{checkpoint}: TD {td:.2f}, accuracy {accuracy:.2f}"
+            for checkpoint, td, accuracy in means.itertuples()
+        ]
+        return f"OverCheckpoints({self.name}; {'; '.join(lines)})"
+
+
+def over_checkpoints(
+    name: str,
+    checkpoints: Sequence[Checkpoint],
+    study: Callable[[Any], Study],
+    *,
+    load: Callable[[Checkpoint], Any] | None = None,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> OverCheckpoints:
+    """Run a study at each checkpoint, one model in memory at a time.
+
+    >>> over_checkpoints(  # doctest: +SKIP
+    ...     "EleutherAI/pythia-160m",
+    ...     [1_000, 16_000, 143_000],
+    ...     lambda model: run_study(model, bitwise_tasks()),
+    ...     folder="pythia",
+    ... )
+
+    Args:
+        name: The model, as TransformerLens names it.
+        checkpoints: Training steps by TransformerLens' labels (``checkpoint_value``), or revisions
+            on the model hub, as strings.
+        study: Measures a model.
+        load: Loads the model of a checkpoint; by default ``load_model(name, ...)``.
+        folder: Where each checkpoint's result is kept as soon as it is there; those found are not
+            run again.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The results.
+
+    Raises:
+        ValueError: If there are no checkpoints, one is given twice, or a model cannot be loaded.
+    """
+    if not checkpoints or len(set(checkpoints)) < len(checkpoints):
+        raise ValueError(f"checkpoints must be distinct, and at least one; got {list(checkpoints)}")
+    kept = None if folder is None else Path(folder)
+    frames = []
+    for checkpoint in tqdm(checkpoints, disable=not progress, leave=False, desc=name):
+        file = None if kept is None else kept / f"{_safe(name)}@{_safe(str(checkpoint))}.json"
+        if file is not None and file.exists():
+            rows = json.loads(file.read_text())["results"]
+        else:
+            model = load(checkpoint) if load is not None else _load(name, checkpoint)
+            measured = study(model).to_json()
+            del model
+            gc.collect()
+            rows = measured["results"]
+            if file is not None:
+                write_text(file, json.dumps(measured, indent=1) + "\n")
+        frame = pd.DataFrame(rows)
+        frame.insert(0, "checkpoint", checkpoint)
+        frames.append(frame)
+    return OverCheckpoints(name, tuple(checkpoints), pd.concat(frames, ignore_index=True))
+
+
+def _load(name: str, checkpoint: Checkpoint) -> Any:
+    if isinstance(checkpoint, int):
+        return load_model(name, checkpoint_value=checkpoint)
+    return load_model(name, revision=checkpoint)
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)

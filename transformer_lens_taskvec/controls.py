@@ -1,0 +1,130 @@
+"""Controls: vectors that should not do what a task vector does.
+
+An accuracy under injection is evidence for a task vector only beside what other vectors of the same
+size, from the same model and prompts, do in its place. They are task vectors like any other, so
+they go into every function that takes vectors, at the price of a few more variants.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from transformer_lens_taskvec.collect import collect
+from transformer_lens_taskvec.heads import shuffle_labels
+from transformer_lens_taskvec.prompts import AnyEpisode, Episode, zero_shot
+from transformer_lens_taskvec.vectors import TaskVectors, task_vectors
+
+FROM_VECTORS = ("random", "other task", "mean")
+"""Controls that are made of the vectors alone."""
+
+FROM_PROMPTS = ("shuffled labels", "zero-shot", "reinitialised")
+"""Controls that need the prompts, and passes over them."""
+
+
+def controls(
+    vectors: TaskVectors,
+    model: Any = None,
+    episodes: Sequence[Episode] | None = None,
+    *,
+    kinds: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, TaskVectors]:
+    """Vectors to hold task vectors against.
+
+    - ``random``: a random direction, as long as the task's vector;
+    - ``other task``: the next task's vector;
+    - ``mean``: the mean over all tasks;
+    - ``shuffled labels``: the mean over the same prompts with each one's answers shuffled;
+    - ``zero-shot``: the mean over the same queries without demonstrations;
+    - ``reinitialised``: the mean over the same prompts in a model whose weights are shuffled within
+      each matrix, as long as the task's vector.
+
+    Args:
+        vectors: The task vectors.
+        model: The model they come from; needed for the last three kinds.
+        episodes: The episodes they are the means of; needed for the last three kinds.
+        kinds: Which controls; by default all that can be made of what is given.
+        seed: Seed of directions, shuffles and weights.
+
+    Returns:
+        Vectors of the same tasks and layers, by kind.
+
+    Raises:
+        ValueError: If a kind is unknown, needs a model and episodes that are not given, or there is
+            one task only.
+    """
+    known = (*FROM_VECTORS, *FROM_PROMPTS)
+    given = model is not None and episodes is not None
+    if kinds is None:
+        kinds = known if given else FROM_VECTORS
+    for kind in kinds:
+        if kind not in known:
+            raise ValueError(f"no control {kind!r}; there are {', '.join(known)}")
+        if kind in FROM_PROMPTS and not given:
+            raise ValueError(f"the control {kind!r} needs model= and episodes=")
+    if len(vectors.tasks) < 2 and {"other task", "mean"} & set(kinds):
+        raise ValueError("with one task only there is no other task, and the mean is its own")
+    return {kind: _control(kind, vectors, model, list(episodes or ()), seed) for kind in kinds}
+
+
+def _control(
+    kind: str, vectors: TaskVectors, model: Any, episodes: list[Episode], seed: int
+) -> TaskVectors:
+    values = vectors.values
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(values.shape, generator=generator)
+        return replace(vectors, values=_as_long_as(drawn, values))
+    if kind == "other task":
+        return replace(vectors, values=values.roll(1, dims=0))
+    if kind == "mean":
+        return replace(vectors, values=values.mean(dim=0, keepdim=True).expand_as(values).clone())
+    if kind == "shuffled labels":
+        return _taken_from(model, shuffle_labels(episodes, seed), vectors)
+    if kind == "zero-shot":
+        return _taken_from(model, zero_shot(episodes), vectors)
+    found = _taken_from(_with_shuffled_weights(model, seed), episodes, vectors)
+    return replace(vectors, values=_as_long_as(found.values, values))
+
+
+def _taken_from(model: Any, episodes: Sequence[AnyEpisode], like: TaskVectors) -> TaskVectors:
+    source = like.source
+    found = task_vectors(
+        collect(
+            model,
+            episodes,
+            hook=source.hook,
+            layers=like.layers,
+            position=source.position,
+            prepend_bos=source.prepend_bos,
+        )
+    )
+    missing = [task for task in like.tasks if task not in found.tasks]
+    if missing:
+        raise ValueError(f"no episodes of {', '.join(missing)}, which there are vectors of")
+    order = [found.tasks.index(task) for task in like.tasks]
+    return replace(like, values=found.values[order])
+
+
+def _as_long_as(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    unit: torch.Tensor = values / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    scaled: torch.Tensor = unit * like.norm(dim=-1, keepdim=True)
+    return scaled
+
+
+def _with_shuffled_weights(model: Any, seed: int) -> Any:
+    """A copy of the model with the entries of every weight matrix shuffled."""
+    shuffled = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in shuffled.parameters():
+            if parameter.ndim > 1:
+                order = torch.randperm(parameter.numel(), generator=generator)
+                flat = parameter.flatten()[order.to(parameter.device)]
+                parameter.copy_(flat.view_as(parameter))
+    return shuffled

@@ -1,0 +1,328 @@
+"""Finetuning by depth: LoRA on the answers, in chosen layers only (Han et al. 2025, Table 1).
+
+Finetuning the layers that encode the task raises decodability, and accuracy with it; finetuning
+those after them leaves decodability as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_taskvec.files import write_whole
+from transformer_lens_taskvec.models import boot
+from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
+from transformer_lens_taskvec.studies import Study
+from transformer_lens_taskvec.tasks.base import Task
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How to finetune; the paper's adapter, and what it leaves open.
+
+    Attributes:
+        rank: Rank of the adapters.
+        alpha: Their scale is ``alpha / rank``.
+        dropout: On what goes into the adapters.
+        n_samples: Episodes in all, evenly over tasks.
+        n_shots: Demonstrations of an episode.
+        batch_size: Episodes a pass.
+        accumulate: Passes whose gradients are summed before a step.
+        learning_rate: Of AdamW, with a linear decay to zero.
+        target_modules: The linear maps that get adapters.
+        template: How episodes become text.
+    """
+
+    rank: int = 16
+    alpha: int = 16
+    dropout: float = 0.1
+    n_samples: int = 10_000
+    n_shots: int = 4
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 2e-4
+    target_modules: tuple[str, ...] = _PROJECTIONS
+    template: PromptTemplate = EXAMPLE_ARROW
+
+
+def finetune_layers(
+    hf_model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Task],
+    layers: Sequence[int],
+    *,
+    settings: LoraSettings | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Any:
+    """Finetune some layers of a causal language model on the answers of few-shot prompts.
+
+    Args:
+        hf_model: A Hugging Face model; it is left as it is.
+        tokenizer: Its tokenizer.
+        tasks: What to learn, all by one model.
+        layers: The blocks that get adapters, counted from 0; the others do not change by a bit.
+        settings: Adapter and training; by default the paper's.
+        seed: Seed of adapters, episodes and dropout.
+        folder: Where the adapter is kept as training goes on, to be gone on from.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A model with the adapters merged, for
+        ``TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)``.
+
+    Raises:
+        ImportError: If peft is not installed.
+        ValueError: If there are no layers or tasks, or a layer does not exist.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            "finetuning needs peft: pip install 'transformer-lens-taskvec[finetune]'"
+        ) from error
+    settings = settings or LoraSettings()
+    n_layers = int(hf_model.config.num_hidden_layers)
+    if not layers or not all(0 <= layer < n_layers for layer in layers):
+        raise ValueError(f"layers is {list(layers)}; name some of 0 to {n_layers - 1}")
+    if not tasks:
+        raise ValueError("tasks is empty; give at least one task")
+    adapters = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules),
+        layers_to_transform=sorted(layers),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(hf_model), adapters)
+        _train(model, tokenizer, tasks, settings, seed, folder, progress)
+    return model.merge_and_unload().eval()
+
+
+@dataclass(frozen=True, repr=False)
+class FinetuningStudy:
+    """A study of the model as it is and finetuned in its first and in its last layers.
+
+    Attributes:
+        studies: By the name of the setting, ``pretrained``, ``first n``, ``last n``.
+        layers: The layers finetuned in each.
+        unchanged: Whether every parameter outside them is the same to the bit, for each.
+    """
+
+    studies: dict[str, Study]
+    layers: dict[str, tuple[int, ...]]
+    unchanged: dict[str, bool]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a setting: mean and standard deviation over tasks of TD and accuracy (Table 1).
+
+        Null is left out of the accuracy.
+        """
+        rows = []
+        for name, study in self.studies.items():
+            frame = study.to_frame()
+            real = frame[frame.task != "Null"]
+            rows.append(
+                {
+                    "setting": name,
+                    "td": real.td.mean(),
+                    "td_std": real.td.std(),
+                    "accuracy": real.accuracy.mean(),
+                    "accuracy_std": real.accuracy.std(),
+                    "unchanged_outside": self.unchanged[name],
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def td_below(self, name: str) -> Float[Tensor, " shots"]:
+        """The largest difference of TD from the pretrained one below a setting's first layer."""
+        first = min(self.layers[name])
+        before, after = self.studies["pretrained"], self.studies[name]
+        differences = [
+            (after.decodability[shots].scores - before.decodability[shots].scores)[:first].abs()
+            for shots in after.shots
+        ]
+        return torch.stack([d.max() if d.numel() else torch.zeros(()) for d in differences])
+
+    def __repr__(self) -> str:
+        table = self.to_frame().to_string(index=False, float_format="{:.2f}".format)
+        return f"FinetuningStudy\n{table}"
+
+
+def finetuning_study(
+    hf_model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Task],
+    study: Callable[[Any], Study],
+    *,
+    n_layers: int = 10,
+    settings: LoraSettings | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> FinetuningStudy:
+    """Compare a model with itself finetuned in its first and in its last layers (Table 1).
+
+    Args:
+        hf_model: A Hugging Face model; it is left as it is.
+        tokenizer: Its tokenizer.
+        tasks: What to learn; Null is left out.
+        study: Measures a hooked model.
+        n_layers: How many layers are the first and the last.
+        settings: As for :func:`finetune_layers`.
+        seed: As for :func:`finetune_layers`.
+        folder: As for :func:`finetune_layers`.
+        progress: Whether to show progress bars.
+
+    Returns:
+        A study of each setting.
+    """
+    depth = int(hf_model.config.num_hidden_layers)
+    chosen = {
+        "pretrained": (),
+        f"first {n_layers}": tuple(range(min(n_layers, depth))),
+        f"last {n_layers}": tuple(range(max(0, depth - n_layers), depth)),
+    }
+    learned = {name: task for name, task in tasks.items() if name != "Null"}
+    studies: dict[str, Study] = {}
+    unchanged: dict[str, bool] = {}
+    for name, layers in chosen.items():
+        model = copy.deepcopy(hf_model)
+        if layers:
+            part = None if folder is None else Path(folder) / name.replace(" ", "_")
+            model = finetune_layers(
+                hf_model,
+                tokenizer,
+                learned,
+                layers,
+                settings=settings,
+                seed=seed,
+                folder=part,
+                progress=progress,
+            )
+        unchanged[name] = same_outside(hf_model, model, layers)
+        studies[name] = study(boot(model, tokenizer))
+    return FinetuningStudy(studies, chosen, unchanged)
+
+
+def same_outside(before: Any, after: Any, layers: Sequence[int]) -> bool:
+    """Whether every parameter outside some layers is the same to the bit."""
+    others = dict(after.named_parameters())
+    inside = tuple(f".layers.{layer}." for layer in layers)
+    return all(
+        torch.equal(value, others[name])
+        for name, value in before.named_parameters()
+        if not any(part in f".{name}" for part in inside)
+    )
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Task],
+    settings: LoraSettings,
+    seed: int,
+    folder: str | Path | None,
+    progress: bool,
+) -> None:
+    batches = _batches(tokenizer, tasks, settings, seed)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
+    steps = len(batches) // settings.accumulate
+    done = _load_adapter(folder, trained, optimizer)
+    every = max(1, steps // 20)
+    model.train()
+    with tqdm(total=steps, initial=done, disable=not progress, leave=False, desc="LoRA") as bar:
+        for step in range(done, steps):
+            torch.manual_seed(seed * 1_000_003 + step)  # dropout, the same after a resumption
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
+            total = 0.0
+            for batch in batches[step * settings.accumulate : (step + 1) * settings.accumulate]:
+                loss = model(**_collated(batch, tokenizer)).loss / settings.accumulate
+                loss.backward()
+                total += float(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            bar.set_postfix_str(f"loss {total:.3f}")
+            if (step + 1) % every == 0 or step + 1 == steps:
+                _save_adapter(folder, trained, optimizer, step + 1)
+    model.eval()
+
+
+def _batches(
+    tokenizer: Any, tasks: Mapping[str, Task], settings: LoraSettings, seed: int
+) -> list[list[tuple[list[int], int]]]:
+    """Token ids of prompt and answer with the length of the prompt, in shuffled batches."""
+    each = max(1, settings.n_samples // len(tasks))
+    episodes = sample_episodes(tasks, each, settings.n_shots, seed, template=settings.template)
+    random.Random(seed).shuffle(episodes)
+    rows = []
+    for episode in episodes:
+        prompt, answer, end = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (episode.prompt, episode.answer, episode.separator)
+        )
+        rows.append(([*prompt, *answer, *end], len(prompt)))
+    size = settings.batch_size
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _collated(rows: Sequence[tuple[list[int], int]], tokenizer: Any) -> dict[str, Tensor]:
+    """Right-padded tokens, and the answers as labels."""
+    width = max(len(ids) for ids, _ in rows)
+    tokens = torch.full((len(rows), width), tokenizer.pad_token_id or 0)
+    labels = torch.full((len(rows), width), _IGNORED)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, (ids, n_prompt) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        labels[row, n_prompt : len(ids)] = torch.tensor(ids[n_prompt:])
+        mask[row, : len(ids)] = 1
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def _save_adapter(
+    folder: str | Path | None, trained: Mapping[str, Tensor], optimizer: Any, step: int
+) -> None:
+    if folder is None:
+        return
+    tensors = {f"adapter.{name}": value.detach() for name, value in trained.items()}
+    for name, value in trained.items():
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            tensors[f"{key}.{name}"] = optimizer.state[value][key]
+    metadata = {"step": str(step)}
+    path = Path(folder) / "adapter.safetensors"
+    write_whole(path, lambda beside: save_file(tensors, beside, metadata))
+
+
+def _load_adapter(folder: str | Path | None, trained: Mapping[str, Tensor], optimizer: Any) -> int:
+    """Put back a saved adapter; returns the steps that it has taken."""
+    file = None if folder is None else Path(folder) / "adapter.safetensors"
+    if file is None or not file.exists():
+        return 0
+    with safe_open(file, framework="pt") as saved, torch.no_grad():
+        for name, value in trained.items():
+            value.copy_(saved.get_tensor(f"adapter.{name}"))
+            optimizer.state[value] = {
+                key: saved.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        return int(saved.metadata()["step"])

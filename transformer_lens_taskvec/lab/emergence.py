@@ -1,0 +1,363 @@
+"""Over training: how the tasks come apart, and how the model comes to use it.
+
+``emergence(run)`` puts side by side, at every checkpoint of a run, the error of each task, task
+decodability (TD) at every layer, what swapping the tasks' representations does to the error, and
+how far the model's predictions are from each oracle's (Han et al. 2025, Figures 2 to 7).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_taskvec.analyses import PerturbationMatrix, matrix_of_edits
+from transformer_lens_taskvec.collect import collect
+from transformer_lens_taskvec.decodability import task_decodability
+from transformer_lens_taskvec.files import write_text
+from transformer_lens_taskvec.interventions import Intervention, inject
+from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
+from transformer_lens_taskvec.lab.mixtures import Batch, SparseLinearMixture, balanced_labels
+from transformer_lens_taskvec.lab.oracles import (
+    OracleErrors,
+    bayes_mixture,
+    oracle_errors,
+    oracle_predictions,
+)
+from transformer_lens_taskvec.lab.runs import Run
+from transformer_lens_taskvec.vectors import task_vectors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TRAIN, _CHOOSE, _TEST, _ORACLE = 11, 12, 13, 14
+
+
+@dataclass(frozen=True, repr=False)
+class Emergence:
+    """What a run's checkpoints show.
+
+    Attributes:
+        steps: The checkpoints.
+        tasks: The latent tasks.
+        mse: Mean squared error, ``[checkpoint, task, point]``.
+        td: TD at the query token, ``[checkpoint, layer, task]``.
+        swaps: For each checkpoint the change in the query's squared error when each task's
+            representation is replaced by each other's; see :func:`swap_matrix`.
+        oracles: The oracles' own errors.
+        oracle_distance: Mean squared difference of the model's predictions from each oracle's over
+            the second half of the sequence, ``[checkpoint, oracle]``.
+        n_shots: Demonstrations before the query, for ``td`` and ``swaps``.
+    """
+
+    steps: tuple[int, ...]
+    tasks: tuple[str, ...]
+    mse: Float[Tensor, "checkpoint task point"]
+    td: Float[Tensor, "checkpoint layer task"]
+    swaps: tuple[PerturbationMatrix, ...]
+    oracles: OracleErrors
+    oracle_distance: Float[Tensor, "checkpoint oracle"]
+    n_shots: int
+
+    @property
+    def late_mse(self) -> Float[Tensor, "checkpoint task"]:
+        """The mean error over the second half of the sequence."""
+        return self.mse[..., self.mse.shape[-1] // 2 :].mean(-1)
+
+    @property
+    def best_layer(self) -> int:
+        """The layer with the highest mean TD at the last checkpoint."""
+        return int(self.td[-1].mean(-1).argmax())
+
+    @property
+    def swap_ratio(self) -> Float[Tensor, "checkpoint source target"]:
+        """The query's squared error with the target's representation, over that without a swap."""
+        ratios = []
+        for swap in self.swaps:
+            before = torch.tensor([swap.baseline.of(task).mean_nll for task in swap.sources])
+            ratios.append(1 + swap.nll.float() / before[:, None])
+        return torch.stack(ratios)
+
+    @property
+    def td_mse_correlation(self) -> float:
+        """Spearman's rank correlation over checkpoints of mean TD and mean late error."""
+        td = self.td[:, self.best_layer].mean(-1)
+        return float(spearmanr(td.tolist(), self.late_mse.mean(-1).tolist()).statistic)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a checkpoint and task.
+
+        Columns ``step, task, late_mse, td`` (at the best layer), ``td_layer_0`` and on,
+        ``own_swap`` and ``other_swap``: the error's ratio under the swap with the task's own mean,
+        and with the others' on average.
+        """
+        import pandas as pd
+
+        off = ~torch.eye(len(self.tasks), dtype=torch.bool)
+        rows = []
+        for index, step in enumerate(self.steps):
+            ratio = self.swap_ratio[index]
+            for column, task in enumerate(self.tasks):
+                by_layer = self.td[index, :, column].tolist()
+                rows.append(
+                    {
+                        "step": step,
+                        "task": task,
+                        "late_mse": float(self.late_mse[index, column]),
+                        "td": by_layer[self.best_layer],
+                        **{f"td_layer_{layer}": td for layer, td in enumerate(by_layer)},
+                        "own_swap": float(ratio[column, column]),
+                        "other_swap": float(ratio[column][off[column]].mean()),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``emergence.json`` to a folder; returns its path."""
+        path = Path(folder) / "emergence.json"
+        distances = {
+            name: self.oracle_distance[:, index].tolist()
+            for index, name in enumerate(self.oracles.names)
+        }
+        described: dict[str, Any] = {
+            "tasks": self.tasks,
+            "n_shots": self.n_shots,
+            "best_layer": self.best_layer,
+            "swap_layer": self.swaps[-1].layer,
+            "td_mse_correlation": self.td_mse_correlation,
+            "oracle_late_mse": {name: self.oracles.late(name) for name in self.oracles.names},
+            "oracle_distance": distances,
+            "swap_ratio": self.swap_ratio[-1].tolist(),
+            "checkpoints": json.loads(self.to_frame().to_json(orient="records")),
+        }
+        write_text(path, json.dumps(described, indent=1) + "\n")
+        return path
+
+    def __repr__(self) -> str:
+        ratio, own = self.swap_ratio[-1], torch.eye(len(self.tasks), dtype=torch.bool)
+        return (
+            f"Emergence({len(self.steps)} checkpoints to step {self.steps[-1]}: late MSE "
+            f"{float(self.late_mse[0].mean()):.3f} -> {float(self.late_mse[-1].mean()):.4f} "
+            f"({self._best_oracle} {self.oracles.late(self._best_oracle):.4f}), TD at layer "
+            f"{self.best_layer} "
+            f"{float(self.td[0, self.best_layer].mean()):.2f} -> "
+            f"{float(self.td[-1, self.best_layer].mean()):.2f}, rank correlation "
+            f"{self.td_mse_correlation:.2f}; a swap at layer {self.swaps[-1].layer} multiplies the "
+            f"error by {float(ratio[own].mean()):.2f} (own mean) and "
+            f"{float(ratio[~own].mean()):.1f} (another's))"
+        )
+
+    @property
+    def _best_oracle(self) -> str:
+        known = [name for name in self.oracles.names if name != "true basis"]
+        return min(known, key=self.oracles.late)
+
+
+def emergence(
+    run: Run,
+    *,
+    steps: Sequence[int] | None = None,
+    n: int = 100,
+    k: int = 10,
+    n_shots: int | None = None,
+    swap_layer: int | None = None,
+    n_oracle: int = 2_000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Emergence:
+    """Measure every checkpoint of a run (Han et al. 2025, sections 3.3 and App. E).
+
+    Args:
+        run: From :func:`train` or :func:`load_run`.
+        steps: The checkpoints to measure; by default all of them.
+        n: Sequences a task for TD, for the means, and for the swaps each.
+        k: Neighbours that vote in TD.
+        n_shots: Demonstrations before the query; by default all of a sequence's.
+        swap_layer: The layer of the swaps; by default the one at which, at the last checkpoint and
+            on sequences of their own, another task's mean does the most harm beyond the own one's.
+        n_oracle: Sequences for the oracles' errors.
+        seed: Seed of all sequences.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        ValueError: If there is no checkpoint at one of the steps.
+    """
+    chosen = run.steps if steps is None else tuple(steps)
+    mixture = run.config.mixture
+    n_shots = mixture.n_points - 1 if n_shots is None else n_shots
+
+    def episodes(kind: int) -> list[RegressionEpisode]:
+        return regression_episodes(mixture, n, n_shots, seed=1_000 * seed + kind)
+
+    train, test = episodes(_TRAIN), episodes(_TEST)
+    labels = balanced_labels(len(mixture.tasks), 250)
+    generator = torch.Generator().manual_seed(1_000 * seed + _ORACLE)
+    batch = mixture.sample(len(labels), generator, labels=labels)
+    predictions = oracle_predictions(mixture, batch)
+    if swap_layer is None:
+        swap_layer = _swap_layer(run.model(chosen[-1]), train, episodes(_CHOOSE))
+    td, swaps, distances = [], [], []
+    for step in tqdm(chosen, disable=not progress, leave=False, desc="checkpoints"):
+        model = run.model(step)
+        td.append(task_decodability(collect(model, test), k=k).scores)
+        swaps.append(swap_matrix(model, train, test, swap_layer))
+        distances.append(_distances(model, batch, predictions))
+    return Emergence(
+        chosen,
+        mixture.tasks,
+        run.mse[[run.steps.index(step) for step in chosen]],
+        torch.stack(td),
+        tuple(swaps),
+        oracle_errors(mixture, n_sequences=n_oracle),
+        torch.tensor(distances),
+        n_shots,
+    )
+
+
+def swap_matrix(
+    model: Any,
+    train: Sequence[RegressionEpisode],
+    test: Sequence[RegressionEpisode],
+    layer: int,
+) -> PerturbationMatrix:
+    """What another task's representation in place of the own one does to the query's error.
+
+    The paper replaces activations by a task's mean (Figure 7). Here the mean replaces what lies in
+    the subspace in which the tasks' means differ, so that the numbers of the sequence stay, and it
+    does so at the tokens of the outputs ``y`` in the second half of the demonstrations, each with
+    its own means: there a model reads the task from, and the query's token must keep its ``x``.
+
+    Args:
+        model: A model of the lab.
+        train: Episodes that the means are taken from.
+        test: Episodes that the error is measured on, of the same number of demonstrations.
+        layer: The layer, counted from 0.
+
+    Returns:
+        The change in squared error, ``[source, target]``.
+
+    Raises:
+        ValueError: If there is no such layer, or the episodes have no demonstrations.
+    """
+    if train[0].n_shots < 1:
+        raise ValueError("a swap needs demonstrations; n_shots is 0")
+    edits: dict[str, list[Intervention]] = {episode.task: [] for episode in train}
+    for demo in range(train[0].n_shots // 2, train[0].n_shots):
+        at = 2 * demo + 1  # the token of its output
+        vectors = task_vectors(collect(model, train, layers=[layer], position=at))
+        for task, interventions in edits.items():
+            vector, mode = vectors.at(task, layer), vectors.subspace(layer)
+            interventions.append(inject(vector, layer, mode=mode, position=at))
+    return matrix_of_edits(model, test, edits, layer)
+
+
+@dataclass(frozen=True, repr=False)
+class PosteriorAgreement:
+    """The model's encoding of the task beside the exact posterior.
+
+    Attributes:
+        posterior: P(true basis | demonstrations), ``[example]``.
+        neighbours: The share of the k nearest neighbours with the true basis, ``[example]``.
+        n_shots: Demonstrations.
+        layer: The layer of the representations.
+        k: The number of neighbours.
+    """
+
+    posterior: Float[Tensor, " example"]
+    neighbours: Float[Tensor, " example"]
+    n_shots: int
+    layer: int
+    k: int
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's rank correlation of the two."""
+        return float(spearmanr(self.posterior.tolist(), self.neighbours.tolist()).statistic)
+
+    def __repr__(self) -> str:
+        return (
+            f"PosteriorAgreement({self.n_shots} demonstrations, layer {self.layer}: mean posterior "
+            f"of the true basis {float(self.posterior.mean()):.2f}, of the neighbours "
+            f"{float(self.neighbours.mean()):.2f}, rank correlation {self.correlation:.2f})"
+        )
+
+
+def posterior_agreement(
+    run: Run,
+    n_shots: int,
+    *,
+    layer: int | None = None,
+    step: int | None = None,
+    n: int = 250,
+    k: int = 10,
+    position: int = -1,
+    seed: int = 0,
+) -> PosteriorAgreement:
+    """Hold the model's encoding against the exact posterior over bases.
+
+    Args:
+        run: A run on a :class:`SparseLinearMixture`.
+        n_shots: Demonstrations; with few, the posterior is undecided on some prompts.
+        layer: The layer; by default the one with the highest TD.
+        step: The checkpoint; by default the last.
+        n: Sequences a task.
+        k: Neighbours.
+        position: The token whose representation is taken; -1 is the query.
+        seed: Seed of the sequences.
+
+    Returns:
+        Posterior and share of neighbours of the true basis, for every sequence.
+
+    Raises:
+        ValueError: If the run's mixture has no bases.
+    """
+    mixture = run.config.mixture
+    if not isinstance(mixture, SparseLinearMixture):
+        raise ValueError("only a SparseLinearMixture has a posterior over bases")
+    episodes = regression_episodes(mixture, n, n_shots, seed=seed)
+    activations = collect(run.model(step), episodes, position=position)
+    decodability = task_decodability(activations, k=k)
+    layer = decodability.best_layer if layer is None else layer
+    labels = activations.labels
+    xs = torch.stack([episode.xs for episode in episodes])
+    ys = torch.stack([episode.ys for episode in episodes])
+    ys = torch.cat([ys, torch.zeros(len(ys), 1)], dim=1)  # the query's own is not read
+    exact = bayes_mixture(mixture, xs, ys).probabilities[:, -1]
+    distances = torch.cdist(activations.at(layer), activations.at(layer)).fill_diagonal_(torch.inf)
+    nearest = labels[distances.topk(k, largest=False).indices]
+    return PosteriorAgreement(
+        exact.gather(1, labels[:, None])[:, 0],
+        (nearest == labels[:, None]).float().mean(1),
+        n_shots,
+        layer,
+        k,
+    )
+
+
+def _swap_layer(
+    model: Any, train: Sequence[RegressionEpisode], held_out: Sequence[RegressionEpisode]
+) -> int:
+    """The layer at which other tasks' means do most harm beyond the own one's."""
+    n_layers = int(model.cfg.n_layers)
+    harm = [
+        swap_matrix(model, train, held_out, layer).conditional_decoding for layer in range(n_layers)
+    ]
+    return max(range(n_layers), key=harm.__getitem__)
+
+
+def _distances(model: Any, batch: Batch, predictions: dict[str, Tensor]) -> list[float]:
+    with torch.no_grad():
+        predicted = model(batch.xs, batch.ys)
+    late = predicted.shape[1] // 2
+    return [float((predicted - of)[:, late:].square().mean()) for of in predictions.values()]

@@ -1,0 +1,113 @@
+"""What a training needs to know: the settings that any training has, and what each kind adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """The settings of a training, and the model, data and evaluation that go with them.
+
+    Attributes:
+        steps: Training steps.
+        batch_size: Sequences a step.
+        optimizer: ``"adam"`` for all parameters, or ``"muon"`` for the blocks' matrices and Adam
+            for the rest.
+        learning_rate: Adam's.
+        betas: Adam's.
+        muon_learning_rate: Muon's.
+        weight_decay: Muon's.
+        warmup: Steps over which the learning rates rise linearly.
+        schedule: What follows: ``"constant"``, or ``"cosine"`` down to zero at the last step.
+        n_checkpoints: Evaluations, about evenly spaced in the logarithm of the step.
+        n_eval: Sequences a task at each evaluation.
+    """
+
+    steps: int = 80_000
+    batch_size: int = 128
+    optimizer: Literal["adam", "muon"] = "adam"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.9999)
+    muon_learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    n_checkpoints: int = 40
+    n_eval: int = 250
+
+    loss_name: ClassVar[str]
+    """What is minimised, and its key in the evaluations."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "n_checkpoints", "n_eval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, allowed in self._choices().items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup must be in [0, {self.steps}], steps; got {self.warmup}")
+
+    def _choices(self) -> dict[str, tuple[str, ...]]:
+        return {"optimizer": ("adam", "muon"), "schedule": ("constant", "cosine")}
+
+    @abstractmethod
+    def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> nn.Module:
+        """An untrained model."""
+
+    @abstractmethod
+    def matrices(self, model: Any) -> list[nn.Parameter]:
+        """The parameters that Muon is for."""
+
+    @abstractmethod
+    def loss(
+        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+    ) -> Tensor:
+        """The loss of a new batch, drawn with the generator, on its device."""
+
+    @abstractmethod
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """An evaluation as JSON has it; under ``loss_name`` the loss, of any shape."""
+
+    @abstractmethod
+    def summary(self, record: dict[str, Any]) -> str:
+        """An evaluation in a few words, for the progress bar."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Any:
+        """A run of these settings, read from its folder."""
+
+    def described(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        names = sorted(field.name for field in dataclasses.fields(self))
+        settings: dict[str, Any] = json.loads(json.dumps({n: getattr(self, n) for n in names}))
+        return settings
+
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """The steps at which the model is evaluated and kept: 0, then a geometric series."""
+        if self.n_checkpoints == 1:
+            return (0, self.steps)
+        first = max(1.0, self.steps / 1000)
+        ratio = (self.steps / first) ** (1 / (self.n_checkpoints - 1))
+        series = {round(first * ratio**i) for i in range(self.n_checkpoints)}
+        return tuple(sorted({0, *series, self.steps}))
+
+    def rate(self, step: int) -> float:
+        """The share of the full learning rate at a step."""
+        if step <= self.warmup:
+            return step / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,381 @@
+"""The toy model: a small language model that infers bitwise tasks from a few demonstrations.
+
+It is a Llama of four layers and width 64, trained on prompts of :func:`bitwise_tasks`, and small
+enough to be shipped with the package and trained anew in minutes::
+
+    taskvec train --preset toy --out runs/toy
+
+A sequence is nine lines ``example:01011 11010->01010``, the loss is on the answers. Half of the
+sequences begin with a beginning-of-sequence token. They are of three kinds, told apart by what an
+arrow ``->`` sees, the token before an answer, where task vectors are looked for:
+
+- *plain*: lines of one task, and every token sees all before it, as whenever the model is used;
+- *by arrow*: lines of one task, and every token sees its own line only, but for the arrows, which
+  in the lower half of the layers see the lines before theirs instead;
+- *two tasks*: each line is of one of two tasks, and in the lower half of the layers its arrow sees
+  the lines before it of the same task; all else is seen as in a plain sequence.
+
+In the last two kinds an answer learns of the task through its arrow's residual stream halfway up,
+which knows nothing of the query yet: so the model comes to read the task off the demonstrations
+first, and to look at the query then. This is a choice of design, not a finding. The same model
+trained on plain sequences only answers as well after four demonstrations, and its task is decodable
+at the arrow, but the mean of its arrows, put in place, does nothing for the task. Trained without
+sequences of two tasks, it does the task from the mean, but a wrong task's mean in a few-shot prompt
+leaves many answers right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from transformer_lens_taskvec.collect import Activations, Source
+from transformer_lens_taskvec.decodability import task_decodability
+from transformer_lens_taskvec.lab.recipe import Recipe
+from transformer_lens_taskvec.lab.runs import checkpoint_path, export_checkpoints, read_metrics
+from transformer_lens_taskvec.lab.toy_lines import (
+    ARROW,
+    BOS,
+    LINE,
+    LINES,
+    PAD,
+    TASKS,
+    TWO_TASKS,
+    VOCABULARY_SIZE,
+    additive_mask,
+    answer_nll,
+    bitwise_lines,
+    causal_view,
+    draw_labels,
+    exact_match,
+    toy_tokenizer,
+    training_view,
+)
+from transformer_lens_taskvec.models import boot
+
+_EVAL_SEED = 3_000_003
+_SHOTS_OF_TD = 4
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class ToyConfig(Recipe):
+    """The settings of the toy model's training.
+
+    Besides those of :class:`~transformer_lens_taskvec.lab.recipe.Recipe`:
+
+    Attributes:
+        n_layers: Blocks of the model.
+        n_heads: Attention heads of a block.
+        d_model: Width of the residual stream.
+        d_mlp: Width of an MLP's hidden layer.
+        by_arrow: The share of sequences in which the arrows alone see other lines.
+        two_tasks: The share of sequences with lines of two tasks; the rest is plain.
+    """
+
+    steps: int = 1_500
+    batch_size: int = 32
+    optimizer: Literal["adam", "muon"] = "muon"
+    learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    muon_learning_rate: float = 5e-3
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    n_checkpoints: int = 16
+    n_eval: int = 50
+    n_layers: int = 4
+    n_heads: int = 4
+    d_model: int = 64
+    d_mlp: int = 128
+    by_arrow: float = 0.4
+    two_tasks: float = 0.3
+
+    loss_name: ClassVar[str] = "nll"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.by_arrow, self.two_tasks) < 0 or self.by_arrow + self.two_tasks > 1:
+            raise ValueError(
+                f"by_arrow={self.by_arrow} and two_tasks={self.two_tasks} must be shares that "
+                "sum to 1 or less"
+            )
+
+    def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> Any:
+        """An untrained Llama, as :meth:`llama`, for masks of two halves.
+
+        A mask ``[batch, 2, query, key]`` is that of the lower layers and that of the upper ones.
+        """
+        model = self.llama(seed=seed)
+        for number, layer in enumerate(model.model.layers):
+            half = int(number >= self.n_layers // 2)
+            layer.register_forward_pre_hook(_TakesHalf(half), with_kwargs=True)
+        return model.to(device)
+
+    def llama(self, *, seed: int = 0) -> Any:
+        """An untrained Hugging Face Llama of this size."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=VOCABULARY_SIZE,
+            hidden_size=self.d_model,
+            intermediate_size=self.d_mlp,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_heads,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+            tie_word_embeddings=False,
+            bos_token_id=BOS,
+            eos_token_id=None,
+            pad_token_id=PAD,
+        )
+        config.architectures = ["LlamaForCausalLM"]
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model = model.to_empty(device="cpu")
+        # Rotary frequencies are buffers, which "meta" has no values of.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, self._initial_scale(name), generator=generator)
+        return model
+
+    def _initial_scale(self, name: str) -> float:
+        scale = 0.6 / math.sqrt(self.d_model)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            return 0.05 * scale
+        return 0.2 * scale if name == "lm_head.weight" else scale
+
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """0, then a geometric series from a twentieth of the run on: little happens before."""
+        gaps = max(1, self.n_checkpoints - 1)
+        series = {round(self.steps * 20 ** (i / gaps - 1)) for i in range(gaps + 1)}
+        return tuple(sorted({0, *series}))
+
+    def matrices(self, model: Any) -> list[nn.Parameter]:
+        """The blocks' weight matrices."""
+        return [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+
+    def loss(
+        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+    ) -> Tensor:
+        """The NLL in nats of an answer's token, newline included, over a new batch."""
+        device = generator.device
+        plain = max(0.0, 1 - self.by_arrow - self.two_tasks)
+        kinds = torch.tensor([plain, self.by_arrow, self.two_tasks], device=device)
+        kind = torch.multinomial(kinds, self.batch_size, True, generator=generator)
+        with_bos = torch.randint(2, (self.batch_size,), generator=generator, device=device).bool()
+        labels = draw_labels(kind == TWO_TASKS, generator)
+        tokens = bitwise_lines(labels, generator)
+        mask = additive_mask(training_view(kind, labels), with_bos)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = forward(tokens, attention_mask=mask).logits
+        nll: Tensor = answer_nll(logits.float(), tokens).mean()
+        return nll
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """NLL by task, exact match by task and shots, TD of the operators by layer at 4 shots."""
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(_EVAL_SEED)
+        labels = torch.arange(len(TASKS), device=device).repeat_interleave(self.n_eval)
+        tokens = bitwise_lines(labels[:, None].expand(-1, LINES), generator)
+        view = causal_view(device)[None, None]
+        nll, right, points = [], [], []
+        with torch.no_grad(), _keeping_arrows(model) as kept:
+            for rows in torch.arange(len(labels), device=device).split(128):
+                mask = additive_mask(view, torch.zeros_like(rows, dtype=torch.bool))
+                logits = model(tokens[rows], attention_mask=mask).logits
+                nll.append(answer_nll(logits, tokens[rows]).mean(dim=(1, 2)))
+                right.append(exact_match(logits, tokens[rows]))
+                points.append(torch.stack([kept.pop(0) for _ in model.model.layers], dim=1))
+        by_task = (len(TASKS), self.n_eval)
+        return {
+            "nll": torch.cat(nll).view(by_task).mean(1).tolist(),
+            "accuracy": torch.cat(right).float().view(*by_task, LINES).mean(1).tolist(),
+            "td": _decodability(torch.cat(points), labels.cpu()).tolist(),
+        }
+
+    def summary(self, record: dict[str, Any]) -> str:
+        """Accuracy and TD at four shots."""
+        operators = [shots[_SHOTS_OF_TD] for shots in record["accuracy"][:-1]]
+        td = max(sum(layer) / len(layer) for layer in record["td"])
+        return f"accuracy {sum(operators) / len(operators):.2f} TD {td:.2f}"
+
+    def load(self, path: Path) -> ToyRun:
+        """The run in a folder."""
+        return load_toy_run(path)
+
+
+@dataclass(frozen=True, repr=False)
+class ToyRun:
+    """A training run of the toy model, finished or not, as it stands in its folder.
+
+    Attributes:
+        path: The folder.
+        config: Its settings.
+        seed: The seed of weights and data.
+        steps: The checkpoints.
+        nll: NLL of an answer's token in nats, ``[checkpoint, task]``.
+        accuracy: Exact match by number of demonstrations from 0, ``[checkpoint, task, shots]``.
+        td: TD of the six operators at the last prompt token after four demonstrations,
+            ``[checkpoint, layer, operator]``.
+    """
+
+    path: Path
+    config: ToyConfig
+    seed: int
+    steps: tuple[int, ...]
+    nll: Float[Tensor, "checkpoint task"]
+    accuracy: Float[Tensor, "checkpoint task shots"]
+    td: Float[Tensor, "checkpoint layer operator"]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The six operators, and Null."""
+        return TASKS
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been taken."""
+        return bool(self.steps) and self.steps[-1] == self.config.steps
+
+    def model(self, step: int | None = None, **kwargs: Any) -> Any:
+        """The model at a checkpoint, the last one by default, as a ``TransformerBridge``.
+
+        Args:
+            step: The checkpoint.
+            **kwargs: Passed to ``TransformerBridge.boot_transformers`` (``device``, ...).
+
+        Raises:
+            ValueError: If there is no checkpoint of that step.
+        """
+        step = self.steps[-1] if step is None else step
+        if step not in self.steps:
+            raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
+        hf_model = self.config.llama()
+        hf_model.load_state_dict(load_file(checkpoint_path(self.path, step)))
+        hf_model.config.name_or_path = f"{self.path.name}@{step}"
+        return boot(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
+
+    def export(self, path: str | Path, steps: Sequence[int]) -> ToyRun:
+        """Write some of the checkpoints in float16 as a run of their own.
+
+        Raises:
+            ValueError: If there is no checkpoint at one of the steps, or the folder holds a run.
+        """
+        export_checkpoints(self.path, Path(path), steps, torch.float16)
+        return load_toy_run(path)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a checkpoint, task and number of demonstrations: ``step ... accuracy``."""
+        import pandas as pd
+
+        index = pd.MultiIndex.from_product(
+            [self.steps, self.tasks, range(self.accuracy.shape[-1])],
+            names=["step", "task", "shots"],
+        )
+        values = {"accuracy": self.accuracy.flatten().numpy()}
+        return pd.DataFrame(values, index=index).reset_index()
+
+    def __repr__(self) -> str:
+        shots = self.accuracy[-1, :-1].mean(0)
+        return (
+            f"ToyRun({str(self.path)!r}: step {self.steps[-1]} of {self.config.steps}, "
+            f"{len(self.steps)} checkpoints; operators at 1, 4, 8 shots "
+            f"{float(shots[1]):.2f}, {float(shots[4]):.2f}, {float(shots[8]):.2f}, TD "
+            f"{float(self.td[-1].mean(-1).max()):.2f})"
+        )
+
+
+def load_toy_run(path: str | Path) -> ToyRun:
+    """Read a run of the toy model from its folder.
+
+    Raises:
+        FileNotFoundError: If there is no run in the folder.
+        ValueError: If it is a run on a mixture.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
+    saved = json.loads((path / "config.json").read_text())
+    if "mixture" in saved:
+        raise ValueError(f"{path} holds a run on a mixture; read it with load_run")
+    saved["betas"] = tuple(saved["betas"])
+    known = saved.keys() & ToyConfig().described().keys()
+    config = ToyConfig(**{name: saved[name] for name in known})
+    records = read_metrics(path)
+    return ToyRun(
+        path,
+        config,
+        saved["seed"],
+        tuple(record["step"] for record in records),
+        torch.tensor([record["nll"] for record in records]),
+        torch.tensor([record["accuracy"] for record in records]),
+        torch.tensor([record["td"] for record in records]),
+    )
+
+
+def shipped_toy_run() -> ToyRun:
+    """The run that comes with the package: a few checkpoints, the last of which is the toy model.
+
+    ``taskvec train --preset toy`` makes it anew; here its weights are float16.
+    """
+    return load_toy_run(Path(__file__).parent / "shipped" / "toy")
+
+
+@dataclass(frozen=True)
+class _TakesHalf:
+    """Gives a layer its half of a two-part attention mask, and any other mask as it is."""
+
+    half: int
+
+    def __call__(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] == 2:
+            kwargs["attention_mask"] = mask[:, self.half : self.half + 1]
+        return args, kwargs
+
+
+@contextmanager
+def _keeping_arrows(model: Any) -> Iterator[list[Float[Tensor, "batch d_model"]]]:
+    """A list that fills with the residual stream after each layer, at the fifth arrow."""
+    kept: list[Tensor] = []
+    arrow = 1 + _SHOTS_OF_TD * LINE + ARROW
+
+    def keep(layer: Any, args: Any, output: Tensor) -> None:
+        kept.append(output[:, arrow].float().cpu())
+
+    handles = [layer.register_forward_hook(keep) for layer in model.model.layers]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _decodability(
+    points: Float[Tensor, "example layer d"], labels: Int[Tensor, " example"]
+) -> Float[Tensor, "layer operator"]:
+    operators = tuple(task for task in TASKS if task != "Null")
+    chosen = labels < len(operators)
+    source = Source("toy", "resid_post", -1, "example:{x}->{y}", False)
+    layers = tuple(range(points.shape[1]))
+    activations = Activations(points[chosen], labels[chosen], operators, layers, source)
+    return task_decodability(activations).scores

@@ -1,0 +1,187 @@
+"""The toy model's sequences: their tokens, and what each token sees of them in training.
+
+Lines ``example:01011 11010->01010`` of :func:`bitwise_tasks`, as ``sample_episodes`` writes them,
+made in batches. Why training hides some of them from some tokens is told in ``toy``.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from transformer_lens_taskvec.tasks.bitwise import bitwise_tasks
+
+TASKS = tuple(bitwise_tasks())
+N_BITS = 5
+LINES = 9
+"""Lines in a sequence."""
+LINE = 3 * N_BITS + 4
+"""Tokens of a line: example: a, space, b, arrow, y, newline."""
+ARROW = 2 * N_BITS + 2
+"""Where the arrow stands in its line."""
+PLAIN, BY_ARROW, TWO_TASKS = range(3)
+"""The kinds of training sequences."""
+
+_WORDS = ("example:", "->")
+_CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
+_SPECIAL = ("<pad>", "<unk>", "<bos>")
+_VOCABULARY = {word: number for number, word in enumerate((*_SPECIAL, *_WORDS, *_CHARACTERS))}
+VOCABULARY_SIZE = len(_VOCABULARY)
+PAD, BOS = _VOCABULARY["<pad>"], _VOCABULARY["<bos>"]
+# Answers to the bit pairs 00, 01, 10, 11; Null has none.
+_ANSWERS = {
+    name: tuple(int(example.y) for example in sorted(task.sample(4, random.Random(0)), key=str))
+    for name, task in bitwise_tasks(n_bits=1, null=False).items()
+}
+
+
+def toy_tokenizer() -> Any:
+    """A token a character, with ``example:`` and ``->`` as tokens of their own.
+
+    Text of printable ASCII characters and newlines comes back from its tokens as it was.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(_VOCABULARY, unk_token="<unk>"))
+    pieces = Regex("|".join((*_WORDS, "[\\s\\S]")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        # TransformerLens would load another tokenizer of the same name, were this not set.
+        add_bos_token=True,
+        name_or_path="toy",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def bitwise_lines(
+    labels: Int[Tensor, "batch line"], generator: torch.Generator
+) -> Int[Tensor, "batch pos"]:
+    """Sequences of nine lines, as token ids after a beginning-of-sequence token.
+
+    The lines are those of the prompts of ``sample_episodes``; no two of a sequence have one input.
+
+    Args:
+        labels: The task of each line, an index into the tasks.
+        generator: Source of randomness, on the labels' device.
+
+    Returns:
+        Token ids, ``[batch, 1 + 9 * 19]``.
+    """
+    device, batch_size = labels.device, len(labels)
+    keys = torch.rand(batch_size, 4**N_BITS, generator=generator, device=device)
+    inputs = keys.topk(LINES).indices
+    noise = torch.randint(2**N_BITS, inputs.shape, generator=generator, device=device)
+    a, b = _bits(inputs >> N_BITS), _bits(inputs)
+    table = torch.tensor([_ANSWERS.get(task, (0,) * 4) for task in TASKS], device=device)
+    y = table[labels[..., None], 2 * a + b]
+    y = torch.where((labels == TASKS.index("Null"))[..., None], _bits(noise), y)
+
+    def constant(word: str) -> Tensor:
+        return torch.full((batch_size, LINES, 1), _VOCABULARY[word], device=device)
+
+    zero = _VOCABULARY["0"]
+    line = [
+        constant("example:"),
+        a + zero,
+        constant(" "),
+        b + zero,
+        constant("->"),
+        y + zero,
+        constant("\n"),
+    ]
+    tokens = torch.cat(line, dim=2).view(batch_size, -1)
+    return F.pad(tokens, (1, 0), value=BOS)
+
+
+def draw_labels(
+    two: Bool[Tensor, " batch"], generator: torch.Generator
+) -> Int[Tensor, "batch line"]:
+    """The task of each line of some sequences, drawn uniformly.
+
+    Args:
+        two: Whether a sequence is of two different tasks; else it is of one.
+        generator: Source of randomness, on the device of ``two``.
+    """
+    shape, n = (len(two), LINES), len(TASKS)
+    first = torch.randint(n, shape[:1], generator=generator, device=two.device)
+    apart = torch.randint(1, n, shape[:1], generator=generator, device=two.device)
+    of_second = torch.randint(2, shape, generator=generator, device=two.device).bool()
+    second = (first + apart) % n
+    return torch.where(of_second & two[:, None], second[:, None], first[:, None])
+
+
+def answer_nll(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch line at"]:
+    """NLL in nats of each answer's digits and of the newline behind them."""
+    wanted = _answers(tokens.roll(-1, dims=1))
+    predicted = _answers(logits)
+    nll = F.cross_entropy(predicted.flatten(0, 2), wanted.flatten(), reduction="none")
+    return nll.view(wanted.shape)
+
+
+def exact_match(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch line"]:
+    """Whether greedy decoding would give the answer's digits, line by line."""
+    right = _answers(logits).argmax(-1) == _answers(tokens.roll(-1, dims=1))
+    return right[..., :N_BITS].all(-1)
+
+
+@lru_cache(maxsize=2)
+def causal_view(device: torch.device) -> Bool[Tensor, "query key"]:
+    """All before a token, and itself."""
+    n_tokens = LINES * LINE
+    return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
+
+
+def training_view(
+    kind: Int[Tensor, " batch"], labels: Int[Tensor, "batch line"]
+) -> Bool[Tensor, "batch half query key"]:
+    """What each token of a training sequence sees in the lower and in the upper layers."""
+    place = torch.arange(LINES * LINE, device=kind.device)
+    line, is_arrow = place // LINE, (place % LINE == ARROW)[:, None]
+    causal, own = causal_view(kind.device), line[:, None] == line
+    alike = labels[:, line, None] == labels[:, None, line]
+    by_arrow, plain = (kind == BY_ARROW)[:, None, None], (kind == PLAIN)[:, None, None]
+    above = torch.where(by_arrow, causal & own, causal)
+    arrow_below = causal & (alike & ~own | (place[:, None] == place))
+    below = torch.where(is_arrow & ~plain, arrow_below, above)
+    return torch.stack([below, above], dim=1)
+
+
+def additive_mask(
+    view: Bool[Tensor, "batch half query key"], with_bos: Bool[Tensor, " batch"]
+) -> Float[Tensor, "batch half query+1 key+1"]:
+    """The additive attention mask of a view, with a token before the lines that some may see."""
+    visible = F.pad(view.expand(len(with_bos), -1, -1, -1), (1, 0, 1, 0))
+    visible[..., 0] = with_bos[:, None, None]
+    visible[:, :, 0, 0] = True  # it must see something
+    bias = torch.zeros(visible.shape, device=view.device)
+    return bias.masked_fill_(~visible, torch.finfo(torch.float32).min)
+
+
+def _bits(numbers: Int[Tensor, "batch line"]) -> Int[Tensor, "batch line bit"]:
+    places = torch.arange(N_BITS - 1, -1, -1, device=numbers.device)
+    return numbers[..., None] >> places & 1
+
+
+def _answers(values: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch line at *rest"]:
+    """What stands at the tokens that predict the answers and the newlines behind them."""
+    lines = values[:, 1:].unflatten(1, (LINES, LINE))
+    found: Tensor = lines[:, :, ARROW : ARROW + N_BITS + 1]
+    return found

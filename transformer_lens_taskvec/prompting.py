@@ -1,0 +1,209 @@
+"""Naming the task in the prompt, and how much of its decodability is the words of the name.
+
+The paper's App. I puts an instruction before the demonstrations and finds decodability and accuracy
+raised. An instruction changes the input itself, so that tasks are told apart by it even where
+nothing is inferred. Two checks are measured beside: TD of the mean input embedding of the prompt,
+where only words count; and prompts with another task's instruction, drawn at random, where TD of
+the task and TD of the instruction come apart.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from transformer_lens_taskvec.capabilities import capabilities
+from transformer_lens_taskvec.collect import Activations, Source, label
+from transformer_lens_taskvec.decodability import Decodability, task_decodability
+from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate
+from transformer_lens_taskvec.interventions import hook_name
+from transformer_lens_taskvec.models import device_of, inference, model_name
+from transformer_lens_taskvec.passes import run_until
+from transformer_lens_taskvec.prompts import (
+    EXAMPLE_ARROW,
+    Episode,
+    PromptTemplate,
+    sample_episodes,
+)
+from transformer_lens_taskvec.tasks.base import Task
+from transformer_lens_taskvec.tokens import batches, encode, pad_id
+
+POS_INSTRUCTIONS: Mapping[str, str] = {
+    "Noun": "Find the first noun in the sentence.",
+    "Adjective": "Find the first adjective in the sentence.",
+    "Verb": "Find the first verb in the sentence.",
+    "Adverb": "Find the first adverb in the sentence.",
+    "Preposition": "Find the first preposition in the sentence.",
+    "Pronoun": "Find the first pronoun in the sentence.",
+    "Null": "Find any word in the sentence.",
+}
+"""Instructions that name the part of speech."""
+
+BITWISE_INSTRUCTIONS: Mapping[str, str] = {
+    "AND": "AND",
+    "NAND": "NAND",
+    "OR": "OR",
+    "NOR": "NOR",
+    "XOR": "XOR",
+    "XNOR": "XNOR",
+    "Null": "Random",
+}
+"""Instructions that name the operator."""
+
+
+@dataclass(frozen=True, repr=False)
+class PromptingStudy:
+    """TD and accuracy without instructions, with them, and with random ones.
+
+    Attributes:
+        decodability: TD of the task, by condition: ``plain``, ``instructed``, ``random``.
+        scores: The same conditions' scores.
+        at_input: TD of the task from the prompt's mean input embedding, by condition.
+        of_instruction: With random instructions, TD of the instruction instead of the task.
+    """
+
+    decodability: dict[str, Decodability]
+    scores: dict[str, Scores]
+    at_input: dict[str, Decodability]
+    of_instruction: Decodability
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a condition: ``condition, layer, td, td_at_input, td_of_instruction, accuracy``.
+
+        Means over tasks; Null is left out of the accuracy.
+        """
+        rows = []
+        for condition, found in self.decodability.items():
+            scores = self.scores[condition]
+            real = [scores.of(task).accuracy for task in scores.tasks if task != "Null"]
+            of_instruction = None
+            if condition == "random":
+                of_instruction = float(self.of_instruction.at(found.best_layer).mean())
+            rows.append(
+                {
+                    "condition": condition,
+                    "layer": found.best_layer,
+                    "td": float(found.mean.max()),
+                    "td_at_input": float(self.at_input[condition].mean.max()),
+                    "td_of_instruction": of_instruction,
+                    "accuracy": sum(real) / len(real),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        table = self.to_frame().to_string(index=False, float_format="{:.2f}".format)
+        return f"PromptingStudy\n{table}"
+
+
+def prompting_study(
+    model: Any,
+    tasks: Mapping[str, Task],
+    instructions: Mapping[str, str],
+    *,
+    n_shots: int = 4,
+    n: int = 100,
+    k: int = 10,
+    seed: int = 0,
+    template: PromptTemplate = EXAMPLE_ARROW,
+    prepend_bos: bool = False,
+    progress: bool = False,
+) -> PromptingStudy:
+    """Measure what naming the task does (Han et al. 2025, App. I), with the checks it needs.
+
+    Args:
+        model: Any model with TransformerLens' hook API and a tokenizer.
+        tasks: The tasks.
+        instructions: The text before the demonstrations, for each task.
+        n_shots: Demonstrations.
+        n: Episodes a task.
+        k: Neighbours that vote in TD.
+        seed: Seed of the sampling.
+        template: How the episodes become text.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        progress: Whether to show progress bars.
+
+    Raises:
+        KeyError: If a task has no instruction.
+    """
+    episodes = sample_episodes(tasks, n, n_shots, seed, template=template)
+    names, rng = list(tasks), random.Random(seed)
+    told = [rng.choice(names) for _ in episodes]
+    conditions = {
+        "plain": episodes,
+        "instructed": with_instructions(episodes, instructions),
+        "random": [
+            _instructed(episode, instructions[name])
+            for episode, name in zip(episodes, told, strict=True)
+        ],
+    }
+    decodability, scores, at_input = {}, {}, {}
+    for condition, some in conditions.items():
+        activations, scores[condition] = collect_and_evaluate(
+            model, some, prepend_bos=prepend_bos, progress=progress
+        )
+        decodability[condition] = task_decodability(activations, k)
+        words = input_embeddings(model, some, prepend_bos=prepend_bos)
+        at_input[condition] = task_decodability(words, k)
+    by_instruction = replace(
+        activations, labels=torch.tensor([names.index(name) for name in told]), tasks=tuple(names)
+    )
+    return PromptingStudy(decodability, scores, at_input, task_decodability(by_instruction, k))
+
+
+def with_instructions(
+    episodes: Sequence[Episode], instructions: Mapping[str, str]
+) -> list[Episode]:
+    """The same episodes, each with its task's instruction at the head of the prompt (App. I).
+
+    Raises:
+        KeyError: If a task has no instruction.
+    """
+    return [_instructed(episode, instructions[episode.task]) for episode in episodes]
+
+
+def input_embeddings(
+    model: Any, episodes: Sequence[Episode], *, prepend_bos: bool = False
+) -> Activations:
+    """The mean over each prompt's tokens of what goes into the first block: words, not order.
+
+    Args:
+        model: Any model with TransformerLens' hook API and a tokenizer.
+        episodes: The episodes; their order is kept.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+
+    Returns:
+        ``[example, 1, d_model]``, under layer 0.
+    """
+    encoded = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
+    values = torch.zeros(len(encoded), 1, int(model.cfg.d_model))
+    name, device = hook_name("resid_pre", 0), device_of(model)
+    with inference(model):
+        for batch in batches(
+            encoded, batch_size=32, pad=pad_id(model), same_length=not capabilities(model).pads
+        ):
+            real = batch.mask[..., None].float()
+            rows = list(batch.rows)
+
+            def average(
+                activation: Tensor, hook: Any = None, real: Tensor = real, rows: Any = rows
+            ) -> None:
+                total = (activation.to("cpu", torch.float32) * real).sum(dim=1)
+                values[rows, 0] = total / real.sum(dim=1)
+
+            run_until(
+                model, batch.tokens.to(device), batch.mask.to(device), [(name, average)], name
+            )
+    tasks, labels = label(episodes)
+    source = Source(model_name(model), "resid_pre", -1, episodes[0].template.example, prepend_bos)
+    return Activations(values, labels, tasks, (0,), source)
+
+
+def _instructed(episode: Episode, instruction: str) -> Episode:
+    return replace(episode, template=replace(episode.template, instruction=instruction))

@@ -1,0 +1,340 @@
+"""The paper's experiments on pretrained models, one call each (Han et al. 2025, section 4).
+
+A study runs tasks at several numbers of shots. From one pass over each prompt it takes task
+decodability at every layer and the accuracy of the answers; then it injects the right task's mean
+and the Null task's at the layer where TD peaks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from transformer_lens_taskvec.analyses import SteeringEffect, steering_effect
+from transformer_lens_taskvec.collect import collect
+from transformer_lens_taskvec.decodability import Decodability, task_decodability
+from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate
+from transformer_lens_taskvec.files import write_text
+from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
+from transformer_lens_taskvec.models import model_name
+from transformer_lens_taskvec.prompting import with_instructions
+from transformer_lens_taskvec.prompts import (
+    EXAMPLE_ARROW,
+    Episode,
+    PromptTemplate,
+    sample_episodes,
+    sample_splits,
+)
+from transformer_lens_taskvec.tasks.base import Task
+from transformer_lens_taskvec.tasks.pos import pos_tasks
+from transformer_lens_taskvec.tasks.sentences import Sentence
+from transformer_lens_taskvec.vectors import task_vectors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PUBLISHED_R2: Mapping[str, Mapping[str, float]] = {
+    "pos": {
+        "Llama-3.1-8B": 0.781,
+        "Gemma-2-2B": 0.422,
+        "Gemma-2-9B": 0.531,
+        "Gemma-2-27B": 0.822,
+        "Llama-3.1-70B": 0.844,
+        "Mamba-2-8B": 0.596,
+    },
+    "bitwise": {
+        "Llama-3.1-8B": 0.528,
+        "Gemma-2-2B": 0.776,
+        "Gemma-2-9B": 0.452,
+        "Gemma-2-27B": 0.590,
+        "Llama-3.1-70B": 0.324,
+        "Mamba-2-8B": 0.468,
+    },
+}
+"""The paper's R^2 of accuracy on TD over tasks and shots (Figures 4, 21, 22; App. G)."""
+
+
+@dataclass(frozen=True, repr=False)
+class Study:
+    """What :func:`run_study` measured.
+
+    Attributes:
+        model: The model's name.
+        decodability: By number of shots, TD of the test episodes.
+        scores: By number of shots, how the test episodes were answered.
+        steering: By number of shots, the positive and the negative intervention.
+        fit: Accuracy against TD over tasks and shots, Null left out.
+        settings: Sizes, seed, template.
+    """
+
+    model: str
+    decodability: dict[int, Decodability]
+    scores: dict[int, Scores]
+    steering: dict[int, SteeringEffect]
+    fit: Fit
+    settings: dict[str, Any]
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """The numbers of shots."""
+        return tuple(self.scores)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks."""
+        return next(iter(self.scores.values())).tasks
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a task and number of shots.
+
+        Columns ``task, shots, layer, td, accuracy, low, high`` (Wilson's 95 % interval) and
+        ``positive, negative`` where there are interventions.
+        """
+        rows = []
+        for shots in self.shots:
+            found = self.decodability[shots]
+            for index, task in enumerate(self.tasks):
+                scores = self.scores[shots].of(task)
+                low, high = scores.interval()
+                row = {
+                    "task": task,
+                    "shots": shots,
+                    "layer": found.best_layer,
+                    "td": float(found.at(found.best_layer)[index]),
+                    "accuracy": scores.accuracy,
+                    "low": low,
+                    "high": high,
+                }
+                if shots in self.steering:
+                    row["positive"] = self.steering[shots].positive.of(task).accuracy
+                    row["negative"] = self.steering[shots].negative.of(task).accuracy
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the activations, as plain values."""
+        rows = json.loads(self.to_frame().to_json(orient="records"))
+        by_layer = {
+            shots: {"layers": found.layers, "tasks": found.tasks, "td": found.scores.tolist()}
+            for shots, found in self.decodability.items()
+        }
+        fit = {name: _known(value) for name, value in vars(self.fit).items() if name != "points"}
+        return {
+            "model": self.model,
+            "settings": self.settings,
+            "fit": fit,
+            "results": rows,
+            "td_by_layer": by_layer,
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """TD against accuracy, TD by layer, pairwise TD, an embedding, and the interventions."""
+        from transformer_lens_taskvec import plots
+
+        most = self.decodability[max(self.shots)]
+        drawn = {
+            "td_vs_accuracy": plots.plot_td_vs_accuracy(self.fit),
+            "td_by_layer": plots.plot_decodability(self.decodability),
+            "td_by_task": plots.plot_decodability(most),
+            "pairwise_td": plots.plot_pairwise(most),
+            "embedding": plots.plot_embedding(most.activations, most.best_layer),
+        }
+        for shots, effect in self.steering.items():
+            drawn[f"steering_{shots}_shot"] = plots.plot_steering(effect)
+        return {name: plots.figure_of(ax) for name, ax in drawn.items()}
+
+    def report(self, name: str = "study", figures: Iterable[str] = ()) -> str:
+        """A page in Markdown, with the published figures beside the measured ones.
+
+        Args:
+            name: ``"pos"`` and ``"bitwise"`` have published figures.
+            figures: Names of PNG files to show.
+        """
+        most = max(self.shots)
+        layer = self.decodability[most].best_layer
+        n_layers = len(self.decodability[most].layers)
+        lines = [
+            f"# {name}: {self.model}",
+            "",
+            f"TD peaks at layer {layer} of {n_layers}, counted from 0 ({most} shots: mean "
+            f"{float(self.decodability[most].mean.max()):.2f}, chance "
+            f"{self.decodability[most].chance:.2f}). {self.fit!r}.",
+            "",
+            *markdown(self.to_frame()),
+        ]
+        if name in PUBLISHED_R2:
+            published = ", ".join(f"{m} {r2:.2f}" for m, r2 in PUBLISHED_R2[name].items())
+            lines += ["", f"R^2 in the paper (Han et al. 2025): {published}."]
+        lines += ["", *(f"![{figure}]({figure})" for figure in figures)]
+        return "\n".join(lines) + "\n"
+
+    def save(self, folder: str | Path, name: str = "study") -> list[Path]:
+        """Write ``results.json``, the figures, and ``report.md``; returns their paths."""
+        from transformer_lens_taskvec.plots import save_figures
+
+        folder = Path(folder)
+        paths = save_figures(self.figures(), folder)
+        write_text(folder / "results.json", json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(folder / "report.md", self.report(name, [path.name for path in paths]))
+        return [folder / "results.json", folder / "report.md", *paths]
+
+    def __repr__(self) -> str:
+        return f"Study({self.model}: shots {list(self.shots)}; {self.fit!r})"
+
+
+def run_study(
+    model: Any,
+    tasks: Mapping[str, Task],
+    *,
+    test_tasks: Mapping[str, Task] | None = None,
+    shots: Sequence[int] = (1, 4, 10),
+    steer_shots: Sequence[int] | None = None,
+    n: int = 100,
+    n_vectors: int | None = None,
+    k: int = 10,
+    null: str = "Null",
+    seed: int = 0,
+    template: PromptTemplate = EXAMPLE_ARROW,
+    instructions: Mapping[str, str] | None = None,
+    stop: str | None = None,
+    prepend_bos: bool = False,
+    progress: bool = False,
+) -> Study:
+    """TD, accuracy and interventions of tasks at several numbers of shots.
+
+    Args:
+        model: Any model with TransformerLens' hook API and a tokenizer.
+        tasks: The tasks, ``null`` among them: :func:`bitwise_tasks` or :func:`pos_tasks`.
+        test_tasks: The same tasks on other data, for everything but the vectors; by default the
+            same data, with other queries.
+        shots: Numbers of demonstrations.
+        steer_shots: Those at which to intervene; by default all of them. The layer is the one with
+            the highest TD, over tasks and shots.
+        n: Test episodes a task.
+        n_vectors: Episodes a task that the vectors are the means of; by default as many as ``n``.
+        k: Neighbours that vote in TD.
+        null: The task whose mean is the negative intervention.
+        seed: Seed of the sampling.
+        template: How the episodes become text.
+        instructions: For each task a text that the prompt begins with; see
+            :func:`~transformer_lens_taskvec.prompting.with_instructions`.
+        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        ValueError: If ``null`` is not among the tasks or ``steer_shots`` not among the shots, or as
+            for :func:`~transformer_lens_taskvec.prompts.sample_splits`.
+    """
+    unknown = sorted(set(steer_shots or ()) - set(shots))
+    if unknown:
+        raise ValueError(
+            f"steer_shots has {unknown[0]}, which is not among the shots {list(shots)}"
+        )
+    if null not in tasks:
+        raise ValueError(f"no task {null!r} among {', '.join(tasks)}; it is the negative one")
+    n_vectors = n if n_vectors is None else n_vectors
+    steer_shots = tuple(shots) if steer_shots is None else tuple(steer_shots)
+    decodability, scores, steering, train, test = {}, {}, {}, {}, {}
+    for count in shots:
+        parts = _episodes(tasks, test_tasks, n_vectors, n, count, seed, template)
+        if instructions is not None:
+            parts = [with_instructions(part, instructions) for part in parts]
+        train[count], test[count] = parts
+        activations, scores[count] = collect_and_evaluate(
+            model, test[count], stop=stop, prepend_bos=prepend_bos, progress=progress
+        )
+        decodability[count] = task_decodability(activations, k)
+    layer = _peak(decodability.values())
+    options: dict[str, Any] = {"prepend_bos": prepend_bos, "progress": progress}
+    for count in steer_shots:
+        vectors = task_vectors(collect(model, train[count], layers=[layer], **options))
+        steering[count] = steering_effect(model, test[count], vectors, layer, null, stop=stop)
+    settings = {
+        "n": n,
+        "n_vectors": n_vectors,
+        "k": k,
+        "seed": seed,
+        "template": asdict(template),
+        "instructions": None if instructions is None else dict(instructions),
+        "stop": stop,
+        "prepend_bos": prepend_bos,
+    }
+    fit = td_vs_accuracy(decodability, scores, leave_out=(null,))
+    return Study(model_name(model), decodability, scores, steering, fit, settings)
+
+
+def split_pos_tasks(
+    sentences: Sequence[Sentence] | None = None, *, test_share: float = 0.2, seed: int = 0
+) -> tuple[dict[str, Task], dict[str, Task]]:
+    """Part-of-speech tasks on disjoint train and test sentences (80/20 in the paper, App. G).
+
+    Raises:
+        ValueError: If ``test_share`` is not between 0 and 1, or a part has no usable sentence.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share}; it must be between 0 and 1")
+    pool = list(next(iter(pos_tasks(sentences).values())).sentences)  # type: ignore[attr-defined]
+    random.Random(seed).shuffle(pool)
+    n_test = round(test_share * len(pool))
+    return pos_tasks(pool[n_test:]), pos_tasks(pool[:n_test])
+
+
+def _episodes(
+    tasks: Mapping[str, Task],
+    test_tasks: Mapping[str, Task] | None,
+    n_train: int,
+    n_test: int,
+    n_shots: int,
+    seed: int,
+    template: PromptTemplate,
+) -> list[list[Episode]]:
+    """Train and test episodes."""
+    if test_tasks is None:
+        sets = sample_splits(
+            tasks, {"train": n_train, "test": n_test}, n_shots, seed, template=template
+        )
+        return [sets["train"], sets["test"]]
+    return [
+        sample_episodes(tasks, n_train, n_shots, seed, template=template),
+        sample_episodes(test_tasks, n_test, n_shots, seed, template=template),
+    ]
+
+
+def _peak(decodability: Iterable[Decodability]) -> int:
+    """The layer with the highest TD over tasks and shots."""
+    found = list(decodability)
+    mean = sum(one.mean for one in found)
+    return found[0].layers[int(torch.as_tensor(mean).argmax())]
+
+
+def _known(value: Any) -> Any:
+    """A number or a pair of them, with None for what is not known: JSON has no NaN."""
+    if isinstance(value, tuple):
+        return [_known(part) for part in value]
+    return value if math.isfinite(value) else None
+
+
+def markdown(frame: pd.DataFrame) -> list[str]:
+    """A frame as the lines of a Markdown table."""
+    names = list(frame.columns)
+    rows = [
+        " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row)
+        for row in frame.itertuples(index=False)
+    ]
+    return [
+        f"| {' | '.join(names)} |",
+        "|" + "---|" * len(names),
+        *(f"| {row} |" for row in rows),
+    ]
