@@ -116,7 +116,7 @@ def plot_decodability(
         several = dict(decodability)  # type: ignore[arg-type]
         for index, (shots, found) in enumerate(several.items()):
             style = {**task_style(index), "markersize": 3, "linewidth": 1.4}
-            name = f"{shots} shots" if isinstance(shots, int) else shots
+            name = f"{shots}-shot" if isinstance(shots, int) else shots
             ax.plot(found.layers, found.mean.tolist(), label=name, **style)
         shown = next(iter(several.values()))
     ax.axhline(shown.chance, color="grey", linestyle="--", linewidth=1, label="chance")
@@ -202,7 +202,7 @@ def plot_td_vs_accuracy(fit: Fit, ax: Axes | None = None) -> Axes:
         ax.plot([], [], "o", color=_COLOURS[index % len(_COLOURS)], markersize=5, label=task)
     for index, count in enumerate(shots):
         mark = _MARKERS[index % len(_MARKERS)]
-        ax.plot([], [], mark, color="grey", markersize=5, label=f"{count} shots")
+        ax.plot([], [], mark, color="grey", markersize=5, label=f"{count}-shot")
     low, high = fit.r2_interval
     ax.set(
         xlabel="task decodability, best layer",
