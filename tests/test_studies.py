@@ -223,6 +223,10 @@ def test_finetuning_resumes_to_the_same_bits(
     monkeypatch.undo()
     resumed = tune(tmp_path / "cut")
     assert same_outside(whole, resumed, [])
+    with pytest.raises(ValueError, match="of another training"):
+        tv.finetune_layers(
+            zoo.hf_model("llama"), tokenizer, TASKS, [1], settings=SETTINGS, folder=tmp_path / "cut"
+        )
 
 
 def test_finetuning_study_leaves_td_below_the_last_layers(tokenizer: Any) -> None:
@@ -262,6 +266,9 @@ def test_studies_of_the_toy_show_the_papers_findings(tmp_path: Path) -> None:
     seen = told.to_frame().set_index("condition")
     # The operator's name in the prompt is decodable from its words, and the model ignores it.
     assert seen.td_at_input["instructed"] > 0.8 > 0.5 > seen.td_of_instruction["random"]
+    paths = run_paper_study("prompting", "toy", tmp_path, quick=True)
+    assert {path.name for path in paths} >= {"bitwise.png", "pos.png", "report.md"}
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"bitwise", "pos"}
 
 
 def test_the_command_studies_the_toys_training_run(tmp_path: Path) -> None:

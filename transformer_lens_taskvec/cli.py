@@ -81,16 +81,24 @@ def tasks() -> None:
 
 @app.command()
 def study(
-    kind: Annotated[str, typer.Argument(help="'pos', 'bitwise', 'finetune' or 'checkpoints'.")],
+    kind: Annotated[
+        str,
+        typer.Argument(help="'pos', 'bitwise', 'prompting', 'finetune' or 'checkpoints'."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and figures.")],
     model: Model = "smollm2",
     data: Annotated[
         Path | None,
-        typer.Option(help="Sentences for 'pos': a CoNLL-U file, or a Penn Treebank folder."),
+        typer.Option(
+            help="Sentences for 'pos' and 'prompting': a CoNLL-U file, or a Penn Treebank folder."
+        ),
     ] = None,
     checkpoints: Annotated[
         str, typer.Option(help="For 'checkpoints': training steps or revisions, with commas.")
     ] = "",
+    samples: Annotated[
+        int, typer.Option(min=6, help="For 'finetune': training episodes; the paper's by default.")
+    ] = 10_000,
     quick: Annotated[bool, typer.Option("--quick", help="20 episodes a task, not 100.")] = False,
     seed: Seed = 0,
     bos: Bos = False,
@@ -110,6 +118,7 @@ def study(
             out,
             data=data,
             checkpoints=steps,
+            samples=samples,
             quick=quick,
             seed=seed,
             prepend_bos=bos,

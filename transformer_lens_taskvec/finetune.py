@@ -29,6 +29,7 @@ from transformer_lens_taskvec.tasks.base import Task
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _IGNORED = -100
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def finetune_layers(
 
     Raises:
         ImportError: If peft is not installed.
-        ValueError: If there are no layers or tasks, or a layer does not exist.
+        ValueError: If there are no layers or tasks, a layer does not exist, or the adapter in the
+            folder is of another training.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -114,7 +116,11 @@ def finetune_layers(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = get_peft_model(copy.deepcopy(hf_model), adapters)
-        _train(model, tokenizer, tasks, settings, seed, folder, progress)
+        kept = None
+        if folder is not None:
+            path = Path(folder) / "adapter.safetensors"
+            kept = _Kept(path, f"{settings}, seed {seed}, layers {sorted(layers)}, {list(tasks)}")
+        _train(model, tokenizer, tasks, settings, seed, kept, progress)
     return model.merge_and_unload().eval()
 
 
@@ -241,14 +247,14 @@ def _train(
     tasks: Mapping[str, Task],
     settings: LoraSettings,
     seed: int,
-    folder: str | Path | None,
+    kept: _Kept | None,
     progress: bool,
 ) -> None:
     batches = _batches(tokenizer, tasks, settings, seed)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
     steps = len(batches) // settings.accumulate
-    done = _load_adapter(folder, trained, optimizer)
+    done = 0 if kept is None else kept.load(trained, optimizer)
     every = max(1, steps // 20)
     model.train()
     with tqdm(total=steps, initial=done, disable=not progress, leave=False, desc="LoRA") as bar:
@@ -264,8 +270,8 @@ def _train(
             optimizer.zero_grad()
             bar.update()
             bar.set_postfix_str(f"loss {total:.3f}")
-            if (step + 1) % every == 0 or step + 1 == steps:
-                _save_adapter(folder, trained, optimizer, step + 1)
+            if kept is not None and ((step + 1) % every == 0 or step + 1 == steps):
+                kept.save(trained, optimizer, step + 1)
     model.eval()
 
 
@@ -300,29 +306,35 @@ def _collated(rows: Sequence[tuple[list[int], int]], tokenizer: Any) -> dict[str
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
-def _save_adapter(
-    folder: str | Path | None, trained: Mapping[str, Tensor], optimizer: Any, step: int
-) -> None:
-    if folder is None:
-        return
-    tensors = {f"adapter.{name}": value.detach() for name, value in trained.items()}
-    for name, value in trained.items():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            tensors[f"{key}.{name}"] = optimizer.state[value][key]
-    metadata = {"step": str(step)}
-    path = Path(folder) / "adapter.safetensors"
-    write_whole(path, lambda beside: save_file(tensors, beside, metadata))
+@dataclass(frozen=True)
+class _Kept:
+    """An adapter and its optimiser's state on disk, and what training they are of."""
 
+    path: Path
+    training: str
 
-def _load_adapter(folder: str | Path | None, trained: Mapping[str, Tensor], optimizer: Any) -> int:
-    """Put back a saved adapter; returns the steps that it has taken."""
-    file = None if folder is None else Path(folder) / "adapter.safetensors"
-    if file is None or not file.exists():
-        return 0
-    with safe_open(file, framework="pt") as saved, torch.no_grad():
+    def save(self, trained: Mapping[str, Tensor], optimizer: Any, step: int) -> None:
+        tensors = {f"adapter.{name}": value.detach() for name, value in trained.items()}
         for name, value in trained.items():
-            value.copy_(saved.get_tensor(f"adapter.{name}"))
-            optimizer.state[value] = {
-                key: saved.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "step")
-            }
-        return int(saved.metadata()["step"])
+            for key in _MOMENTS:
+                tensors[f"{key}.{name}"] = optimizer.state[value][key]
+        metadata = {"step": str(step), "training": self.training}
+        write_whole(self.path, lambda beside: save_file(tensors, beside, metadata))
+
+    def load(self, trained: Mapping[str, Tensor], optimizer: Any) -> int:
+        """Put it back, where there is one; returns the steps that it has taken."""
+        if not self.path.exists():
+            return 0
+        with safe_open(self.path, framework="pt") as saved, torch.no_grad():
+            metadata = saved.metadata()
+            if metadata["training"] != self.training:
+                raise ValueError(
+                    f"{self.path} is of another training, {metadata['training']}; "
+                    "name another folder or remove it"
+                )
+            for name, value in trained.items():
+                value.copy_(saved.get_tensor(f"adapter.{name}"))
+                optimizer.state[value] = {
+                    key: saved.get_tensor(f"{key}.{name}") for key in _MOMENTS
+                }
+            return int(metadata["step"])

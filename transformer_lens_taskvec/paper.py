@@ -15,13 +15,19 @@ from transformer_lens_taskvec.plots import (
     figure_of,
     plot_checkpoints,
     plot_decodability,
+    plot_prompting,
     save_figures,
 )
+from transformer_lens_taskvec.prompting import (
+    BITWISE_INSTRUCTIONS,
+    POS_INSTRUCTIONS,
+    prompting_study,
+)
 from transformer_lens_taskvec.studies import Study, markdown, run_study, split_pos_tasks
-from transformer_lens_taskvec.tasks import bitwise_tasks, load_conllu, load_treebank
-from transformer_lens_taskvec.tasks.base import Task
+from transformer_lens_taskvec.tasks import bitwise_tasks, load_conllu, load_treebank, pos_tasks
+from transformer_lens_taskvec.tasks.sentences import Sentence
 
-KINDS = ("pos", "bitwise", "finetune", "checkpoints")
+KINDS = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
 PUBLISHED_TABLE_1: Mapping[str, tuple[float, float]] = {
     "pretrained": (0.43, 0.262),
     "first 10": (0.85, 0.902),
@@ -37,6 +43,7 @@ def run_paper_study(
     *,
     data: str | Path | None = None,
     checkpoints: Sequence[Checkpoint] = (),
+    samples: int = 10_000,
     quick: bool = False,
     seed: int = 0,
     prepend_bos: bool = False,
@@ -45,15 +52,17 @@ def run_paper_study(
     """Run one of the paper's studies, and write its results, figures and a report.
 
     Args:
-        kind: ``"pos"`` or ``"bitwise"`` (Figures 4, 19, 20, 23), ``"finetune"`` (Table 1, on
-            bitwise tasks), ``"checkpoints"`` (Figure 5, on bitwise tasks).
+        kind: ``"pos"`` or ``"bitwise"`` (Figures 4, 19, 20, 23), ``"prompting"`` (App. I, on both
+            sets of tasks), ``"finetune"`` (Table 1, on bitwise tasks), ``"checkpoints"`` (Figure 5,
+            on bitwise tasks).
         model: As for :func:`~transformer_lens_taskvec.models.load_model`; ``"toy"`` has checkpoints
             too.
         out: The folder.
-        data: Sentences for ``"pos"``: a CoNLL-U file or a Penn Treebank folder; by default
-            generated ones.
+        data: Sentences for ``"pos"`` and ``"prompting"``: a CoNLL-U file or a Penn Treebank folder;
+            by default generated ones.
         checkpoints: Training steps or revisions.
-        quick: 20 episodes a task instead of 100.
+        samples: Episodes to finetune on, the paper's number by default.
+        quick: 20 episodes a task instead of 100, and 240 to finetune on.
         seed: Seed of everything.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         progress: Whether to show progress bars.
@@ -75,19 +84,36 @@ def run_paper_study(
         "progress": progress,
     }
     if kind == "finetune":
-        return _finetune(model, out, options, quick)
+        return _finetune(model, out, options, 240 if quick else samples)
     if kind == "checkpoints":
         return _over_checkpoints(model, out, checkpoints, options)
-    tasks, test_tasks = (bitwise_tasks(), None) if kind == "bitwise" else _pos(data, seed)
+    sentences = None
+    if data is not None:
+        sentences = load_treebank(data) if Path(data).is_dir() else load_conllu(data)
+    if kind == "prompting":
+        return _prompting(model, out, sentences, options)
+    tasks, test_tasks = bitwise_tasks(), None
+    if kind == "pos":
+        tasks, test_tasks = split_pos_tasks(sentences, seed=seed)
     found = run_study(load_model(model), tasks, test_tasks=test_tasks, **options)
     return found.save(out, kind)
 
 
-def _pos(data: str | Path | None, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
-    if data is None:
-        return split_pos_tasks(seed=seed)
-    read = load_treebank if Path(data).is_dir() else load_conllu
-    return split_pos_tasks(read(data), seed=seed)
+def _prompting(
+    model: str, out: Path, sentences: Sequence[Sentence] | None, options: dict[str, Any]
+) -> list[Path]:
+    loaded = load_model(model)
+    found = {
+        "bitwise": prompting_study(loaded, bitwise_tasks(), BITWISE_INSTRUCTIONS, **options),
+        "pos": prompting_study(loaded, pos_tasks(sentences), POS_INSTRUCTIONS, **options),
+    }
+    figures = save_figures({k: figure_of(plot_prompting(v)) for k, v in found.items()}, out)
+    frames = {kind: study.to_frame() for kind, study in found.items()}
+    rows = {kind: json.loads(frame.to_json(orient="records")) for kind, frame in frames.items()}
+    lines = [f"# Instructions in the prompt: {model}, 4 shots", ""]
+    for kind, frame in frames.items():
+        lines += [f"## {kind}", "", *markdown(frame), "", f"![{kind}]({kind}.png)", ""]
+    return [*_written(out, rows, lines), *figures]
 
 
 def _over_checkpoints(
@@ -109,14 +135,13 @@ def _over_checkpoints(
         model, checkpoints, study, load=load, folder=out, progress=bool(options["progress"])
     )
     figures = save_figures({"over_checkpoints": figure_of(plot_checkpoints(found)[0])}, out)
-    write_text(out / "results.json", found.to_frame().to_json(orient="records", indent=1))
+    rows = json.loads(found.to_frame().to_json(orient="records"))
     lines = [f"# Over checkpoints: {model}", "", repr(found), "", *markdown(found.to_frame())]
     lines += ["", *(f"![{path.name}]({path.name})" for path in figures)]
-    write_text(out / "report.md", "\n".join(lines) + "\n")
-    return [out / "results.json", out / "report.md", *figures]
+    return [*_written(out, rows, lines), *figures]
 
 
-def _finetune(model: str, out: Path, options: dict[str, Any], quick: bool) -> list[Path]:
+def _finetune(model: str, out: Path, options: dict[str, Any], samples: int) -> list[Path]:
     hf_model, tokenizer = load_hf_model(model)
     tasks = bitwise_tasks()
     found = finetuning_study(
@@ -124,7 +149,7 @@ def _finetune(model: str, out: Path, options: dict[str, Any], quick: bool) -> li
         tokenizer,
         tasks,
         lambda loaded: run_study(loaded, tasks, shots=(4,), steer_shots=(), **options),
-        settings=LoraSettings(n_samples=240 if quick else 10_000),
+        settings=LoraSettings(n_samples=samples),
         seed=options["seed"],
         folder=out / "adapters",
         progress=options["progress"],
@@ -133,7 +158,8 @@ def _finetune(model: str, out: Path, options: dict[str, Any], quick: bool) -> li
     below = {
         name: float(found.td_below(name).max()) for name in found.studies if found.layers[name]
     }
-    lines = [f"# Finetuning by depth: {model}, bitwise, 4 shots", "", *markdown(frame), ""]
+    lines = [f"# Finetuning by depth: {model}, bitwise, 4 shots, {samples} samples", ""]
+    lines += [*markdown(frame), ""]
     lines += [f"Largest change of TD below the layers of '{n}': {v:.3f}." for n, v in below.items()]
     lines += [
         "",
@@ -147,9 +173,12 @@ def _finetune(model: str, out: Path, options: dict[str, Any], quick: bool) -> li
     curves = {name: study.decodability[4] for name, study in found.studies.items()}
     figures = save_figures({"td_by_layer": figure_of(plot_decodability(curves))}, out)
     lines += ["", *(f"![{path.name}]({path.name})" for path in figures)]
-    write_text(
-        out / "results.json",
-        json.dumps({name: study.to_json() for name, study in found.studies.items()}, indent=1),
-    )
+    results = {name: study.to_json() for name, study in found.studies.items()}
+    return [*_written(out, results, lines), *figures]
+
+
+def _written(out: Path, results: Any, lines: Sequence[str]) -> list[Path]:
+    """Write the numbers and the page; returns their paths."""
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "report.md", "\n".join(lines) + "\n")
-    return [out / "results.json", out / "report.md", *figures]
+    return [out / "results.json", out / "report.md"]

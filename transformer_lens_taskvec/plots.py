@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from transformer_lens_taskvec.checkpoints import OverCheckpoints
     from transformer_lens_taskvec.lab.emergence import Emergence
+    from transformer_lens_taskvec.prompting import PromptingStudy
 
 FIGURE_SIZE = (6.4, 3.8)
 """Width and height of a figure in inches."""
@@ -205,7 +206,7 @@ def plot_td_vs_accuracy(fit: Fit, ax: Axes | None = None) -> Axes:
         ax.plot([], [], mark, color="grey", markersize=5, label=f"{count}-shot")
     low, high = fit.r2_interval
     ax.set(
-        xlabel="task decodability, best layer",
+        xlabel="task decodability",
         ylabel="exact-match accuracy",
         title=f"R$^2$ = {fit.r2:.2f} [{low:.2f}, {high:.2f}], Spearman {fit.spearman:.2f}",
     )
@@ -231,6 +232,26 @@ def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
         title=f"Right task's mean or Null's in place of the last token, layer {effect.layer}",
     )
     return _finish(ax, 3)
+
+
+def plot_prompting(study: PromptingStudy, ax: Axes | None = None) -> Axes:
+    """TD, TD of the words alone, and accuracy: without, with and with random instructions."""
+    ax = _axes(ax)
+    frame = study.to_frame()
+    kinds = {
+        "td": "task decodability, best layer",
+        "td_at_input": "of the mean input embedding",
+        "td_of_instruction": "of the random instruction",
+        "accuracy": "accuracy",
+    }
+    for index, (kind, label) in enumerate(kinds.items()):
+        places = [place + 0.2 * (index - 1.5) for place in range(len(frame))]
+        ax.bar(places, frame[kind].astype(float), 0.19, color=_COLOURS[index], label=label)
+    chance = study.decodability["plain"].chance
+    ax.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance of TD")
+    ax.set_xticks(range(len(frame)), [f"{name} instructions" for name in ("no", "own", "random")])
+    ax.set(ylim=(0, 1.03), title="What naming the task in the prompt does")
+    return _finish(ax, len(kinds) + 1)
 
 
 def plot_embedding(

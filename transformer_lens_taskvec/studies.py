@@ -2,7 +2,7 @@
 
 A study runs tasks at several numbers of shots. From one pass over each prompt it takes task
 decodability at every layer and the accuracy of the answers; then it injects the right task's mean
-and the Null task's at the layer where TD peaks.
+and the Null task's at the layer where TD of the train episodes peaks.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Study:
         decodability: By number of shots, TD of the test episodes.
         scores: By number of shots, how the test episodes were answered.
         steering: By number of shots, the positive and the negative intervention.
+        layer: The layer of the interventions, the fit and the tables.
         fit: Accuracy against TD over tasks and shots, Null left out.
         settings: Sizes, seed, template.
     """
@@ -79,6 +80,7 @@ class Study:
     decodability: dict[int, Decodability]
     scores: dict[int, Scores]
     steering: dict[int, SteeringEffect]
+    layer: int
     fit: Fit
     settings: dict[str, Any]
 
@@ -95,20 +97,20 @@ class Study:
     def to_frame(self) -> pd.DataFrame:
         """One row a task and number of shots.
 
-        Columns ``task, shots, layer, td, accuracy, low, high`` (Wilson's 95 % interval) and
-        ``positive, negative`` where there are interventions.
+        Columns ``task, shots, layer, td, accuracy, low, high`` (Wilson's 95 % interval of the
+        accuracy) and ``positive, negative`` where there are interventions.
         """
         rows = []
         for shots in self.shots:
-            found = self.decodability[shots]
+            td = self.decodability[shots].at(self.layer).tolist()
             for index, task in enumerate(self.tasks):
                 scores = self.scores[shots].of(task)
                 low, high = scores.interval()
                 row = {
                     "task": task,
                     "shots": shots,
-                    "layer": found.best_layer,
-                    "td": float(found.at(found.best_layer)[index]),
+                    "layer": self.layer,
+                    "td": td[index],
                     "accuracy": scores.accuracy,
                     "low": low,
                     "high": high,
@@ -130,6 +132,7 @@ class Study:
         return {
             "model": self.model,
             "settings": self.settings,
+            "layer": self.layer,
             "fit": fit,
             "results": rows,
             "td_by_layer": by_layer,
@@ -144,8 +147,8 @@ class Study:
             "td_vs_accuracy": plots.plot_td_vs_accuracy(self.fit),
             "td_by_layer": plots.plot_decodability(self.decodability),
             "td_by_task": plots.plot_decodability(most),
-            "pairwise_td": plots.plot_pairwise(most),
-            "embedding": plots.plot_embedding(most.activations, most.best_layer),
+            "pairwise_td": plots.plot_pairwise(most, self.layer),
+            "embedding": plots.plot_embedding(most.activations, self.layer),
         }
         for shots, effect in self.steering.items():
             drawn[f"steering_{shots}_shot"] = plots.plot_steering(effect)
@@ -158,15 +161,22 @@ class Study:
             name: ``"pos"`` and ``"bitwise"`` have published figures.
             figures: Names of PNG files to show.
         """
-        most = max(self.shots)
-        layer = self.decodability[most].best_layer
-        n_layers = len(self.decodability[most].layers)
+        n_layers = len(self.decodability[max(self.shots)].layers)
         lines = [
             f"# {name}: {self.model}",
             "",
-            f"TD peaks at layer {layer} of {n_layers}, counted from 0 ({most} shots: mean "
-            f"{float(self.decodability[most].mean.max()):.2f}, chance "
-            f"{self.decodability[most].chance:.2f}). {self.fit!r}.",
+            f"TD, fit and interventions at layer {self.layer} of {n_layers}, counted from 0, where "
+            "TD of the train episodes peaks over all shots.",
+            "",
+        ]
+        for shots, found in self.decodability.items():
+            lines.append(
+                f"- {shots} shots: mean TD {float(found.at(self.layer).mean()):.2f} (chance "
+                f"{found.chance:.2f}); on these episodes the highest is "
+                f"{float(found.mean.max()):.2f}, at layer {found.best_layer}."
+            )
+        lines += [
+            f"- {self.fit!r}.",
             "",
             *markdown(self.to_frame()),
         ]
@@ -197,6 +207,7 @@ def run_study(
     test_tasks: Mapping[str, Task] | None = None,
     shots: Sequence[int] = (1, 4, 10),
     steer_shots: Sequence[int] | None = None,
+    layer: int | None = None,
     n: int = 100,
     n_vectors: int | None = None,
     k: int = 10,
@@ -216,8 +227,9 @@ def run_study(
         test_tasks: The same tasks on other data, for everything but the vectors; by default the
             same data, with other queries.
         shots: Numbers of demonstrations.
-        steer_shots: Those at which to intervene; by default all of them. The layer is the one with
-            the highest TD, over tasks and shots.
+        steer_shots: Those at which to intervene; by default all of them.
+        layer: The layer of the interventions and the fit; by default the one at which TD of the
+            train episodes, those of the vectors, is highest over tasks and shots.
         n: Test episodes a task.
         n_vectors: Episodes a task that the vectors are the means of; by default as many as ``n``.
         k: Neighbours that vote in TD.
@@ -246,21 +258,25 @@ def run_study(
         raise ValueError(f"no task {null!r} among {', '.join(tasks)}; it is the negative one")
     n_vectors = n if n_vectors is None else n_vectors
     steer_shots = tuple(shots) if steer_shots is None else tuple(steer_shots)
-    decodability, scores, steering, train, test = {}, {}, {}, {}, {}
+    options: dict[str, Any] = {"prepend_bos": prepend_bos, "progress": progress}
+    decodability, scores, test, means = {}, {}, {}, {}
+    td_of_train: list[Decodability] = []
     for count in shots:
         parts = _episodes(tasks, test_tasks, n_vectors, n, count, seed, template)
         if instructions is not None:
             parts = [with_instructions(part, instructions) for part in parts]
-        train[count], test[count] = parts
-        activations, scores[count] = collect_and_evaluate(
-            model, test[count], stop=stop, prepend_bos=prepend_bos, progress=progress
-        )
+        train, test[count] = parts
+        activations, scores[count] = collect_and_evaluate(model, test[count], stop=stop, **options)
         decodability[count] = task_decodability(activations, k)
-    layer = _peak(decodability.values())
-    options: dict[str, Any] = {"prepend_bos": prepend_bos, "progress": progress}
-    for count in steer_shots:
-        vectors = task_vectors(collect(model, train[count], layers=[layer], **options))
-        steering[count] = steering_effect(model, test[count], vectors, layer, null, stop=stop)
+        if layer is None or count in steer_shots:
+            of_train = collect(model, train, layers=None if layer is None else [layer], **options)
+            means[count] = task_vectors(of_train)
+            td_of_train.append(task_decodability(of_train, k))
+    layer = _peak(td_of_train) if layer is None else layer
+    steering = {
+        count: steering_effect(model, test[count], means[count], layer, null, stop=stop)
+        for count in steer_shots
+    }
     settings = {
         "n": n,
         "n_vectors": n_vectors,
@@ -271,8 +287,8 @@ def run_study(
         "stop": stop,
         "prepend_bos": prepend_bos,
     }
-    fit = td_vs_accuracy(decodability, scores, leave_out=(null,))
-    return Study(model_name(model), decodability, scores, steering, fit, settings)
+    fit = td_vs_accuracy(decodability, scores, layer=layer, leave_out=(null,))
+    return Study(model_name(model), decodability, scores, steering, layer, fit, settings)
 
 
 def split_pos_tasks(
