@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
@@ -129,3 +131,81 @@ def test_intervals_hold_the_scores() -> None:
     interval = found.interval(1)
     assert (interval[:, 0] <= found.at(1)).all() and (found.at(1) <= interval[:, 1]).all()
     assert (interval[:, 1] - interval[:, 0] > 0.02).all()
+
+
+def test_a_frame_carries_intervals() -> None:
+    found = tv.task_decodability(activations(120, 3, spread=0.7))
+    frame = found.to_frame()
+    assert list(frame) == ["layer", "task", "td", "low", "high", "n", "k"]
+    assert ((frame.low <= frame.td) & (frame.td <= frame.high)).all()
+
+
+def test_the_best_of_many_layers_of_noise_is_not_believed() -> None:
+    too_high, held_out = [], []
+    for seed in range(10):
+        found = activations(90, 3, layers=30, spread=0.0)
+        order = torch.randperm(90, generator=torch.Generator().manual_seed(seed))
+        noise = tv.task_decodability(dataclasses.replace(found, labels=found.labels[order]))
+        too_high.append(float(noise.mean.max()) - noise.chance)
+        held_out.append(noise.held_out - noise.chance)
+    assert min(too_high) > 0.05 and sum(too_high) / 10 > 0.09
+    assert abs(sum(held_out)) / 10 < 0.04
+    assert f"{noise.held_out:.3f} on points it was not chosen on" in repr(noise)
+    assert tv.task_decodability(activations(120, 3, spread=100.0)).held_out == 1.0
+
+
+@pytest.mark.parametrize("method", ["cosine", "centroid", "linear", "divergence"])
+def test_every_method_tells_separated_tasks_from_arbitrary_labels(method: str) -> None:
+    far = tv.task_decodability(activations(120, 4, spread=100.0), method=method)
+    assert far.mean.min() > (0.85 if method == "divergence" else 0.999)
+    none = tv.task_decodability(activations(600, 3, spread=0.0), method=method)
+    assert float(none.mean.mean()) <= none.chance + 0.04
+    assert method == "divergence" or float(none.mean.mean()) >= none.chance - 0.06
+    assert method in repr(far)
+
+
+def test_the_nearest_mean_is_of_the_others() -> None:
+    found = activations(30, 3, spread=1.0)
+    hits = tv.task_decodability(found, k=5, method="centroid").hits[0]
+    points, labels = found.values[:, 0], found.labels
+    for row in range(30):
+        rest = torch.arange(30) != row
+        means = torch.stack([points[rest & (labels == task)].mean(dim=0) for task in range(3)])
+        nearest = int((means - points[row]).norm(dim=1).argmin())
+        assert bool(hits[row]) == (nearest == int(labels[row]))
+
+
+def test_divergence_is_in_bits_of_the_task_where_neighbours_are_sure() -> None:
+    sure = tv.task_decodability(activations(120, 4, spread=100.0), method="divergence")
+    expected = torch.tensor((10 + 1 / 4) / 11 * 4).log() / torch.tensor(4.0).log()
+    torch.testing.assert_close(sure.scores, expected.expand(2, 4))
+    half = activations(160, 4, spread=0.0)
+    half.values[:, :] += 1_000.0 * (half.labels // 2)[:, None, None]  # two pairs, alike within
+    found = tv.task_decodability(half, method="divergence")
+    assert 0.3 < float(found.mean.mean()) < 0.5
+
+
+def test_a_method_of_ones_own() -> None:
+    def sign(points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (points[:, 0] > 0).long() == labels
+
+    found = activations(40, 2)
+    mine = tv.task_decodability(found, method=sign)
+    expected = sign(found.values[:, 1], found.labels).float()
+    assert torch.equal(mine.hits[1], expected) and "sign" in repr(mine)
+    null = mine.null(50)
+    assert null.permuted.shape == (50, 2) and 0.3 < float(null.permuted.mean()) < 0.7
+    with pytest.raises(ValueError, match="method is 'svm'"):
+        tv.task_decodability(found, method="svm")
+
+
+def test_sensitivity_in_one_call() -> None:
+    found = activations(120, 3, spread=0.7)
+    frame = tv.decodability_sensitivity(found, ks=(1, 5, 40), ns=(10, 40), layer=1)
+    assert set(frame.method) == {"knn", "centroid", "cosine"}
+    whole = frame[(frame.method == "knn") & (frame.k == 5) & (frame.n == 40)].td.item()
+    assert whole == pytest.approx(float(tv.task_decodability(found, 5).at(1).mean()))
+    # Ten points a task are too few for 40 neighbours; the nearest mean has none to count.
+    assert len(frame) == 2 * 2 + 1 + 2 * 3 + 1
+    with pytest.raises(ValueError, match="between 2 and 40"):
+        tv.decodability_sensitivity(found, ns=(41,))

@@ -41,13 +41,33 @@ def test_an_injected_vector_does_much_of_what_demonstrations_do(experiment: tv.E
     assert frame.injected.mean() > 0.5 * frame.icl.mean() > 0.2
 
 
+def test_controls_stand_beside_the_task_vectors(smollm2: Any, experiment: tv.Experiment) -> None:
+    sets = tv.sample_splits(
+        tv.find_tasks(TASKS), {"train": 8, "dev": 8, "test": 8}, n_shots=4, seed=1
+    )
+    made = tv.controls(experiment.vectors, smollm2, sets["train"], seed=1)
+    assert list(experiment.controls) == list(made) and len(made) == 6
+    task = "next_letter"
+    layer = experiment.layers[task]
+    queries = tv.zero_shot([episode for episode in sets["test"] if episode.task == task])
+    edit = [tv.inject(made["shuffled labels"].at(task, layer), layer)]
+    alone = tv.evaluate(smollm2, queries, edit)
+    assert alone.correct.equal(experiment.controls["shuffled labels"].of(task).correct)
+    frame = experiment.to_frame()
+    assert (frame.low <= frame.injected).all() and (frame.injected <= frame.high).all()
+    best = experiment.comparison.to_frame().groupby("task").other.max()
+    assert all(row.control <= best[row.task] for row in frame.itertuples())
+    assert set(experiment.sweep.controls) == {"random", "other task", "mean"}
+
+
 def test_results_are_written_whole(experiment: tv.Experiment, tmp_path: Path) -> None:
     written = experiment.save(tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted([*FILES, "vectors.safetensors"]) == sorted(p.name for p in written)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["tasks"].keys() == set(TASKS)
-    assert results["tasks"]["upper_case"].keys() == {"zero_shot", "icl", "injected", "layer", "n"}
+    assert results["tasks"]["upper_case"].keys() > {"zero_shot", "icl", "injected", "p", "layer"}
+    assert len(results["controls"]) == 3 * 7 and "p_holm" in results["controls"][0]
     scores = results["decodability"]["scores"]
     assert (len(scores), len(scores[0])) == (30, 3)
     assert results["settings"]["seed"] == 1

@@ -17,18 +17,20 @@ from typer.testing import CliRunner
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.cli import app
+from transformer_lens_taskvec.collect import Source
 from transformer_lens_taskvec.finetune import same_outside
 from transformer_lens_taskvec.paper import run_paper_study
 from transformer_lens_taskvec.prompting import input_embeddings
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
+SOURCE = Source("made", "resid_post", -1, "{x}->{y}", False)
 SMALL: dict[str, Any] = {"n": 6, "k": 3, "shots": (1, 2)}
 
 
 def decodability(td: list[float], tasks: tuple[str, ...]) -> tv.Decodability:
-    return tv.Decodability(
-        torch.tensor([td]), tasks, (0,), 10, torch.full((len(td),), 4), activations=None
-    )
+    labels = torch.arange(len(td)).repeat_interleave(4)
+    found = tv.Activations(torch.zeros(len(labels), 1, 2), labels, tasks, (0,), SOURCE)
+    return tv.Decodability(torch.tensor(td)[labels][None], found, 10)
 
 
 def scores(accuracy: list[float], tasks: tuple[str, ...]) -> tv.Scores:

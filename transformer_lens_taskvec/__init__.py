@@ -10,8 +10,14 @@ from transformer_lens_taskvec.analyses import (
 )
 from transformer_lens_taskvec.checkpoints import OverCheckpoints, over_checkpoints
 from transformer_lens_taskvec.collect import Activations, collect
+from transformer_lens_taskvec.comparison import Comparison, compare
 from transformer_lens_taskvec.controls import controls
-from transformer_lens_taskvec.decodability import Decodability, DecodabilityNull, task_decodability
+from transformer_lens_taskvec.decodability import (
+    Decodability,
+    DecodabilityNull,
+    decodability_sensitivity,
+    task_decodability,
+)
 from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate, evaluate, evaluate_many
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
 from transformer_lens_taskvec.finetune import (
@@ -89,6 +95,7 @@ __all__ = [
     "POS_INSTRUCTIONS",
     "QA",
     "Activations",
+    "Comparison",
     "Decodability",
     "DecodabilityNull",
     "Episode",
@@ -118,7 +125,9 @@ __all__ = [
     "boot",
     "collect",
     "collect_and_evaluate",
+    "compare",
     "controls",
+    "decodability_sensitivity",
     "evaluate",
     "evaluate_many",
     "find_tasks",

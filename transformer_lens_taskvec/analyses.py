@@ -20,6 +20,7 @@ from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task, evaluate_many
 from transformer_lens_taskvec.interventions import Mode, inject
 from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.statistics import cross_fitted_best, wilson_interval
 from transformer_lens_taskvec.vectors import TaskVectors
 
 
@@ -91,6 +92,15 @@ class LayerSweep:
         best = accuracy == accuracy.max()
         return self.layers[int(nll.masked_fill(~best, float("inf")).argmin())]
 
+    @property
+    def held_out(self) -> float:
+        """The mean accuracy at the best layer of the first scale, on other episodes.
+
+        Every other episode of each task chooses the layer, the rest are counted there, and the
+        other way round.
+        """
+        return float(cross_fitted_best(self.correct[0].float(), self.baseline.labels))
+
     def at(self, layer: int) -> dict[str, float]:
         """The accuracy of each task at one layer, by its number in the model."""
         row = self.accuracy[layer_index(self.layers, layer)]
@@ -99,23 +109,28 @@ class LayerSweep:
     def to_frame(self) -> pd.DataFrame:
         """One row a scale, layer and task, with the score without intervention beside it.
 
-        Where there are controls, each has its accuracy in a column ``control: ...``.
+        ``low`` and ``high`` are Wilson's 95 % interval of the accuracy. Where there are controls,
+        each has its accuracy in a column ``control: ...``.
         """
         baseline_nll = self._by_task(self.baseline.nll[None].double())[0]
+        sizes = torch.bincount(self.baseline.labels, minlength=len(self.tasks))
         rows = []
         for scale in self.scales:
             sweep = self.at_scale(scale)
             accuracy, nll = sweep.accuracy, sweep.mean_nll
+            low, high = wilson_interval(accuracy, sizes)
             rows += [
                 {
                     "scale": scale,
                     "layer": layer,
                     "task": task,
                     "accuracy": float(accuracy[row, column]),
+                    "low": float(low[row, column]),
+                    "high": float(high[row, column]),
                     "nll": float(nll[row, column]),
                     "baseline_accuracy": float(self.baseline_accuracy[column]),
                     "baseline_nll": float(baseline_nll[column]),
-                    "n": int((self.baseline.labels == column).sum()),
+                    "n": int(sizes[column]),
                     **{
                         f"control: {kind}": float(control.accuracy[row, column])
                         for kind, control in self.controls.items()
@@ -137,7 +152,10 @@ class LayerSweep:
             layer = self.best_layer(task)
             before = self.baseline.of(task).accuracy
             lines.append(f"{task} {before:.2f} -> {self.at(layer)[task]:.2f} (layer {layer})")
-        return f"LayerSweep({len(self.layers)} layers; {'; '.join(lines)})"
+        return (
+            f"LayerSweep({len(self.layers)} layers; {'; '.join(lines)}; mean at the best layer, on "
+            f"episodes it was not chosen on: {self.held_out:.2f})"
+        )
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,15 +8,21 @@ TD means something only over tasks whose inputs look alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.collect import Activations, layer_index
+from transformer_lens_taskvec.statistics import bootstrap_interval, cross_fitted_best
+
+Method = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
+"""Scores every point: 1 where its task is read off rightly, 0 where not."""
 
 _AT_ONCE = 50
 """Permutations at once."""
@@ -27,20 +33,37 @@ class Decodability:
     """Task decodability by layer and task.
 
     Attributes:
-        scores: ``[layer, task]``, the share of the task's points classified right.
-        tasks: The tasks' names.
-        layers: The layers, counted from 0.
+        hits: ``[layer, point]``, 1 where a point is classified right and 0 where not; what the
+            method gives where it is another.
+        activations: What it was computed from.
         k: The number of neighbours that vote.
-        n: ``[task]``, the number of points of each task.
-        activations: What the scores were computed from, for :meth:`pairwise`.
+        method: ``"knn"``, another of the methods' names, or a function.
     """
 
-    scores: Float[Tensor, "layer task"]
-    tasks: tuple[str, ...]
-    layers: tuple[int, ...]
-    k: int
-    n: Int[Tensor, " task"]
+    hits: Float[Tensor, "layer point"]
     activations: Activations
+    k: int
+    method: str | Method = "knn"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.activations.tasks
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, counted from 0."""
+        return self.activations.layers
+
+    @property
+    def n(self) -> Int[Tensor, " task"]:
+        """``[task]``, the number of points of each task."""
+        return torch.bincount(self.activations.labels, minlength=len(self.tasks))
+
+    @property
+    def scores(self) -> Float[Tensor, "layer task"]:
+        """``[layer, task]``, the share of the task's points classified right."""
+        return torch.stack([own.mean(dim=1) for own in self._by_task()], dim=1)
 
     @property
     def mean(self) -> Float[Tensor, " layer"]:
@@ -53,9 +76,18 @@ class Decodability:
         return self.layers[int(self.mean.argmax())]
 
     @property
+    def held_out(self) -> float:
+        """The mean TD of the best layer, on points that the layer was not chosen on.
+
+        The highest of many layers is too high by chance; here every other point of each task
+        chooses the layer, and the rest are counted there, and the other way round.
+        """
+        return float(cross_fitted_best(self.hits, self.activations.labels))
+
+    @property
     def chance(self) -> float:
-        """What a classifier that ignores the representation is expected to score."""
-        return 1 / len(self.tasks)
+        """What a method that ignores the representation is expected to score."""
+        return 0.0 if self.method == "divergence" else 1 / len(self.tasks)
 
     def pairwise(self, layer: int) -> Float[Tensor, "task task"]:
         """TD of each pair of tasks alone, at one layer (the paper's Figure 23).
@@ -67,24 +99,24 @@ class Decodability:
         Raises:
             ValueError: If the layer was not collected, or a pair has k points or fewer.
         """
-        points = self.activations.at(layer)
+        points = _flat(self.activations.at(layer))
         labels = self.activations.labels
+        method = _method(self.method, self.k)
         matrix = torch.full((len(self.tasks), len(self.tasks)), float("nan"))
-        distances = _distances(_flat(points))
         for first, second in combinations(range(len(self.tasks)), 2):
             chosen = (labels == first) | (labels == second)
             _check_k(self.k, int(chosen.sum()))
             pair = (labels[chosen] == second).long()
-            hit = _hits(distances[chosen][:, chosen], pair, self.k, n_classes=2)
-            matrix[first, second] = hit[pair == 0].float().mean()
-            matrix[second, first] = hit[pair == 1].float().mean()
+            hits = method(points[chosen], pair)
+            matrix[first, second] = hits[pair == 0].float().mean()
+            matrix[second, first] = hits[pair == 1].float().mean()
         return matrix
 
     def null(self, n_permutations: int = 1_000, seed: int = 0) -> DecodabilityNull:
         """The mean TD that labels without meaning would have, at every layer.
 
-        Labels are permuted over the points, the same way at every layer; the neighbours stay, so
-        that no distance is computed anew.
+        Labels are permuted over the points, the same way at every layer. With nearest neighbours
+        those stay, so that no distance is computed anew; other methods are run again each time.
 
         Args:
             n_permutations: How often.
@@ -96,16 +128,14 @@ class Decodability:
         generator = torch.Generator().manual_seed(seed)
         labels, n_classes = self.activations.labels, len(self.tasks)
         orders = [torch.randperm(len(labels), generator=generator) for _ in range(n_permutations)]
-        permuted = labels[torch.stack(orders)].to(torch.int8)
+        permuted = labels[torch.stack(orders)]
         means = torch.empty(n_permutations, len(self.layers))
         for index in range(len(self.layers)):
-            distances = _distances(_flat(self.activations.values[:, index]))
-            nearest, neighbours = distances.topk(self.k, dim=1, largest=False)
-            for start in range(0, n_permutations, _AT_ONCE):
-                some = permuted[start : start + _AT_ONCE]
-                hits = _vote(some[:, neighbours], nearest, n_classes) == some
+            points = _flat(self.activations.values[:, index])
+            for start, hits in self._of_permuted(points, permuted):
+                some = permuted[start : start + len(hits)]
                 per_task = [_share(hits, some == task) for task in range(n_classes)]
-                means[start : start + _AT_ONCE, index] = torch.stack(per_task).mean(dim=0)
+                means[start : start + len(hits), index] = torch.stack(per_task).mean(dim=0)
         return DecodabilityNull(self.mean, means, self.layers)
 
     def interval(
@@ -116,32 +146,25 @@ class Decodability:
         Raises:
             ValueError: If the layer was not collected.
         """
-        distances = _distances(_flat(self.activations.at(layer)))
-        labels = self.activations.labels
-        hits = _hits(distances, labels, self.k, n_classes=len(self.tasks)).float()
-        generator = torch.Generator().manual_seed(seed)
-        tail = (1 - confidence) / 2
-        intervals = []
-        for task in range(len(self.tasks)):
-            own = hits[labels == task]
-            drawn = torch.randint(len(own), (n_resamples, len(own)), generator=generator)
-            shares = own[drawn].mean(dim=1)
-            intervals.append(torch.quantile(shares, torch.tensor([tail, 1 - tail])))
-        return torch.stack(intervals)
+        at = layer_index(self.layers, layer)
+        return self._intervals(confidence, n_resamples, seed)[at]
 
     def at(self, layer: int) -> Float[Tensor, " task"]:
         """The scores at one layer, by its number in the model."""
         return self.scores[layer_index(self.layers, layer)]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer and task: ``layer, task, td, n, k``."""
+        """One row a layer and task: ``layer, task, td, low, high, n, k``, a 95 % interval."""
+        scores, intervals, n = self.scores.tolist(), self._intervals().tolist(), self.n.tolist()
         return pd.DataFrame(
             [
                 {
                     "layer": layer,
                     "task": task,
-                    "td": float(self.scores[row, column]),
-                    "n": int(self.n[column]),
+                    "td": scores[row][column],
+                    "low": intervals[row][column][0],
+                    "high": intervals[row][column][1],
+                    "n": n[column],
                     "k": self.k,
                 }
                 for row, layer in enumerate(self.layers)
@@ -149,15 +172,42 @@ class Decodability:
             ]
         )
 
+    def _by_task(self) -> list[Float[Tensor, "layer point"]]:
+        labels = self.activations.labels
+        return [self.hits[:, labels == task] for task in range(len(self.tasks))]
+
+    def _intervals(
+        self, confidence: float = 0.95, n_resamples: int = 2_000, seed: int = 0
+    ) -> Float[Tensor, "layer task 2"]:
+        found = [bootstrap_interval(own, confidence, n_resamples, seed) for own in self._by_task()]
+        return torch.stack(found, dim=1)
+
+    def _of_permuted(
+        self, points: Float[Tensor, "point d"], permuted: Int[Tensor, "permutation point"]
+    ) -> Iterator[tuple[int, Float[Tensor, "some point"]]]:
+        """Hits under permuted labels, some permutations at a time, with where they begin."""
+        if self.method != "knn":
+            method = _method(self.method, self.k)
+            for start, labels in enumerate(permuted):
+                yield start, method(points, labels).float()[None]
+            return
+        nearest, neighbours = _distances(points).topk(self.k, dim=1, largest=False)
+        small = permuted.to(torch.int8)
+        for start in range(0, len(small), _AT_ONCE):
+            some = small[start : start + _AT_ONCE]
+            yield start, (_vote(some[:, neighbours], nearest, len(self.tasks)) == some).float()
+
     def __repr__(self) -> str:
         best = self.best_layer
         per_task = ", ".join(
             f"{task} {score:.2f}"
             for task, score in zip(self.tasks, self.at(best).tolist(), strict=True)
         )
+        how = f"k={self.k}" if self.method == "knn" else f"{_name(self.method)}"
         return (
-            f"Decodability(best layer {best}: mean {float(self.mean.max()):.3f} "
-            f"(chance {self.chance:.3f}, k={self.k}); {per_task})"
+            f"Decodability(best layer {best}: mean {float(self.mean.max()):.3f}, "
+            f"{self.held_out:.3f} on points it was not chosen on "
+            f"(chance {self.chance:.3f}, {how}); {per_task})"
         )
 
 
@@ -202,22 +252,34 @@ class DecodabilityNull:
         )
 
 
-def task_decodability(activations: Activations, k: int = 10) -> Decodability:
-    """Leave-one-out k-nearest-neighbour accuracy of the task, by layer and task.
+def task_decodability(
+    activations: Activations, k: int = 10, *, method: str | Method = "knn"
+) -> Decodability:
+    """How well the task can be read off the activations, by layer and task.
 
-    A tied vote goes to the tied class whose neighbours are nearer: the one with the smaller sum
-    of distances.
+    - ``"knn"``: leave-one-out vote of the k nearest neighbours, the paper's. A tied vote goes to
+      the tied class whose neighbours are nearer: the one with the smaller sum of distances.
+    - ``"cosine"``: the same with neighbours by angle.
+    - ``"centroid"``: the class with the nearest mean, the point itself left out of its own.
+    - ``"linear"``: a ridge classifier on standardised activations, in five-fold cross-validation,
+      its regularisation chosen within each fold (extra ``probe``).
+    - ``"divergence"``: an f-divergence in the place of accuracy (the paper's Definition B.3): the
+      Jensen-Shannon divergence between the tasks' distributions, over the logarithm of their
+      number, so that 0 is nothing and 1 all. Estimated, from below, by the neighbours' shares.
+    - A function of yours: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for right.
 
     Args:
         activations: ``[example, layer, d_model]`` of at least two tasks, about 100 a task.
         k: The number of neighbours.
+        method: How to tell tasks apart.
 
     Returns:
         The scores, ``[layer, task]``.
 
     Raises:
-        ValueError: If there is one task only, or ``k`` is not between 1 and the number of points
-            less one.
+        ValueError: If there is one task only, no such method, or ``k`` is not between 1 and the
+            number of points less one.
+        ImportError: If ``"linear"`` is asked for and scikit-learn is not installed.
     """
     labels = activations.labels
     if len(activations.tasks) < 2:
@@ -225,19 +287,158 @@ def task_decodability(activations: Activations, k: int = 10) -> Decodability:
             f"decodability needs two tasks or more to tell apart; got {list(activations.tasks)}"
         )
     _check_k(k, len(labels))
-    scores = []
-    for index in range(len(activations.layers)):
-        distances = _distances(_flat(activations.values[:, index]))
-        hit = _hits(distances, labels, k, n_classes=len(activations.tasks)).float()
-        scores.append(_mean_by(hit, labels, len(activations.tasks)))
-    return Decodability(
-        torch.stack(scores),
-        activations.tasks,
-        activations.layers,
-        k,
-        torch.bincount(labels, minlength=len(activations.tasks)),
-        activations,
+    of_points = _method(method, k)
+    n_layers = len(activations.layers)
+    hits = [of_points(_flat(activations.values[:, index]), labels) for index in range(n_layers)]
+    return Decodability(torch.stack(hits).float(), activations, k, method)
+
+
+def decodability_sensitivity(
+    activations: Activations,
+    *,
+    ks: Sequence[int] = (1, 3, 5, 10, 20),
+    ns: Sequence[int] | None = None,
+    methods: Sequence[str | Method] = ("knn", "centroid", "cosine"),
+    layer: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Mean TD under other numbers of neighbours, numbers of points, and methods.
+
+    Args:
+        activations: As for :func:`task_decodability`.
+        ks: Numbers of neighbours, for the methods that have neighbours.
+        ns: Points a task, drawn without replacement; by default a quarter, a half and all.
+        methods: As for :func:`task_decodability`.
+        layer: The layer; by default the best of the plain TD.
+        seed: Seed of the draws.
+
+    Returns:
+        One row a method, k and n: ``method, k, n, layer, td, chance``.
+
+    Raises:
+        ValueError: As for :func:`task_decodability`, or if a task has fewer points than asked for.
+    """
+    layer = task_decodability(activations).best_layer if layer is None else layer
+    smallest = int(torch.bincount(activations.labels).min())
+    ns = ns or sorted({max(2, smallest // 4), max(2, smallest // 2), smallest})
+    rows = []
+    for n in ns:
+        if not 1 < n <= smallest:
+            raise ValueError(f"n is {n}; it must be between 2 and {smallest}, the smallest task's")
+        some = _drawn(activations, layer, n, seed)
+        for method in methods:
+            has_k = method in _NEIGHBOURS
+            for k in ks if has_k else ks[:1]:
+                if k >= len(some):
+                    continue
+                found = task_decodability(some, k, method=method)
+                rows.append(
+                    {
+                        "method": _name(method),
+                        "k": k if has_k else None,
+                        "n": n,
+                        "layer": layer,
+                        "td": float(found.mean[0]),
+                        "chance": found.chance,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _drawn(activations: Activations, layer: int, n: int, seed: int) -> Activations:
+    """One layer of n points a task."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(activations), generator=generator)
+    rows = torch.cat(
+        [order[activations.labels[order] == task][:n] for task in range(len(activations.tasks))]
     )
+    values = activations.at(layer)[rows][:, None]
+    return replace(activations, values=values, labels=activations.labels[rows], layers=(layer,))
+
+
+def _method(method: str | Method, k: int) -> Method:
+    """The function of a name; a function as it is."""
+    if callable(method):
+        return method
+    if method not in _METHODS:
+        raise ValueError(f"method is {method!r}; it must be a function or one of {list(_METHODS)}")
+    return _METHODS[method](k)
+
+
+def _name(method: str | Method) -> str:
+    return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+
+
+def _knn(k: int) -> Method:
+    def hits(points: Tensor, labels: Tensor) -> Tensor:
+        nearest, neighbours = _distances(points).topk(k, dim=1, largest=False)
+        return _vote(labels[neighbours], nearest, int(labels.max()) + 1) == labels
+
+    return hits
+
+
+def _cosine(k: int) -> Method:
+    def hits(points: Tensor, labels: Tensor) -> Tensor:
+        return _knn(k)(torch.nn.functional.normalize(points, dim=1), labels)
+
+    return hits
+
+
+def _centroid(_: int) -> Method:
+    def hits(points: Tensor, labels: Tensor) -> Tensor:
+        own = torch.nn.functional.one_hot(labels).to(points.dtype)
+        counts = own.sum(dim=0)
+        means = (own.T @ points) / counts[:, None]
+        distances = torch.cdist(points, means)
+        # Without the point its own mean is n / (n - 1) times as far from it; alone, nowhere.
+        without = (counts / (counts - 1))[labels]
+        to_own = (distances.gather(1, labels[:, None])[:, 0] * without).nan_to_num(torch.inf)
+        distances.scatter_(1, labels[:, None], to_own[:, None])
+        return distances.argmin(dim=1) == labels
+
+    return hits
+
+
+def _linear(_: int) -> Method:
+    try:
+        from sklearn.linear_model import RidgeClassifierCV
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError(
+            "the linear probe needs scikit-learn: pip install 'transformer-lens-taskvec[probe]'"
+        ) from error
+
+    def hits(points: Tensor, labels: Tensor) -> Tensor:
+        probe = make_pipeline(StandardScaler(), RidgeClassifierCV([1.0, 10.0, 100.0, 1e3, 1e4]))
+        folds = StratifiedKFold(5, shuffle=True, random_state=0)
+        predicted = cross_val_predict(probe, points.numpy(), labels.numpy(), cv=folds)
+        return torch.as_tensor(predicted) == labels
+
+    return hits
+
+
+def _divergence(k: int) -> Method:
+    def scores(points: Tensor, labels: Tensor) -> Tensor:
+        _, neighbours = _distances(points).topk(k, dim=1, largest=False)
+        n_classes = int(labels.max()) + 1
+        votes = (labels[neighbours] == labels[:, None]).sum(dim=1)
+        # One vote beside the neighbours', shared by all classes, keeps the logarithm finite.
+        share = (votes + 1 / n_classes) / (k + 1)
+        return (share * n_classes).log() / math.log(n_classes)
+
+    return scores
+
+
+_METHODS: Mapping[str, Callable[[int], Method]] = {
+    "knn": _knn,
+    "cosine": _cosine,
+    "centroid": _centroid,
+    "linear": _linear,
+    "divergence": _divergence,
+}
+_NEIGHBOURS = ("knn", "cosine", "divergence")
 
 
 def _check_k(k: int, n_points: int) -> None:
@@ -261,14 +462,6 @@ def _distances(points: Float[Tensor, "point d"]) -> Float[Tensor, "point point"]
     return squared.clamp(min=0).sqrt().fill_diagonal_(float("inf"))
 
 
-def _hits(
-    distances: Float[Tensor, "point point"], labels: Int[Tensor, " point"], k: int, n_classes: int
-) -> Bool[Tensor, " point"]:
-    """Whether the vote of each point's neighbours is its own label."""
-    nearest, neighbours = distances.topk(k, dim=1, largest=False)
-    return _vote(labels[neighbours], nearest, n_classes) == labels
-
-
 def _vote(
     voters: Int[Tensor, "*many point k"], nearest: Float[Tensor, "point k"], n_classes: int
 ) -> Int[Tensor, "*many point"]:
@@ -279,12 +472,5 @@ def _vote(
     return torch.stack(scores, dim=-1).argmax(dim=-1)
 
 
-def _share(hits: Bool[Tensor, "many point"], own: Bool[Tensor, "many point"]) -> Tensor:
-    return (hits & own).sum(dim=1) / own.sum(dim=1)
-
-
-def _mean_by(
-    values: Float[Tensor, " point"], labels: Int[Tensor, " point"], n_classes: int
-) -> Float[Tensor, " task"]:
-    sums = torch.zeros(n_classes).index_add_(0, labels, values)
-    return sums / torch.bincount(labels, minlength=n_classes)
+def _share(hits: Float[Tensor, "many point"], own: Tensor) -> Float[Tensor, " many"]:
+    return (hits * own).sum(dim=1) / own.sum(dim=1)

@@ -33,6 +33,7 @@ from transformer_lens_taskvec.engine import (
 from transformer_lens_taskvec.interventions import inject
 from transformer_lens_taskvec.models import check_layers, inference, model_name
 from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.statistics import wilson_interval
 from transformer_lens_taskvec.tokens import encode, encode_answers
 
 
@@ -66,11 +67,9 @@ class Scores:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Wilson's interval of the accuracy."""
-        from scipy.stats import binomtest  # half a second, that most imports do without
-
-        test = binomtest(int(self.correct.sum()), len(self))
-        found = test.proportion_ci(confidence_level=confidence, method="wilson")
-        return float(found.low), float(found.high)
+        share = self.correct.double().mean()
+        low, high = wilson_interval(share, len(self), confidence)
+        return float(low), float(high)
 
     @property
     def mean_nll(self) -> float:

@@ -1,7 +1,8 @@
 """The main job in one call: extract task vectors, choose a layer, inject, and measure.
 
 Train episodes give the vectors, dev episodes the layer, test episodes the figures; no query of one
-set is a query of another.
+set is a query of another. On the test episodes, controls are injected at the same layers beside the
+task vectors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import pandas as pd
 
 from transformer_lens_taskvec.analyses import LayerSweep, layer_sweep
 from transformer_lens_taskvec.collect import Activations, collect
+from transformer_lens_taskvec.comparison import Comparison, compare
+from transformer_lens_taskvec.controls import controls
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.evaluate import Scores, evaluate, evaluate_by_task
 from transformer_lens_taskvec.interventions import inject
@@ -41,6 +44,7 @@ class Experiment:
         zero_shot: Test queries without demonstrations.
         icl: Test queries after demonstrations.
         injected: Test queries without demonstrations, each task's vector injected at its layer.
+        controls: The same with each control in the vector's place, by kind.
         layers: For each task the layer chosen on the dev episodes.
         sweep: Accuracy by layer on the dev episodes.
         decodability: TD of the train episodes.
@@ -52,6 +56,7 @@ class Experiment:
     zero_shot: Scores
     icl: Scores
     injected: Scores
+    controls: dict[str, Scores]
     layers: dict[str, int]
     sweep: LayerSweep
     decodability: Decodability
@@ -59,21 +64,42 @@ class Experiment:
     vectors: TaskVectors
     settings: dict[str, Any]
 
+    @property
+    def comparison(self) -> Comparison:
+        """The task vectors against the model without them and against every control."""
+        return compare(self.injected, {"nothing injected": self.zero_shot, **self.controls})
+
     def to_frame(self) -> pd.DataFrame:
-        """One row a task: ``task, zero_shot, icl, injected, layer, n``, on the test episodes."""
-        return pd.DataFrame(
-            [
+        """One row a task, on the test episodes.
+
+        Columns ``task, zero_shot, icl, injected`` (accuracies), ``low, high`` (Wilson's 95 %
+        interval of ``injected``), ``control`` and ``best_control`` (the accuracy of the control
+        that does best, and its kind), ``p`` (of the difference to it, or to nothing injected where
+        that does better, corrected for all tasks and controls), ``layer, n``.
+        """
+        hardest = self.comparison.hardest().set_index("task")
+        rows = []
+        for task, layer in self.layers.items():
+            injected = self.injected.of(task)
+            low, high = injected.interval()
+            beside = {kind: scores.of(task).accuracy for kind, scores in self.controls.items()}
+            best = max(beside, key=beside.__getitem__, default=None)
+            rows.append(
                 {
                     "task": task,
                     "zero_shot": self.zero_shot.of(task).accuracy,
                     "icl": self.icl.of(task).accuracy,
-                    "injected": self.injected.of(task).accuracy,
+                    "injected": injected.accuracy,
+                    "low": low,
+                    "high": high,
+                    "control": None if best is None else beside[best],
+                    "best_control": best,
+                    "p": float(hardest.p_holm[task]),
                     "layer": layer,
-                    "n": len(self.icl.of(task)),
+                    "n": len(injected),
                 }
-                for task, layer in self.layers.items()
-            ]
-        )
+            )
+        return pd.DataFrame(rows)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the activations, as plain values."""
@@ -82,12 +108,14 @@ class Experiment:
                 row["task"]: {key: value for key, value in row.items() if key != "task"}
                 for row in self.to_frame().to_dict(orient="records")
             },
+            "controls": json.loads(self.comparison.to_frame().to_json(orient="records")),
             "decodability": {
                 "scores": self.decodability.scores.tolist(),
                 "layers": list(self.decodability.layers),
                 "tasks": list(self.decodability.tasks),
                 "k": self.decodability.k,
                 "best_layer": self.decodability.best_layer,
+                "held_out": self.decodability.held_out,
             },
             "layer_sweep": {
                 "accuracy": self.sweep.accuracy.tolist(),
@@ -167,7 +195,7 @@ def run_experiment(
         tasks: At least two tasks.
         n_shots: Demonstrations in few-shot prompts.
         n: Train, dev and test episodes per task, of each.
-        seed: Seed of the sampling; the same seed gives the same results.
+        seed: Seed of the sampling and the controls; the same seed gives the same results.
         template: How the episodes become text.
         stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
@@ -197,19 +225,27 @@ def run_experiment(
     activations = collect(model, sets["train"], prepend_bos=prepend_bos, **options)
     vectors = task_vectors(activations)
     options["stop"] = stop
-    sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, **options)
+    sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, controls=True, **options)
     layers = {task: sweep.best_layer(task) for task in vectors.tasks}
     options["prepend_bos"] = prepend_bos
-    plain, injected = evaluate_by_task(
+    beside = controls(vectors, model, sets["train"], seed=seed)
+    plain, injected, *controlled = evaluate_by_task(
         model,
         zero_shot(sets["test"]),
-        lambda task: [[], [inject(vectors.at(task, layers[task]), layers[task])]],
+        lambda task: [
+            [],
+            *(
+                [inject(some.at(task, layers[task]), layers[task])]
+                for some in (vectors, *beside.values())
+            ),
+        ],
         **options,
     )
     return Experiment(
         zero_shot=plain,
         icl=evaluate(model, sets["test"], **options),
         injected=injected,
+        controls=dict(zip(beside, controlled, strict=True)),
         layers=layers,
         sweep=sweep,
         decodability=task_decodability(activations, k),

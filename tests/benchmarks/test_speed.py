@@ -24,6 +24,7 @@ import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.collect import Source
 from transformer_lens_taskvec.heads import shuffle_labels
 from transformer_lens_taskvec.passes import run_until
+from transformer_lens_taskvec.tokens import batches, encode
 
 Compare = Callable[..., float]
 TASK = "element_symbol"
@@ -227,6 +228,28 @@ def test_collect_is_as_fast_as_a_plain_pass(
         rounds=7,
     )
     assert ratio >= 1 / 1.05
+
+
+def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
+    compare: Compare, smollm2: Any
+) -> None:
+    tasks = [*tv.pos_tasks().values(), *tv.bitwise_tasks().values()]
+    episodes = [e for n in (1, 4, 10) for e in tv.sample_episodes(tasks, 2, n, seed=0)]
+    encoded = encode(smollm2, [episode.prompt for episode in episodes], prepend_bos=False)
+
+    def tokens_alone() -> None:
+        with torch.no_grad():
+            for batch in batches(encoded, batch_size=4096 // max(map(len, encoded)), pad=2):
+                run_until(smollm2, batch.tokens, batch.mask, [], "blocks.29.hook_resid_post")
+
+    ratio = compare(
+        "TD and accuracy, POS and bitwise, 1, 4 and 10 shots",
+        "the prompts' tokens alone",
+        1 / 1.3,
+        lambda: tv.task_decodability(tv.collect_and_evaluate(smollm2, episodes)[0]),
+        tokens_alone,
+    )
+    assert ratio >= 1 / 1.3
 
 
 _MEMORY = """
