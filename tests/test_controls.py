@@ -98,3 +98,15 @@ def test_what_cannot_be_made_is_said(vectors: tv.TaskVectors) -> None:
     with pytest.raises(ValueError, match="one task only"):
         tv.controls(one)
     assert set(tv.controls(one, kinds=["random"])) == {"random"}
+
+
+def test_prompts_too_short_for_a_control_go_without_it(toy: Any) -> None:
+    one = tv.sample_episodes(OPERATORS, 3, 1, seed=0)
+    vectors = tv.task_vectors(tv.collect(toy, one))
+    assert "shuffled labels" not in tv.controls(vectors, toy, one)
+    assert set(tv.controls(vectors, toy, tv.zero_shot(one))) == {
+        "random",
+        "other task",
+        "mean",
+        "reinitialised",
+    }

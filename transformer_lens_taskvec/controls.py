@@ -48,7 +48,8 @@ def controls(
         vectors: The task vectors.
         model: The model they come from; needed for the last three kinds.
         episodes: The episodes they are the means of; needed for the last three kinds.
-        kinds: Which controls; by default all that can be made of what is given.
+        kinds: Which controls; by default all that can be made of what is given: labels are shuffled
+            among two demonstrations or more.
         seed: Seed of directions, shuffles and weights.
 
     Returns:
@@ -61,7 +62,7 @@ def controls(
     known = (*FROM_VECTORS, *FROM_PROMPTS)
     given = model is not None and episodes is not None
     if kinds is None:
-        kinds = known if given else FROM_VECTORS
+        kinds = [*FROM_VECTORS, *(_possible(episodes) if given and episodes else ())]
     for kind in kinds:
         if kind not in known:
             raise ValueError(f"no control {kind!r}; there are {', '.join(known)}")
@@ -70,6 +71,12 @@ def controls(
     if len(vectors.tasks) < 2 and {"other task", "mean"} & set(kinds):
         raise ValueError("with one task only there is no other task, and the mean is its own")
     return {kind: _control(kind, vectors, model, list(episodes or ()), seed) for kind in kinds}
+
+
+def _possible(episodes: Sequence[Episode]) -> list[str]:
+    """The controls from prompts that these prompts allow: labels to shuffle, shots to leave out."""
+    fewest = min(episode.n_shots for episode in episodes)
+    return [kind for kind, needed in zip(FROM_PROMPTS, (2, 1, 0), strict=True) if fewest >= needed]
 
 
 def _control(
