@@ -150,9 +150,9 @@ class Intervention:
         if self.mode == "add":
             return rows + vector
         if self.mode == "project":
-            unit = vector / vector.norm()
-            along: Tensor = (rows @ unit)[..., None] * unit
-            return rows - along
+            unit = torch.nn.functional.normalize(self.vector.to(rows.device).float(), dim=0)
+            along = (rows.float() @ unit)[..., None] * unit
+            return (rows.float() - along).to(rows.dtype)
         assert callable(self.mode)
         edited: Any = self.mode(rows, vector)
         if not isinstance(edited, Tensor) or edited.shape != rows.shape:

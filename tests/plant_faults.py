@@ -1,0 +1,173 @@
+"""Plants one-line faults, one at a time, in a copy of the package, and runs the tests on it.
+
+python tests/plant_faults.py            # every fault, some minutes
+python tests/plant_faults.py --only 3   # one of them
+
+Each must be caught: some test must fail. A fault that no test notices is printed, and the script
+ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "transformer_lens_taskvec"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line as it is and as it would be wrong, and the tests that should notice."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+ENGINE = "tests/test_engine_properties.py tests/test_evaluate.py"
+EDITS = "tests/test_interventions.py tests/test_properties.py"
+TD = "tests/test_decodability.py"
+STATISTICS = "tests/test_statistics.py tests/test_comparison.py"
+FAULTS = [
+    Fault("engine.py", "(index * length, hook)", "((index + 1) * length % 2, hook)", ENGINE),
+    Fault(
+        "engine.py", "1 + bisect_right(first, layer)", "1 + bisect_right(first, layer - 1)", ENGINE
+    ),
+    Fault("engine.py", "layer=hook.layer + 1, hook=", "layer=hook.layer, hook=", ENGINE),
+    Fault("engine.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
+    Fault("engine.py", "answers[:, :-1]], dim=1)", "answers[:, 1:]], dim=1)", ENGINE),
+    Fault("engine.py", "logits[:, 1:], answers", "logits[:, :-1], answers", ENGINE),
+    Fault("passes.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool)", ENGINE),
+    Fault(
+        "passes.py",
+        "prefix_mask.sum(dim=1, keepdim=True) + steps",
+        "prefix_mask.shape[1] + steps",
+        ENGINE,
+    ),
+    Fault(
+        "passes.py",
+        "layer.keys[rows], layer.values[rows]",
+        "layer.keys[rows], layer.values[rows * 0]",
+        ENGINE,
+    ),
+    Fault("interventions.py", "return rows + vector", "return rows + self.vector", EDITS),
+    Fault(
+        "interventions.py",
+        "edited[rows, at] = self.edit(",
+        "edited[:, -1:][rows, 0] = self.edit(",
+        EDITS,
+    ),
+    Fault("interventions.py", "edited = activation.clone()", "edited = activation", EDITS),
+    Fault("interventions.py", "[..., None] * unit", "[..., None] * unit * 2", EDITS),
+    Fault(
+        "tokens.py",
+        "width - lengths.cpu() + one",
+        "torch.full_like(lengths.cpu(), one)",
+        f"tests/test_evaluate.py tests/test_generate.py {PACKAGE}/tokens.py",
+    ),
+    Fault(
+        "evaluate.py",
+        "== answers) | behind).all(dim=-1)",
+        "== answers) | behind).any(dim=-1)",
+        "tests/test_evaluate.py",
+    ),
+    Fault(
+        "evaluate.py",
+        "masked_fill(behind, 0.0)",
+        "masked_fill(behind, 1.0)",
+        "tests/test_evaluate.py",
+    ),
+    Fault("decodability.py", '.fill_diagonal_(float("inf"))', "", TD),
+    Fault("decodability.py", "1 - nearest / (2 *", "1 + nearest / (2 *", TD),
+    Fault("decodability.py", "(counts / (counts - 1))[labels]", "(counts / counts)[labels]", TD),
+    Fault(
+        "decodability.py",
+        "matrix[second, first] = hits[pair == 1]",
+        "matrix[second, first] = hits[pair == 0]",
+        TD,
+    ),
+    Fault(
+        "decodability.py",
+        "return (1 + as_high)",
+        "return as_high",
+        TD,
+    ),
+    Fault("statistics.py", ".cummax(dim=0).values", "", STATISTICS),
+    Fault("statistics.py", "tail = (1 - confidence) / 2", "tail = 1 - confidence", STATISTICS),
+    Fault(
+        "statistics.py",
+        "by_half[1, best[0]] + by_half[0, best[1]]",
+        "by_half[0, best[0]] + by_half[1, best[1]]",
+        STATISTICS,
+    ),
+    Fault(
+        "comparison.py",
+        "binomtest(better, better + worse)",
+        "binomtest(better, len(own))",
+        STATISTICS,
+    ),
+    Fault(
+        "vectors.py",
+        "activations.labels == index]",
+        "activations.labels >= index]",
+        "tests/test_vectors.py",
+    ),
+    Fault(
+        "controls.py", "values.roll(1, dims=0)", "values.roll(0, dims=0)", "tests/test_controls.py"
+    ),
+    Fault("analyses.py", "nll[:, 1:] - nll[:, :1]", "nll[:, 1:]", "tests/test_analyses.py"),
+]
+
+
+def caught(fault: Fault, folder: Path) -> str:
+    """The line of the first failing test, or nothing."""
+    for name in (PACKAGE, "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    file = folder / PACKAGE / fault.file
+    text = file.read_text()
+    if text.count(fault.right) != 1:
+        raise SystemExit(
+            f"{fault.file} has {fault.right!r} {text.count(fault.right)} times, not once"
+        )
+    file.write_text(text.replace(fault.right, fault.wrong))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *fault.tests.split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
+    )
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if done.returncode == 1 and failed else ""
+
+
+def main() -> int:
+    """Plant each fault; 0 if every one is caught."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=int, help="the number of one fault")
+    only = parser.parse_args().only
+    missed = 0
+    for number, fault in enumerate(FAULTS):
+        if only not in (None, number):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            line = caught(fault, Path(folder))
+        missed += not line
+        what = f"{fault.file}: {fault.right!r} -> {fault.wrong!r}"
+        print(f"{number:2} {'caught' if line else 'MISSED'}  {what}\n   {line}", flush=True)
+    print(f"{missed} missed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
