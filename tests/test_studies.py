@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -43,7 +44,16 @@ def scores(accuracy: list[float], tasks: tuple[str, ...]) -> tv.Scores:
 @pytest.mark.parametrize("max_tokens", [None, 300])
 def test_one_pass_gives_what_two_give(model: Any, max_tokens: int | None) -> None:
     episodes = tv.sample_episodes(TASKS, 4, 2, seed=0)
-    activations, scored = tv.collect_and_evaluate(model, episodes, max_tokens=max_tokens)
+    vectors = tv.task_vectors(tv.collect(model, episodes))
+
+    def own(task: str) -> list[list[tv.Intervention]]:
+        return [[tv.inject(vectors.at(task, 1), 1)]]
+
+    activations, [scored, steered] = tv.collect_and_evaluate(
+        model, episodes, variants_of=own, max_tokens=max_tokens
+    )
+    expected = tv.steering_effect(model, episodes, vectors, 1).positive
+    torch.testing.assert_close(steered.nll, expected.nll, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(
         activations.values, tv.collect(model, episodes).values, atol=1e-4, rtol=1e-4
     )
@@ -264,6 +274,10 @@ def test_studies_of_the_toy_show_the_papers_findings(tmp_path: Path) -> None:
     assert frame.loc[4].td.min() > 0.9
     assert frame.loc[1].positive.mean() > frame.loc[1].accuracy.mean() + 0.05
     assert frame.loc[4].negative.mean() < 0.3 < 0.95 < frame.loc[4].accuracy.mean()
+    null = tv.sample_episodes({"Null": tv.bitwise_tasks()["Null"]}, 120, 4, seed=5)
+    alone = tv.collect(toy, null)
+    halves = dataclasses.replace(alone, labels=torch.arange(120) % 2, tasks=("one half", "other"))
+    assert abs(float(tv.task_decodability(halves).at(1).mean()) - 0.5) < 0.15
     told = tv.prompting_study(toy, tv.bitwise_tasks(), tv.BITWISE_INSTRUCTIONS, n=30)
     seen = told.to_frame().set_index("condition")
     # The operator's name in the prompt is decodable from its words, and the model ignores it.

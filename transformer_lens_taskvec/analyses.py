@@ -5,7 +5,7 @@ All of them are variants given to :func:`~transformer_lens_taskvec.evaluate.eval
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -467,24 +467,32 @@ def steering_effect(
         ValueError: If a task or ``null`` has no vector, or there is no such layer.
     """
     vectors.check_model(model)
-
-    def variants_of(task: str) -> list[Variant]:
-        hook = vectors.source.hook
-        return [[]] + [
-            [inject(vectors.at(name, layer), layer, mode=mode, scale=scale, hook=hook)]
-            for name in (task, null)
-        ]
-
     _check_tasks([*(episode.task for episode in episodes), null], vectors)
+    variants_of = steering_variants(vectors, layer, null, mode=mode, scale=scale)
     unperturbed, positive, negative = evaluate_by_task(
         model,
         episodes,
-        variants_of,
+        lambda task: [[], *variants_of(task)],
         stop=stop,
         prepend_bos=vectors.source.prepend_bos,
         max_tokens=max_tokens,
     )
     return SteeringEffect(unperturbed, positive, negative, layer)
+
+
+def steering_variants(
+    vectors: TaskVectors, layer: int, null: str, *, mode: Mode = "replace", scale: float = 1.0
+) -> Callable[[str], list[Variant]]:
+    """For each task the positive and the negative intervention: its own vector, and Null's."""
+    hook = vectors.source.hook
+
+    def variants_of(task: str) -> list[Variant]:
+        return [
+            [inject(vectors.at(name, layer), layer, mode=mode, scale=scale, hook=hook)]
+            for name in (task, null)
+        ]
+
+    return variants_of
 
 
 def _check_tasks(tasks: Sequence[str], vectors: TaskVectors) -> None:

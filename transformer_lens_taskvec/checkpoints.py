@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.files import write_text
+from transformer_lens_taskvec.files import read_json, reading, write_text
 from transformer_lens_taskvec.models import load_model
 from transformer_lens_taskvec.studies import Study
 
@@ -78,7 +78,8 @@ def over_checkpoints(
         The results.
 
     Raises:
-        ValueError: If there are no checkpoints, one is given twice, or a model cannot be loaded.
+        ValueError: If there are no checkpoints, one is given twice, a model cannot be loaded, or a
+            kept result is damaged.
     """
     if not checkpoints or len(set(checkpoints)) < len(checkpoints):
         raise ValueError(f"checkpoints must be distinct, and at least one; got {list(checkpoints)}")
@@ -87,19 +88,30 @@ def over_checkpoints(
     for checkpoint in tqdm(checkpoints, disable=not progress, leave=False, desc=name):
         file = None if kept is None else kept / f"{_safe(name)}@{_safe(str(checkpoint))}.json"
         if file is not None and file.exists():
-            rows = json.loads(file.read_text())["results"]
+            frame = _saved(file)
         else:
             model = load(checkpoint) if load is not None else _load(name, checkpoint)
             measured = study(model).to_json()
             del model
             gc.collect()
-            rows = measured["results"]
+            frame = pd.DataFrame(measured["results"])
             if file is not None:
                 write_text(file, json.dumps(measured, indent=1) + "\n")
-        frame = pd.DataFrame(rows)
         frame.insert(0, "checkpoint", checkpoint)
         frames.append(frame)
     return OverCheckpoints(name, tuple(checkpoints), pd.concat(frames, ignore_index=True))
+
+
+def _saved(file: Path) -> pd.DataFrame:
+    """The rows that a checkpoint's study left in the folder."""
+    problem = "damaged results; remove the file to measure the checkpoint again"
+    saved = read_json(file, problem)
+    with reading(file, problem):
+        frame = pd.DataFrame([dict(row) for row in saved["results"]])
+        frame[["td", "accuracy"]].astype(float)
+        if not {"task", "shots"} <= set(frame) or "checkpoint" in frame:
+            raise ValueError(f"its columns are {list(frame)}")
+    return frame
 
 
 def _load(name: str, checkpoint: Checkpoint) -> Any:

@@ -200,21 +200,13 @@ def evaluate_many(
             numbers = answer_numbers(model, prompts, variants, max_tokens=max_tokens)
         return [_number_scores(row, episodes, labels, tasks) for row in numbers]
     answers = encode_answers(model, episodes, stop=stop)
-    correct = torch.zeros(len(variants), len(episodes), dtype=torch.bool)
-    nll = torch.zeros(len(variants), len(episodes))
+    found = [_unscored(labels, tasks, stop, prepend_bos) for _ in variants]
     total = len(variants) * len(episodes)
     with inference(model), tqdm(total=total, disable=not progress, leave=False) as bar:
         for chunk in answer_logits(model, prompts, answers, variants, max_tokens=max_tokens):
-            right, loss = score(chunk)
-            rows = torch.tensor(chunk.rows)
-            columns = torch.tensor(chunk.variants)[:, None]
-            correct[columns, rows] = right.T.cpu()
-            nll[columns, rows] = loss.T.float().cpu()
-            bar.update(right.numel())
-    return [
-        Scores(correct[index], nll[index], labels, tasks, stop, prepend_bos)
-        for index in range(len(variants))
-    ]
+            _fill(found, chunk, torch.tensor(chunk.rows))
+            bar.update(len(chunk.rows) * len(chunk.variants))
+    return found
 
 
 def _number_scores(
@@ -233,18 +225,21 @@ def collect_and_evaluate(
     model: Any,
     episodes: Sequence[AnyEpisode],
     *,
+    variants_of: Callable[[str], Sequence[Variant]] | None = None,
     layers: Sequence[int] | None = None,
     hook: str = "resid_post",
     stop: str | None = None,
     prepend_bos: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
-) -> tuple[Activations, Scores]:
+) -> tuple[Activations, list[Scores]]:
     """Activations at the last prompt token and scores of the answers, in one pass.
 
     Args:
         model: Any model with TransformerLens' hook API.
         episodes: The episodes; their order is kept.
+        variants_of: Gives variants of each task to score beside the model as it is, as many for
+            each task; by default none.
         layers: As for :func:`~transformer_lens_taskvec.collect.collect`.
         hook: As for :func:`~transformer_lens_taskvec.collect.collect`.
         stop: As for :func:`evaluate`.
@@ -253,7 +248,7 @@ def collect_and_evaluate(
         progress: Whether to show a progress bar.
 
     Returns:
-        What ``collect`` and ``evaluate`` return.
+        What ``collect`` returns, and the scores: of the model as it is, then of each variant.
 
     Raises:
         ValueError: As for both.
@@ -261,42 +256,75 @@ def collect_and_evaluate(
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
     chosen = check_layers(model, layers, hook)
-    kept: list[list[Tensor]] = [[] for _ in chosen]
-
-    def keeping(place: int) -> Callable[[Tensor, Tensor], Tensor]:
-        def keep(activation: Tensor, _: Tensor) -> Tensor:
-            kept[place].append(activation.detach().to("cpu", torch.float32))
-            return activation
-
-        return keep
-
-    nothing = torch.zeros(int(model.cfg.d_model))
-    reading = [
-        inject(nothing, layer, mode=keeping(place), hook=hook) for place, layer in enumerate(chosen)
-    ]
+    reader = _Reader(chosen, hook, int(model.cfg.d_model))
     tasks, labels = label(episodes)
-    prompts = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
-    answers = encode_answers(model, episodes, stop=stop)
-    correct = torch.zeros(len(episodes), dtype=torch.bool)
-    nll = torch.zeros(len(episodes))
+    scores: list[Scores] = []
     values: Tensor | None = None
     with inference(model), tqdm(total=len(episodes), disable=not progress, leave=False) as bar:
-        for chunk in answer_logits(model, prompts, answers, [reading], max_tokens=max_tokens):
-            rows = list(chunk.rows)
-            right, loss = score(chunk)
-            correct[rows], nll[rows] = right[:, 0].cpu(), loss[:, 0].float().cpu()
-            read = torch.stack([torch.cat(parts) for parts in kept], dim=1)
-            if values is None:
-                values = read.new_empty(len(episodes), *read.shape[1:])
-            values[rows] = read
-            for parts in kept:
-                parts.clear()
-            bar.update(len(rows))
+        for index, task in enumerate(tasks):
+            own = torch.where(labels == index)[0]
+            some = [episodes[row] for row in own.tolist()]
+            variants = [reader.variant, *(variants_of(task) if variants_of else ())]
+            check_variants(model, variants)
+            if not scores:
+                scores = [_unscored(labels, tasks, stop, prepend_bos) for _ in variants]
+            prompts = encode(model, [e.prompt for e in some], prepend_bos=prepend_bos)
+            answers = encode_answers(model, some, stop=stop)
+            for chunk in answer_logits(model, prompts, answers, variants, max_tokens=max_tokens):
+                rows = own[list(chunk.rows)]
+                _fill(scores, chunk, rows)
+                if 0 in chunk.variants:
+                    read = reader.take()
+                    if values is None:
+                        values = read.new_empty(len(episodes), *read.shape[1:])
+                    values[rows] = read
+                    bar.update(len(rows))
     assert values is not None
     templates = sorted({episode.template.example for episode in episodes})
     source = Source(model_name(model), hook, -1, " | ".join(templates), prepend_bos)
-    activations = Activations(values, labels, tasks, chosen, source)
-    return activations, Scores(correct, nll, labels, tasks, stop, prepend_bos)
+    return Activations(values, labels, tasks, chosen, source), scores
+
+
+class _Reader:
+    """A variant that changes nothing and keeps what it sees, float32 on the CPU."""
+
+    def __init__(self, layers: Sequence[int], hook: str, width: int) -> None:
+        self._kept: list[list[Tensor]] = [[] for _ in layers]
+        self.variant: Variant = [
+            inject(torch.zeros(width), layer, mode=self._keeping(place), hook=hook)
+            for place, layer in enumerate(layers)
+        ]
+
+    def _keeping(self, place: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def keep(rows: Tensor, _: Tensor) -> Tensor:
+            self._kept[place].append(rows.detach().to("cpu", torch.float32))
+            return rows
+
+        return keep
+
+    def take(self) -> Float[Tensor, "row layer *rest"]:
+        """What was seen since the last time."""
+        read = torch.stack([torch.cat(parts) for parts in self._kept], dim=1)
+        for parts in self._kept:
+            parts.clear()
+        return read
+
+
+def _unscored(
+    labels: Int[Tensor, " example"], tasks: tuple[str, ...], stop: str | None, prepend_bos: bool
+) -> Scores:
+    """Scores to be filled in."""
+    n = len(labels)
+    correct, nll = torch.zeros(n, dtype=torch.bool), torch.zeros(n)
+    return Scores(correct, nll, labels, tasks, stop, prepend_bos)
+
+
+def _fill(scores: Sequence[Scores], chunk: Chunk, rows: Int[Tensor, " row"]) -> None:
+    """Score a chunk's rows into those of the episodes."""
+    right, loss = score(chunk)
+    for column, variant in enumerate(chunk.variants):
+        scores[variant].correct[rows] = right[:, column].cpu()
+        scores[variant].nll[rows] = loss[:, column].float().cpu()
 
 
 def evaluate_by_task(

@@ -145,7 +145,7 @@ def prompting_study(
     }
     decodability, scores, at_input = {}, {}, {}
     for condition, some in conditions.items():
-        activations, scores[condition] = collect_and_evaluate(
+        activations, [scores[condition]] = collect_and_evaluate(
             model, some, prepend_bos=prepend_bos, progress=progress
         )
         decodability[condition] = task_decodability(activations, k)

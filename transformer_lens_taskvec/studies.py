@@ -1,8 +1,8 @@
 """The paper's experiments on pretrained models, one call each (Han et al. 2025, section 4).
 
 A study runs tasks at several numbers of shots. From one pass over each prompt it takes task
-decodability at every layer and the accuracy of the answers; then it injects the right task's mean
-and the Null task's at the layer where TD of the train episodes peaks.
+decodability at every layer, the accuracy of the answers, and that with the right task's mean or the
+Null task's injected at the layer where TD of the train episodes peaks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from transformer_lens_taskvec.analyses import SteeringEffect, steering_effect
+from transformer_lens_taskvec.analyses import SteeringEffect, steering_variants
 from transformer_lens_taskvec.collect import collect
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate
@@ -259,24 +259,26 @@ def run_study(
     n_vectors = n if n_vectors is None else n_vectors
     steer_shots = tuple(shots) if steer_shots is None else tuple(steer_shots)
     options: dict[str, Any] = {"prepend_bos": prepend_bos, "progress": progress}
-    decodability, scores, test, means = {}, {}, {}, {}
+    test, means = {}, {}
     td_of_train: list[Decodability] = []
     for count in shots:
         parts = _episodes(tasks, test_tasks, n_vectors, n, count, seed, template)
         if instructions is not None:
             parts = [with_instructions(part, instructions) for part in parts]
         train, test[count] = parts
-        activations, scores[count] = collect_and_evaluate(model, test[count], stop=stop, **options)
-        decodability[count] = task_decodability(activations, k)
         if layer is None or count in steer_shots:
             of_train = collect(model, train, layers=None if layer is None else [layer], **options)
             means[count] = task_vectors(of_train)
             td_of_train.append(task_decodability(of_train, k))
     layer = _peak(td_of_train) if layer is None else layer
-    steering = {
-        count: steering_effect(model, test[count], means[count], layer, null, stop=stop)
-        for count in steer_shots
-    }
+    options["stop"] = stop
+    decodability, scores, steering = {}, {}, {}
+    for count in shots:
+        steer = steering_variants(means[count], layer, null) if count in steer_shots else None
+        activations, found = collect_and_evaluate(model, test[count], variants_of=steer, **options)
+        decodability[count], scores[count] = task_decodability(activations, k), found[0]
+        if steer is not None:
+            steering[count] = SteeringEffect(found[0], found[1], found[2], layer)
     settings = {
         "n": n,
         "n_vectors": n_vectors,

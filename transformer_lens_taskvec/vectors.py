@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from transformer_lens_taskvec.collect import Activations, Source, layer_index
+from transformer_lens_taskvec.files import reading, replacing
 from transformer_lens_taskvec.interventions import InSubspace
 from transformer_lens_taskvec.models import model_name
 
@@ -98,14 +98,8 @@ class TaskVectors:
             "layers": json.dumps(self.layers),
             "source": json.dumps(asdict(self.source)),
         }
-        target = Path(path)
-        handle, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        os.close(handle)
-        try:
-            save_file({"values": self.values.contiguous()}, scratch, metadata=metadata)
-            os.replace(scratch, target)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+        with replacing(Path(path)) as beside:
+            save_file({"values": self.values.contiguous()}, beside, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None) -> TaskVectors:
@@ -120,13 +114,11 @@ class TaskVectors:
                 another model.
             OSError: If the file cannot be read.
         """
-        try:
+        with reading(path, "damaged task-vector file, or none"):
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 values = file.get_tensor("values")
             vectors = cls._from_file(values, metadata)
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: damaged task-vector file, or none: {error}") from error
         if model is not None:
             vectors.check_model(model)
         return vectors
@@ -138,6 +130,12 @@ class TaskVectors:
         tasks = tuple(str(task) for task in json.loads(metadata["tasks"]))
         layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
         source = Source(**json.loads(metadata["source"]))
+        for field in fields(Source):
+            value = getattr(source, field.name)
+            if type(value).__name__ != field.type:
+                raise TypeError(f"its source's {field.name} is {value!r}, not of type {field.type}")
+        if not values.is_floating_point():
+            raise TypeError(f"values of type {values.dtype}")
         if values.ndim < 3 or values.shape[:2] != (len(tasks), len(layers)):
             raise TypeError(
                 f"values of shape {tuple(values.shape)} for {len(tasks)} tasks and "

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from transformer_lens_taskvec.files import write_text, write_whole
+from transformer_lens_taskvec.files import read_json, reading, write_text, write_whole
 from transformer_lens_taskvec.lab import mixtures
 from transformer_lens_taskvec.lab.mixtures import (
     Mixture,
@@ -157,15 +157,30 @@ class Run:
         """The model at a checkpoint, the last one by default, in evaluation mode.
 
         Raises:
-            ValueError: If there is no checkpoint of that step.
+            ValueError: If there is no checkpoint of that step, or it is damaged.
         """
+        if not self.steps:
+            raise ValueError(f"{self.path} holds no checkpoint yet; train goes on with the run")
         step = self.steps[-1] if step is None else step
         if step not in self.steps:
             raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
-        model = self.config.model(device=device)
+        file = checkpoint_path(self.path, step)
+        with reading(file, "damaged checkpoint, or another run's"):
+            weights = load_file(file, device=str(device))
+            self._check_size(sum(value.numel() for value in weights.values()))
+            model = self.config.model(device=device)
+            model.load_state_dict(weights)
         model.cfg.model_name = f"{self.path.name}@{step}"
-        model.load_state_dict(load_file(checkpoint_path(self.path, step), device=str(device)))
         return model.eval()
+
+    def _check_size(self, n_parameters: int) -> None:
+        """Raise before a model is made that damaged settings make too large for the memory."""
+        config, mixture = self.config, self.config.mixture
+        ends = (mixture.dim + 2 * mixture.n_points) * config.d_model
+        if 12 * config.n_layers * config.d_model**2 + ends > n_parameters:
+            raise ValueError(
+                f"it holds {n_parameters} numbers, too few for the model that config.json describes"
+            )
 
     def export(
         self, path: str | Path, steps: Sequence[int], *, dtype: torch.dtype = torch.float16
@@ -196,6 +211,8 @@ class Run:
         return pd.DataFrame({"mse": self.mse.flatten().numpy()}, index=index).reset_index()
 
     def __repr__(self) -> str:
+        if not self.steps:
+            return f"Run({str(self.path)!r}: no checkpoint yet)"
         late = ", ".join(
             f"{task} {float(mse):.4f}"
             for task, mse in zip(self.tasks, self.late_mse[-1], strict=True)
@@ -245,35 +262,55 @@ def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Run:
 
     Raises:
         FileNotFoundError: If there is no run in the folder.
-        ValueError: If the mixture is needed and not given, or the run is one of the toy model.
+        ValueError: If the mixture is needed and not given, the run is one of the toy model, or a
+            file is damaged.
     """
     path = Path(path)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
-    saved = json.loads((path / "config.json").read_text())
+    saved = read_settings(path)
     if "mixture" not in saved:
         raise ValueError(f"{path} holds a run of the toy model; read it with load_toy_run")
-    seed = saved.pop("seed")
-    description = saved.pop("mixture")
-    saved["betas"] = tuple(saved["betas"])
-    known = {name: saved[name] for name in saved.keys() & _settings()}
-    config = TrainConfig(mixture=mixture or _mixture_from(description), **known)
+    with reading(path / "config.json", "not the settings of a run that can be read"):
+        seed = int(saved["seed"])
+        known = {name: saved[name] for name in saved.keys() & _settings()}
+        known["mixture"] = mixture or _mixture_from(saved["mixture"])
+        config = TrainConfig(**{**known, "betas": tuple(saved["betas"])})
     records = read_metrics(path)
-    return Run(
-        path=path,
-        config=config,
-        seed=seed,
-        steps=tuple(record["step"] for record in records),
-        mse=torch.tensor([record["mse"] for record in records]),
-        train_mse=tuple(
-            float("nan") if record["train_mse"] is None else record["train_mse"]
-            for record in records
-        ),
-    )
+    with reading(path / "metrics.jsonl", "not the evaluations of this run"):
+        mse = torch.tensor([record["mse"] for record in records], dtype=torch.float32)
+        expected = (len(config.mixture.tasks), config.mixture.n_points)
+        if records and mse.shape[1:] != expected:
+            raise ValueError(f"errors of shape {tuple(mse.shape[1:])}, not {expected}")
+        return Run(
+            path=path,
+            config=config,
+            seed=seed,
+            steps=tuple(record["step"] for record in records),
+            mse=mse,
+            train_mse=tuple(
+                float("nan") if record["train_mse"] is None else float(record["train_mse"])
+                for record in records
+            ),
+        )
 
 
 def _settings() -> set[str]:
     return {setting.name for setting in dataclasses.fields(TrainConfig)}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, as JSON has them.
+
+    Raises:
+        FileNotFoundError: If there is no run in the folder.
+        ValueError: If they are damaged.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
+    saved = read_json(file, "damaged settings of a run")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file}: damaged settings of a run: expected an object")
+    return saved
 
 
 def export_checkpoints(
@@ -292,7 +329,9 @@ def export_checkpoints(
         raise ValueError(f"no checkpoint at step {missing[0]}; there are {sorted(records)}")
     kept = sorted(set(steps))
     for step in kept:
-        weights = load_file(checkpoint_path(source, step))
+        file = checkpoint_path(source, step)
+        with reading(file, "damaged checkpoint"):
+            weights = load_file(file)
         small = {name: value.to(dtype) for name, value in weights.items()}
         write_tensors(checkpoint_path(target, step), small, {"step": str(step)})
     write_text(target / "metrics.jsonl", "".join(json.dumps(records[s]) + "\n" for s in kept))
@@ -305,9 +344,24 @@ def checkpoint_path(path: Path, step: int) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run, in order."""
+    """The evaluations of a run, in order.
+
+    Raises:
+        ValueError: If a line is no evaluation; the message gives the file and the line.
+    """
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    with reading(file, "damaged evaluations"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        with reading(f"{file}, line {number}", "not an evaluation"):
+            record = json.loads(line)
+            if type(record["step"]) is not int or record["step"] < 0:
+                raise ValueError(f"its step is {record['step']!r}")
+            records.append(record)
+    return records
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -200,7 +200,9 @@ def _text(path: Path, index: int, side: str, value: object) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise _entry_error(
-            path, index, f"the {side} {value!r} has half of a surrogate pair, which is no character"
+            path,
+            index,
+            f"the {side} {reprlib.repr(value)} has half of a surrogate pair, which is no character",
         ) from error
     return value
 

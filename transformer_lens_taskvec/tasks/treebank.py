@@ -128,7 +128,8 @@ def _close(path: Path, number: int, node: _Node) -> tuple[str, str] | None:
     if node.has_children or node.label == _TRACE:
         return None
     if node.label is None or node.word is None:
-        raise line_error(path, number, f"closes a bracket without a word after {node.label!r}")
+        label = None if node.label is None else node.label[:40]
+        raise line_error(path, number, f"closes a bracket without a word after {label!r}")
     # An annotator's doubt is written "JJ|NN", the likelier tag first.
     tag = _UPOS.get(node.label.split("|")[0])
     if tag is None:
