@@ -49,6 +49,7 @@ from transformer_lens_taskvec.plots import (
     plot_steering,
     plot_td_vs_accuracy,
     plot_training,
+    plot_vectors,
 )
 from transformer_lens_taskvec.prompting import (
     BITWISE_INSTRUCTIONS,
@@ -160,6 +161,7 @@ __all__ = [
     "plot_steering",
     "plot_td_vs_accuracy",
     "plot_training",
+    "plot_vectors",
     "pos_tasks",
     "prompting_study",
     "run_experiment",

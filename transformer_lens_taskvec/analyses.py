@@ -20,12 +20,17 @@ from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task, evaluate_many
 from transformer_lens_taskvec.interventions import Mode, inject
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.statistics import cross_fitted_best, wilson_interval
+from transformer_lens_taskvec.shown import Shown
+from transformer_lens_taskvec.statistics import (
+    bootstrap_interval,
+    cross_fitted_best,
+    wilson_interval,
+)
 from transformer_lens_taskvec.vectors import TaskVectors
 
 
 @dataclass(frozen=True, repr=False)
-class LayerSweep:
+class LayerSweep(Shown):
     """Scores with each task's own vector injected, by layer.
 
     Attributes:
@@ -159,13 +164,14 @@ class LayerSweep:
 
 
 @dataclass(frozen=True, repr=False)
-class PerturbationMatrix:
+class PerturbationMatrix(Shown):
     """What each task's vector does to the episodes of each task (the paper's Figure 7).
 
     Attributes:
         nll: ``[source, target]``, change in the mean NLL of the source task's answers, in nats,
             when the target task's vector is injected.
         accuracy: ``[source, target]``, change in the source task's accuracy.
+        nll_interval: ``[source, target, 2]``, the 95 % interval of ``nll`` by a bootstrap.
         sources: The tasks of the episodes.
         targets: The tasks of the vectors.
         layer: The layer of the injection.
@@ -174,6 +180,7 @@ class PerturbationMatrix:
 
     nll: Float[Tensor, "source target"]
     accuracy: Float[Tensor, "source target"]
+    nll_interval: Float[Tensor, "source target 2"]
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     layer: int
@@ -189,13 +196,18 @@ class PerturbationMatrix:
         return float(self.nll[~own].mean() - self.nll[own].mean())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a source and target: ``source, target, nll, accuracy``, both changes."""
+        """One row a source and target: ``source, target, nll, nll_low, nll_high, accuracy``.
+
+        They are changes; the interval is ``nll_interval``.
+        """
         return pd.DataFrame(
             [
                 {
                     "source": source,
                     "target": target,
                     "nll": float(self.nll[row, column]),
+                    "nll_low": float(self.nll_interval[row, column, 0]),
+                    "nll_high": float(self.nll_interval[row, column, 1]),
                     "accuracy": float(self.accuracy[row, column]),
                 }
                 for row, source in enumerate(self.sources)
@@ -212,7 +224,7 @@ class PerturbationMatrix:
 
 
 @dataclass(frozen=True, repr=False)
-class SteeringEffect:
+class SteeringEffect(Shown):
     """Accuracy unperturbed, with the right task's vector, and with Null's (the paper's Figure 20).
 
     Attributes:
@@ -421,13 +433,13 @@ def matrix_of_edits(
     )
     tasks = scores[0].tasks
     own = [scores[0].labels == index for index in range(len(tasks))]
-    nll = torch.stack([torch.stack([s.nll[rows].double().mean() for s in scores]) for rows in own])
-    accuracy = torch.stack(
-        [torch.stack([s.correct[rows].double().mean() for s in scores]) for rows in own]
-    )
+    before, after = scores[0], scores[1:]
+    nll = torch.stack([s.nll.double() for s in after]) - before.nll.double()
+    accuracy = torch.stack([s.correct.double() for s in after]) - before.correct.double()
     return PerturbationMatrix(
-        nll[:, 1:] - nll[:, :1],
-        accuracy[:, 1:] - accuracy[:, :1],
+        torch.stack([nll[:, rows].mean(dim=1) for rows in own]),
+        torch.stack([accuracy[:, rows].mean(dim=1) for rows in own]),
+        torch.stack([bootstrap_interval(nll[:, rows]) for rows in own]),
         tasks,
         tuple(edits),
         layer,

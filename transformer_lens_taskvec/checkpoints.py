@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 
 from transformer_lens_taskvec.files import read_json, reading, write_text
 from transformer_lens_taskvec.models import load_model
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.studies import Study
 
 Checkpoint = int | str
 
 
 @dataclass(frozen=True, repr=False)
-class OverCheckpoints:
+class OverCheckpoints(Shown):
     """A study at each of several checkpoints.
 
     Attributes:

@@ -9,11 +9,12 @@ import pandas as pd
 import torch
 
 from transformer_lens_taskvec.evaluate import Scores
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.statistics import bootstrap_interval, holm
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Shown):
     """Differences in accuracy on the same episodes, a row a task and other way.
 
     Attributes:

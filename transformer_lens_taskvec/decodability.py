@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -19,7 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.collect import Activations, layer_index
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.statistics import bootstrap_interval, cross_fitted_best
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Method = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
 """Scores every point: 1 where its task is read off rightly, 0 where not."""
@@ -29,7 +34,7 @@ _AT_ONCE = 50
 
 
 @dataclass(frozen=True, repr=False)
-class Decodability:
+class Decodability(Shown):
     """Task decodability by layer and task.
 
     Attributes:
@@ -171,6 +176,12 @@ class Decodability:
                 for column, task in enumerate(self.tasks)
             ]
         )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """TD by layer, a line a task: ``plot_decodability``."""
+        from transformer_lens_taskvec.plots import plot_decodability
+
+        return plot_decodability(self, ax)
 
     def _by_task(self) -> list[Float[Tensor, "layer point"]]:
         labels = self.activations.labels

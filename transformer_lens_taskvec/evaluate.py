@@ -33,12 +33,13 @@ from transformer_lens_taskvec.engine import (
 from transformer_lens_taskvec.interventions import inject
 from transformer_lens_taskvec.models import check_layers, inference, model_name
 from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.statistics import wilson_interval
 from transformer_lens_taskvec.tokens import encode, encode_answers
 
 
 @dataclass(frozen=True, repr=False)
-class Scores:
+class Scores(Shown):
     """How each episode was answered.
 
     Attributes:

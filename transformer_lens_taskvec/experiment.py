@@ -32,12 +32,13 @@ from transformer_lens_taskvec.prompts import (
     sample_splits,
     zero_shot,
 )
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors import TaskVectors, task_vectors
 
 
 @dataclass(frozen=True, repr=False)
-class Experiment:
+class Experiment(Shown):
     """What :func:`run_experiment` measured.
 
     Attributes:

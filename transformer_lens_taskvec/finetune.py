@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec.files import write_whole
 from transformer_lens_taskvec.models import boot
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.studies import Study
 from transformer_lens_taskvec.tasks.base import Task
 
@@ -125,7 +126,7 @@ def finetune_layers(
 
 
 @dataclass(frozen=True, repr=False)
-class FinetuningStudy:
+class FinetuningStudy(Shown):
     """A study of the model as it is and finetuned in its first and in its last layers.
 
     Attributes:

@@ -11,12 +11,13 @@ from jaxtyping import Float
 
 from transformer_lens_taskvec.decodability import Decodability
 from transformer_lens_taskvec.evaluate import Scores
+from transformer_lens_taskvec.shown import Shown
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, repr=False)
-class Fit:
+class Fit(Shown):
     """Accuracy against TD, a point a task and number of shots (Han et al. 2025, Figure 4).
 
     Attributes:

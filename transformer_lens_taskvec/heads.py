@@ -24,10 +24,11 @@ from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
 from transformer_lens_taskvec.interventions import ablate, inject
 from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.shown import Shown
 
 
 @dataclass(frozen=True, repr=False)
-class HeadEffects:
+class HeadEffects(Shown):
     """What every head does to the answers.
 
     Attributes:

@@ -20,6 +20,7 @@ from transformer_lens_taskvec.collect import Activations
 from transformer_lens_taskvec.decodability import Decodability
 from transformer_lens_taskvec.fits import Fit
 from transformer_lens_taskvec.heads import HeadEffects
+from transformer_lens_taskvec.vectors import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -252,6 +253,27 @@ def plot_prompting(study: PromptingStudy, ax: Axes | None = None) -> Axes:
     ax.set_xticks(range(len(frame)), [f"{name} instructions" for name in ("no", "own", "random")])
     ax.set(ylim=(0, 1.03), title="What naming the task in the prompt does")
     return _finish(ax, len(kinds) + 1)
+
+
+def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None = None) -> Axes:
+    """Heat map of the cosines between tasks' vectors, their mean over tasks taken off.
+
+    Args:
+        vectors: Of two tasks or more.
+        layer: The layer; by default the middle one of those there are.
+        ax: Where to draw; new axes by default.
+    """
+    ax = _axes(ax)
+    layer = vectors.layers[len(vectors.layers) // 2] if layer is None else layer
+    values = torch.stack([vectors.at(task, layer) for task in vectors.tasks])
+    centred = torch.nn.functional.normalize(values - values.mean(dim=0), dim=-1)
+    cosines = centred @ centred.T
+    image = ax.imshow(cosines.tolist(), cmap="RdBu_r", vmin=-1, vmax=1)
+    ax.set_xticks(range(len(vectors.tasks)), vectors.tasks, rotation=45, ha="right")
+    ax.set_yticks(range(len(vectors.tasks)), vectors.tasks)
+    ax.set_title(f"Cosines between task vectors less their mean, layer {layer}")
+    ax.figure.colorbar(image, ax=ax, label="cosine", shrink=0.8)
+    return ax
 
 
 def plot_embedding(

@@ -31,6 +31,7 @@ from transformer_lens_taskvec.prompts import (
     PromptTemplate,
     sample_episodes,
 )
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.tokens import batches, encode, pad_id
 
@@ -58,7 +59,7 @@ BITWISE_INSTRUCTIONS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, repr=False)
-class PromptingStudy:
+class PromptingStudy(Shown):
     """TD and accuracy without instructions, with them, and with random ones.
 
     Attributes:

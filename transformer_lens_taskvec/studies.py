@@ -33,6 +33,7 @@ from transformer_lens_taskvec.prompts import (
     sample_episodes,
     sample_splits,
 )
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.tasks.pos import pos_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence
@@ -63,7 +64,7 @@ PUBLISHED_R2: Mapping[str, Mapping[str, float]] = {
 
 
 @dataclass(frozen=True, repr=False)
-class Study:
+class Study(Shown):
     """What :func:`run_study` measured.
 
     Attributes:
@@ -97,12 +98,13 @@ class Study:
     def to_frame(self) -> pd.DataFrame:
         """One row a task and number of shots.
 
-        Columns ``task, shots, layer, td, accuracy, low, high`` (Wilson's 95 % interval of the
-        accuracy) and ``positive, negative`` where there are interventions.
+        Columns ``task, shots, layer, td, td_low, td_high, accuracy, low, high`` (95 % intervals,
+        Wilson's of the accuracy) and ``positive, negative`` where there are interventions.
         """
         rows = []
         for shots in self.shots:
             td = self.decodability[shots].at(self.layer).tolist()
+            td_interval = self.decodability[shots].interval(self.layer).tolist()
             for index, task in enumerate(self.tasks):
                 scores = self.scores[shots].of(task)
                 low, high = scores.interval()
@@ -111,6 +113,8 @@ class Study:
                     "shots": shots,
                     "layer": self.layer,
                     "td": td[index],
+                    "td_low": td_interval[index][0],
+                    "td_high": td_interval[index][1],
                     "accuracy": scores.accuracy,
                     "low": low,
                     "high": high,

@@ -10,8 +10,9 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
@@ -22,12 +23,16 @@ from transformer_lens_taskvec.collect import Activations, Source, layer_index
 from transformer_lens_taskvec.files import reading, replacing
 from transformer_lens_taskvec.interventions import InSubspace
 from transformer_lens_taskvec.models import model_name
+from transformer_lens_taskvec.shown import Shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _FORMAT = "taskvec-1"
 
 
 @dataclass(frozen=True, repr=False)
-class TaskVectors:
+class TaskVectors(Shown):
     """One vector a task and layer.
 
     Attributes:
@@ -76,6 +81,29 @@ class TaskVectors:
         _, strengths, directions = torch.linalg.svd(centred, full_matrices=False)
         kept = strengths > 1e-9 * strengths.max()
         return InSubspace(directions[kept].float())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a task and layer: ``task, layer, norm, cosine`` (to the mean over tasks)."""
+        mean = self.values.mean(dim=0, keepdim=True)
+        cosine = torch.nn.functional.cosine_similarity(self.values, mean, dim=-1)
+        return pd.DataFrame(
+            [
+                {
+                    "task": task,
+                    "layer": layer,
+                    "norm": float(self.values[row, column].norm()),
+                    "cosine": float(cosine[row, column]),
+                }
+                for row, task in enumerate(self.tasks)
+                for column, layer in enumerate(self.layers)
+            ]
+        )
+
+    def plot(self, layer: int | None = None, ax: Axes | None = None) -> Axes:
+        """Cosines between the tasks' vectors, less their mean: ``plot_vectors``."""
+        from transformer_lens_taskvec.plots import plot_vectors
+
+        return plot_vectors(self, layer, ax)
 
     def check_model(self, model: Any) -> None:
         """Raise ``ValueError`` unless the vectors were taken from this model."""

@@ -33,6 +33,7 @@ from transformer_lens_taskvec.lab.oracles import (
     oracle_predictions,
 )
 from transformer_lens_taskvec.lab.runs import Run
+from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.vectors import task_vectors
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _TRAIN, _CHOOSE, _TEST, _ORACLE = 11, 12, 13, 14
 
 
 @dataclass(frozen=True, repr=False)
-class Emergence:
+class Emergence(Shown):
     """What a run's checkpoints show.
 
     Attributes:

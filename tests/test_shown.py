@@ -1,0 +1,58 @@
+"""Results show themselves in notebooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+
+import transformer_lens_taskvec as tv
+
+
+@pytest.fixture(scope="module")
+def toy() -> Any:
+    return tv.load_model("toy", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def found(toy: Any) -> dict[str, Any]:
+    tasks = tv.bitwise_tasks()
+    train, test = (tv.sample_episodes(tasks, 6, 2, seed=seed) for seed in (0, 1))
+    activations = tv.collect(toy, train)
+    vectors = tv.task_vectors(activations)
+    scores = tv.evaluate(toy, test)
+    return {
+        "vectors": vectors,
+        "decodability": tv.task_decodability(activations, 3),
+        "scores": scores,
+        "sweep": tv.layer_sweep(toy, test, vectors),
+        "matrix": tv.perturbation_matrix(toy, test, vectors, 1),
+        "steering": tv.steering_effect(toy, test, vectors, 1),
+        "heads": tv.head_effects(toy, test),
+        "comparison": tv.compare(scores, scores),
+        "study": tv.run_study(toy, tasks, shots=(1, 2), n=6, k=3),
+    }
+
+
+def test_every_result_is_a_line_and_a_small_table(found: dict[str, Any]) -> None:
+    for name, result in found.items():
+        html, frame = result._repr_html_(), result.to_frame()
+        assert html.count("<tr") <= 13 and "<table" in html, name
+        assert all(f"<th>{column}</th>" in html for column in frame.columns), name
+        assert " at 0x" not in html
+        assert ("more rows" in html) == (len(frame) > 12)
+
+
+def test_vectors_and_decodability_plot_themselves(found: dict[str, Any]) -> None:
+    for ax in (found["decodability"].plot(), found["vectors"].plot(layer=1)):
+        assert ax.get_title()
+        plt.close(ax.figure)
+
+
+def test_vectors_less_their_mean_are_compared(found: dict[str, Any]) -> None:
+    ax = found["vectors"].plot()
+    cosines = ax.images[0].get_array()
+    assert cosines.shape == (7, 7) and cosines.diagonal().tolist() == pytest.approx([1] * 7)
+    assert cosines.sum(axis=0).min() < 1  # they cancel out, so that some point away from others
+    plt.close(ax.figure)

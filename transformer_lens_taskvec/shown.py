@@ -1,0 +1,27 @@
+"""How results show themselves in a notebook: a line, and the head of their table."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ROWS = 12
+"""Rows of a table before it is cut off."""
+
+
+class Shown:
+    """A result with a ``__repr__`` and a ``to_frame``."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The result as a table."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        frame, heading = self.to_frame(), repr(self).split("\n")[0]
+        table = frame.head(_ROWS).to_html(index=False, border=0, float_format="{:.3g}".format)
+        more = len(frame) - _ROWS
+        rest = f"<p>{more} more rows: <code>.to_frame()</code></p>" if more > 0 else ""
+        return f"<p>{escape(heading)}</p>{table}{rest}"
