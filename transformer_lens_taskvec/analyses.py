@@ -69,6 +69,15 @@ class LayerSweep(Shown):
         """``[task]`` accuracy without intervention."""
         return self._by_task(self.baseline.correct[None].double())[0]
 
+    def scores_at(self, layer: int) -> Scores:
+        """The scores of every episode at one layer and the first scale.
+
+        Raises:
+            ValueError: If the layer is not in the sweep.
+        """
+        at = layer_index(self.layers, layer)
+        return replace(self.baseline, correct=self.correct[0, at], nll=self.nll[0, at])
+
     def at_scale(self, scale: float) -> LayerSweep:
         """The sweep of one scale alone.
 
