@@ -1,6 +1,6 @@
 """Kills ``taskvec`` at random moments, lets it run again, and looks at what there is then.
 
-python tests/kill_studies.py --times 50            # about 3 minutes on one core
+python tests/kill_studies.py --times 50            # 4 to 7 minutes on one core
 python tests/kill_studies.py --times 5 --fresh     # a new interpreter each time, as from a shell
 
 A round runs one of the commands below in an empty folder, kills it by SIGKILL, looks at every file

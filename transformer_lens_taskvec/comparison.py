@@ -29,6 +29,13 @@ class Comparison(Shown):
         """The differences."""
         return self.differences
 
+    def table(self) -> pd.DataFrame:
+        """The other ways' accuracies, a row a task and a column a way."""
+        wide = self.differences.pivot(index="task", columns="against", values="other")
+        return wide.loc[
+            self.differences.task.drop_duplicates(), self.differences.against.drop_duplicates()
+        ].rename_axis(columns=None)
+
     def hardest(self) -> pd.DataFrame:
         """For each task the row of the other way that answered most."""
         order = self.differences.sort_values("difference", kind="stable")

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformer_lens_taskvec.comparison import Comparison, compare
 from transformer_lens_taskvec.controls import controls
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.evaluate import Scores, evaluate, evaluate_by_task
+from transformer_lens_taskvec.files import write_text, write_whole
 from transformer_lens_taskvec.interventions import inject
 from transformer_lens_taskvec.models import check_layers
 from transformer_lens_taskvec.prompts import (
@@ -160,12 +162,15 @@ class Experiment(Shown):
             folder_of_parts = Path(scratch)
             for name, draw in figures.items():
                 figure, ax = plt.subplots(figsize=plots.FIGURE_SIZE, layout="constrained")
-                draw(ax)
-                figure.savefig(folder_of_parts / name, dpi=150)
-                plt.close(figure)
+                try:
+                    draw(ax)
+                    write = partial(figure.savefig, dpi=150, format="png")
+                    write_whole(folder_of_parts / name, write)
+                finally:
+                    plt.close(figure)
             self.vectors.save(folder_of_parts / "vectors.safetensors")
             text = json.dumps(self.to_json(), indent=1)
-            (folder_of_parts / "results.json").write_text(text, encoding="utf-8")
+            write_text(folder_of_parts / "results.json", text)
             written = []
             for part in sorted(folder_of_parts.iterdir()):
                 os.replace(part, out / part.name)
@@ -226,10 +231,11 @@ def run_experiment(
     activations = collect(model, sets["train"], prepend_bos=prepend_bos, **options)
     vectors = task_vectors(activations)
     options["stop"] = stop
-    sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, controls=True, **options)
+    beside = controls(vectors, model, sets["train"], seed=seed)
+    random_ones = {"random": beside["random"]}
+    sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, controls=random_ones, **options)
     layers = {task: sweep.best_layer(task) for task in vectors.tasks}
     options["prepend_bos"] = prepend_bos
-    beside = controls(vectors, model, sets["train"], seed=seed)
     plain, injected, *controlled = evaluate_by_task(
         model,
         zero_shot(sets["test"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.files import write_whole
+from transformer_lens_taskvec.files import reading, write_whole
 from transformer_lens_taskvec.models import boot
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
 from transformer_lens_taskvec.shown import Shown
@@ -326,16 +327,23 @@ class _Kept:
         """Put it back, where there is one; returns the steps that it has taken."""
         if not self.path.exists():
             return 0
-        with safe_open(self.path, framework="pt") as saved, torch.no_grad():
+        damaged = "damaged adapter; remove it to begin anew"
+        with reading(self.path, damaged), safe_open(self.path, framework="pt") as saved:
             metadata = saved.metadata()
-            if metadata["training"] != self.training:
-                raise ValueError(
-                    f"{self.path} is of another training, {metadata['training']}; "
-                    "name another folder or remove it"
-                )
+            training, step = metadata["training"], int(metadata["step"])
+        if training != self.training:
+            raise ValueError(
+                f"{self.path} is of another training, {textwrap.shorten(training, 500)}; "
+                "name another folder or remove it"
+            )
+        with (
+            reading(self.path, damaged),
+            safe_open(self.path, framework="pt") as saved,
+            torch.no_grad(),
+        ):
             for name, value in trained.items():
                 value.copy_(saved.get_tensor(f"adapter.{name}"))
                 optimizer.state[value] = {
                     key: saved.get_tensor(f"{key}.{name}") for key in _MOMENTS
                 }
-            return int(metadata["step"])
+        return step

