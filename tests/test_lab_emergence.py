@@ -154,9 +154,9 @@ def test_tasks_separate_as_the_error_falls(found: Emergence) -> None:
     late, td = found.late_mse.mean(-1), found.td[:, found.best_layer].mean(-1)
     assert td[0] < 0.35 and td[-1] >= 0.95
     assert (found.late_mse[0] > 30 * found.late_mse[-1]).all()
-    # As good as a sparse regression that knows no basis, at positions where that has 8 to 15 pairs.
+    # Better than those that do not infer the basis, though LASSO has 8 to 15 pairs for 2 weights.
     assert late[-1] < 0.5 * found.oracles.late("ridge")
-    assert late[-1] < 1.08 * found.oracles.late("lasso")
+    assert late[-1] < found.oracles.late("lasso")
     assert late[-1] < 2.5 * found.oracles.late("Bayes mixture")
     assert found.td_mse_correlation <= -0.8
 

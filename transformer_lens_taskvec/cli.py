@@ -215,7 +215,7 @@ def _run(
         typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
         typer.echo("\naccuracy with something else in the place of the task's vector:")
         others = result.comparison.table().reset_index()
-        typer.echo(others.to_string(index=False, float_format="{:.2f}".format) + "\n")
+        typer.echo(others.to_string(index=False) + "\n")
         best = result.decodability.best_layer
         typer.echo(
             f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "

@@ -18,9 +18,10 @@ class Comparison(Shown):
     """Differences in accuracy on the same episodes, a row a task and other way.
 
     Attributes:
-        differences: ``task, against, accuracy, other, difference, low, high, p, p_holm, n``: both
-            accuracies, their difference with its 95 % interval by a bootstrap over episodes, the
-            p-value of McNemar's exact test, and the same after Holm's correction over all rows.
+        differences: ``task, against, accuracy, other, other_low, other_high, difference, low, high,
+            p, p_holm, n``: both accuracies, the other's with Wilson's 95 % interval; their
+            difference with its 95 % interval by a bootstrap over episodes; the p-value of McNemar's
+            exact test, and the same after Holm's correction over all rows.
     """
 
     differences: pd.DataFrame
@@ -30,11 +31,15 @@ class Comparison(Shown):
         return self.differences
 
     def table(self) -> pd.DataFrame:
-        """The other ways' accuracies, a row a task and a column a way."""
-        wide = self.differences.pivot(index="task", columns="against", values="other")
-        return wide.loc[
-            self.differences.task.drop_duplicates(), self.differences.against.drop_duplicates()
-        ].rename_axis(columns=None)
+        """The other ways' accuracies with their intervals, a row a task and a column a way."""
+        written = [
+            f"{row.other:.2f} [{row.other_low:.2f}, {row.other_high:.2f}]"
+            for row in self.differences.itertuples()
+        ]
+        frame = self.differences.assign(written=written)
+        wide = frame.pivot(index="task", columns="against", values="written")
+        order = frame.task.drop_duplicates(), frame.against.drop_duplicates()
+        return wide.loc[order].rename_axis(columns=None)
 
     def hardest(self) -> pd.DataFrame:
         """For each task the row of the other way that answered most."""
@@ -83,6 +88,7 @@ def compare(
         gain = scores.correct.float() - other.correct.float()
         for index, task in enumerate(scores.tasks):
             own = gain[scores.labels == index]
+            other_low, other_high = other.of(task).interval()
             better, worse = int((own > 0).sum()), int((own < 0).sum())
             low, high = bootstrap_interval(own, n_resamples=n_resamples, seed=seed).tolist()
             p = binomtest(better, better + worse).pvalue if better + worse else 1.0
@@ -92,6 +98,8 @@ def compare(
                     "against": name,
                     "accuracy": scores.of(task).accuracy,
                     "other": other.of(task).accuracy,
+                    "other_low": other_low,
+                    "other_high": other_high,
                     "difference": float(own.mean()),
                     "low": low,
                     "high": high,

@@ -80,6 +80,7 @@ def answer_logits(
     answers: Sequence[Sequence[int]],
     variants: Sequence[Variant],
     *,
+    watch: Variant = (),
     max_tokens: int | None = None,
 ) -> Iterator[Chunk]:
     """Teacher-forced logits of every prompt's answer under every variant, chunk by chunk.
@@ -91,6 +92,8 @@ def answer_logits(
         prompts: Token ids of each prompt.
         answers: Token ids of each prompt's answer.
         variants: Interventions to do together, for each variant.
+        watch: Interventions that change nothing and see the last prompt token of the model as it
+            is, before each chunk that has the empty variant, which must be there.
         max_tokens: The most tokens in one pass, which bounds memory; by default from the model's
             size and the free memory.
 
@@ -122,12 +125,12 @@ def answer_logits(
         if packed and not _fits(can, batch.tokens.shape[1] + ids.shape[1]):
             alone = range(len(variants))
         elif packed:
-            yield from _packed(model, batch, ids, mask, variants, packed, budget)
+            yield from _packed(model, batch, ids, mask, variants, packed, budget, watch)
         size = max(1, budget // longest)
         for start in range(0, len(batch.rows) if alone else 0, size):
             some, end = batch.part(start, start + size), start + size
             for index in alone:
-                logits = _plain(model, some, ids[start:end], variants[index])
+                logits = _plain(model, some, ids[start:end], variants[index] or watch)
                 yield Chunk(some.rows, (index,), logits[:, None], ids[start:end], mask[start:end])
 
 
@@ -257,6 +260,7 @@ def _packed(
     variants: Sequence[Variant],
     chosen: Sequence[int],
     budget: int,
+    watch: Variant,
 ) -> Iterator[Chunk]:
     """One pass over the prompts, then the chosen variants of prompts whose answers are alike."""
     cache = run_prefix(model, batch.tokens[:, :-1], batch.mask[:, :-1])
@@ -277,7 +281,9 @@ def _packed(
             numbers = tuple(batch.rows[row] for row in rows.tolist())
             for start in range(0, max(len(edited), 1), branches):
                 some = tuple(edited[start : start + branches])
-                logits = _suffix(model, branch, prefix, kept, [moved[index] for index in some])
+                edits = [moved[index] for index in some]
+                seen = watch if start == 0 else ()
+                logits = _suffix(model, branch, prefix, kept, edits, seen)
                 if start == 0 and plain:
                     unedited = logits[:, :1].expand(-1, len(plain), -1, -1)
                     yield Chunk(numbers, plain, unedited, answers, mask[rows, :length])
@@ -291,6 +297,7 @@ def _suffix(
     prefix: Bool[Tensor, "row pos"],
     cache: Any,
     variants: Sequence[Variant],
+    watch: Variant,
 ) -> Float[Tensor, "row branch answer_pos vocab"]:
     """Logits of the unedited branch and of one branch a variant, in order of first edits."""
     n_rows, length = branch.shape
@@ -304,7 +311,7 @@ def _suffix(
         bias,
         branch_positions(prefix, n_branches=n_branches, branch_length=length),
         cache,
-        _branch_hooks([[], *variants], length),
+        _branch_hooks([watch, *variants], length),
         active=active if capabilities(model).shares_layers else None,
     )
     return logits.view(n_rows, n_branches, length, -1)

@@ -265,13 +265,15 @@ def collect_and_evaluate(
         for index, task in enumerate(tasks):
             own = torch.where(labels == index)[0]
             some = [episodes[row] for row in own.tolist()]
-            variants = [reader.variant, *(variants_of(task) if variants_of else ())]
+            variants: list[Variant] = [[], *(variants_of(task) if variants_of else ())]
             check_variants(model, variants)
             if not scores:
                 scores = [_unscored(labels, tasks, stop, prepend_bos) for _ in variants]
             prompts = encode(model, [e.prompt for e in some], prepend_bos=prepend_bos)
             answers = encode_answers(model, some, stop=stop)
-            for chunk in answer_logits(model, prompts, answers, variants, max_tokens=max_tokens):
+            for chunk in answer_logits(
+                model, prompts, answers, variants, watch=reader.variant, max_tokens=max_tokens
+            ):
                 rows = own[list(chunk.rows)]
                 _fill(scores, chunk, rows)
                 if 0 in chunk.variants:

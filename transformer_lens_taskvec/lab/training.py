@@ -44,11 +44,11 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         "paper": TrainConfig(),
         "small": TrainConfig(
             mixture=SparseLinearMixture.small(),
-            n_layers=4,
+            n_layers=5,
             n_heads=4,
             d_model=64,
             init="fan_in",
-            steps=34_000,
+            steps=26_000,
             batch_size=64,
             optimizer="muon",
             learning_rate=1e-3,
