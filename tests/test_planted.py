@@ -1,0 +1,214 @@
+"""Every analysis on a model whose truth is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import planted
+import pytest
+import torch
+from planted import READER, TEMPLATE, WORKS, WRITER
+
+import transformer_lens_taskvec as tv
+
+TASKS = planted.tasks()
+LAYERS = range(planted.N_LAYERS)
+ENCODED = range(WRITER[0], planted.N_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return planted.planted()
+
+
+@pytest.fixture(scope="module")
+def train() -> list[tv.Episode]:
+    return tv.sample_episodes(TASKS, 60, 4, seed=0, template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def test() -> list[tv.Episode]:
+    return tv.sample_episodes(TASKS, 20, 4, seed=1, template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def activations(model: Any, train: list[tv.Episode]) -> tv.Activations:
+    return tv.collect(model, train)
+
+
+@pytest.fixture(scope="module")
+def vectors(activations: tv.Activations) -> tv.TaskVectors:
+    return tv.task_vectors(activations)
+
+
+def test_the_model_does_the_tasks_it_is_shown_and_no_other(
+    model: Any, test: list[tv.Episode]
+) -> None:
+    assert tv.evaluate(model, test).accuracy == 1
+    assert tv.evaluate(model, test).mean_nll < 1e-4
+    assert tv.evaluate(model, tv.zero_shot(test)).accuracy == 0
+    for episode in test[::20]:
+        assert tv.generate(model, [episode.prompt], max_new_tokens=1)[0].strip() == episode.query.y
+
+
+def test_td_is_chance_below_the_writing_layer_and_one_from_it_on(
+    activations: tv.Activations,
+) -> None:
+    td = tv.task_decodability(activations, 5)
+    # Below, all prompts are the same point, and rounding decides whose neighbours they are.
+    assert float(td.at(0).mean()) <= td.chance + 1e-6
+    assert all((td.at(layer) == 1).all() for layer in ENCODED)
+    assert td.best_layer == WRITER[0] and td.held_out == 1
+    assert (td.null(200).p_values[1:] == 1 / 201).all() and td.null(200).p_values[0] > 0.5
+    for method in ("centroid", "linear", "cosine"):
+        other = tv.task_decodability(activations, 5, method=method)
+        assert all((other.at(layer) == 1).all() for layer in WORKS)
+        assert float(other.at(0).mean()) < 0.5
+    assert torch.nan_to_num(td.pairwise(WRITER[0]), nan=1.0).eq(1).all()
+
+
+def test_task_vectors_are_the_planted_directions(vectors: tv.TaskVectors) -> None:
+    directions = planted.planted_directions()
+    expected = directions - directions.mean(dim=0)
+    for layer in LAYERS:
+        found = torch.stack([vectors.at(task, layer) for task in vectors.tasks])
+        differences = found - found.mean(dim=0)
+        if layer == 0:
+            assert differences.abs().max() < 1e-4
+            continue
+        cosine = torch.nn.functional.cosine_similarity(differences, expected, dim=-1)
+        assert (cosine > 0.999).all() or layer not in WORKS
+    assert vectors.subspace(1).directions.shape[0] == 2
+
+
+def test_vectors_work_between_writing_and_reading_only(
+    model: Any, test: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    sweep = tv.layer_sweep(model, tv.zero_shot(test), vectors, controls=True)
+    for layer in LAYERS:
+        accuracy = torch.tensor(list(sweep.at(layer).values()))
+        if layer in WORKS:
+            assert (accuracy == 1).all()
+        else:
+            assert (accuracy < 0.5).all()
+    assert sweep.best_layer() in WORKS and sweep.held_out == 1
+    for kind, control in sweep.controls.items():
+        assert all(max(control.at(layer).values()) <= 0.2 for layer in WORKS), kind
+    other = sweep.controls["other task"]
+    assert all(max(other.at(layer).values()) == 0 for layer in WORKS)
+
+
+@pytest.mark.parametrize("layer", WORKS)
+def test_another_tasks_vector_makes_every_answer_the_other_tasks(
+    model: Any, test: list[tv.Episode], vectors: tv.TaskVectors, layer: int
+) -> None:
+    matrix = tv.perturbation_matrix(model, test, vectors, layer)
+    own = torch.eye(len(TASKS), dtype=torch.bool)
+    assert (matrix.accuracy[own] == 0).all() and (matrix.accuracy[~own] == -1).all()
+    assert matrix.nll[own].abs().max() < 1e-3 and matrix.nll[~own].min() > 10
+    first, second = vectors.tasks[:2]
+    answers = {example.x: example.y for example in TASKS[second].pairs}  # type: ignore[attr-defined]
+    edit = [tv.inject(vectors.at(second, layer), layer)]
+    for episode in [e for e in test if e.task == first][:3]:
+        said = tv.generate(model, [episode.prompt], edit, max_new_tokens=1)[0]
+        assert said.strip() == answers[episode.query.x]
+
+
+def test_taking_the_direction_out_takes_the_task_out(
+    model: Any, test: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    directions = dict(zip(TASKS, planted.planted_directions(), strict=True))
+    for task, direction in directions.items():
+        own = [episode for episode in test if episode.task == task]
+        others = [episode for episode in test if episode.task != task]
+        edit = [tv.ablate(1, mode="project", with_=direction)]
+        assert tv.evaluate(model, own, edit).accuracy == 0
+        assert tv.evaluate(model, others, edit).accuracy == 1
+    assert tv.evaluate(model, test, [tv.ablate(1)]).accuracy < 0.35  # not even the constant is left
+    mean = vectors.values[:, 1].mean(dim=0)
+    assert tv.evaluate(model, test, [tv.ablate(1, mode="mean", with_=mean)]).accuracy == 0
+    # Adding the difference of two tasks turns one into the other.
+    first, second = vectors.tasks[:2]
+    difference = vectors.at(second, 1) - vectors.at(first, 1)
+    turned = [tv.inject(difference, 1, mode="add")]
+    own = [episode for episode in test if episode.task == first]
+    assert tv.evaluate(model, own, turned).accuracy == 0
+    inside = [tv.inject(vectors.at(second, 2), 2, mode=vectors.subspace(2))]
+    assert tv.evaluate(model, own, inside).accuracy == 0
+    own = [episode for episode in test if episode.task == second]
+    assert tv.evaluate(model, own, inside).accuracy == 1
+
+
+def test_steering_repairs_and_breaks(model: Any) -> None:
+    with_null = {**TASKS, "Null": planted.Null()}
+    many, few = (
+        tv.sample_episodes(with_null, 40, shots, seed=2, template=TEMPLATE) for shots in (4, 0)
+    )
+    vectors = tv.task_vectors(tv.collect(model, many))
+    for episodes, unperturbed in ((many, 1.0), (few, 0.0)):
+        frame = tv.steering_effect(model, episodes, vectors, 1).to_frame().set_index("task")
+        frame = frame.drop("Null")
+        assert (frame.unperturbed == unperturbed).all()
+        assert (frame.positive == 1).all() and (frame.negative == 0).all()
+
+
+def test_one_head_writes_the_task_and_one_reads_the_query(
+    model: Any, test: list[tv.Episode]
+) -> None:
+    effects = tv.head_effects(model, test)
+    rest = torch.ones_like(effects.probability, dtype=torch.bool)
+    rest[WRITER] = False
+    assert effects.top(1) == (WRITER,)
+    rest[READER] = False
+    assert effects.probability[WRITER] > 0.8 and effects.probability[rest].abs().max() < 1e-6
+    assert effects.probability[READER] < 0.01  # another prompt's query is no help
+    for ablation in ("zero", "mean"):
+        pruned = tv.head_effects(model, test, on=test, ablation=ablation).probability_by_task
+        assert (pruned[:, rest].abs() < 1e-3).all()
+        assert (pruned[(slice(None), *READER)] < -0.5).all()
+        # The mean over a task's own prompts is what the writer writes there: no harm.
+        writer = pruned[(slice(None), *WRITER)]
+        assert (writer < -0.5).all() if ablation == "zero" else (writer.abs() < 1.1).all()
+
+
+def test_a_function_vector_of_one_head_is_the_planted_direction(
+    model: Any, train: list[tv.Episode], test: list[tv.Episode]
+) -> None:
+    vector = tv.function_vector(model, train, n_heads=1)
+    assert vector.heads == (WRITER,)
+    for index, task in enumerate(vector.tasks):
+        expected = planted.planted_directions()[index]
+        torch.testing.assert_close(vector[task], expected, atol=2e-3, rtol=0)
+        queries = [e for e in tv.zero_shot(test) if e.task == task]
+        for layer in WORKS:
+            edit = [tv.inject(vector[task], layer, mode="add")]
+            assert tv.evaluate(model, queries, edit).accuracy == 1
+
+
+def test_controls_do_nothing_here(
+    model: Any, train: list[tv.Episode], test: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    made = tv.controls(vectors, model, train)
+    sweep = tv.layer_sweep(model, tv.zero_shot(test), vectors, controls=made)
+    found = tv.compare(
+        sweep.scores_at(1), {kind: one.scores_at(1) for kind, one in sweep.controls.items()}
+    ).to_frame()
+    assert (found.accuracy == 1).all() and (found.p_holm < 0.05).all()
+    for kind in ("other task", "mean", "zero-shot"):
+        assert (found[found.against == kind].other == 0).all()
+    assert found.other.max() <= 0.4
+
+
+def test_packed_is_plain(model: Any, test: list[tv.Episode], vectors: tv.TaskVectors) -> None:
+    variants: list[list[tv.Intervention]] = [[]]
+    for layer in LAYERS:
+        variants += [[tv.inject(vectors.values[1, layer], layer)], [tv.ablate(layer)]]
+    packed = tv.evaluate_many(model, test, variants)
+    for variant, scores in zip(variants, packed, strict=True):
+        hooks: list[Any] = [
+            (edit.name, lambda activation, hook=None, edit=edit: edit(activation))
+            for edit in variant
+        ]
+        plain = tv.evaluate(model, test, hooks)
+        assert plain.correct.equal(scores.correct)
+        torch.testing.assert_close(plain.nll, scores.nll, atol=1e-3, rtol=1e-4)
