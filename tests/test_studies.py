@@ -22,6 +22,7 @@ from transformer_lens_taskvec.collect import Source
 from transformer_lens_taskvec.finetune import same_outside
 from transformer_lens_taskvec.paper import run_paper_study
 from transformer_lens_taskvec.prompting import input_embeddings
+from transformer_lens_taskvec.studies import _peak
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
 SOURCE = Source("made", "resid_post", -1, "{x}->{y}", False)
@@ -87,6 +88,16 @@ def test_a_recurrent_model_is_studied_the_same_way(tokenizer: Any) -> None:
     with pytest.warns(UserWarning, match="one intervention at a time"):
         study = tv.run_study(zoo.bridge("mamba", tokenizer), TASKS, n=4, k=2, shots=(1, 2))
     assert study.to_frame().td.between(0, 1).all() and study.decodability[1].layers == (0, 1, 2)
+
+
+def test_the_layer_is_the_first_of_a_plateau() -> None:
+    labels = torch.arange(200) % 2
+    found = tv.Activations(torch.zeros(200, 4, 1), labels, ("a", "b"), (3, 4, 5, 6), SOURCE)
+    hits = torch.ones(4, 200)
+    hits[0, :40], hits[1, :3], hits[2, :2], hits[3, :30] = 0, 0, 0, 0
+    assert _peak([tv.Decodability(hits, found, 10)]) == 4
+    hits[1, :10] = 0
+    assert _peak([tv.Decodability(hits, found, 10)]) == 5
 
 
 def test_null_must_be_there() -> None:

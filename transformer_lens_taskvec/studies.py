@@ -170,7 +170,7 @@ class Study(Shown):
             f"# {name}: {self.model}",
             "",
             f"TD, fit and interventions at layer {self.layer} of {n_layers}, counted from 0, where "
-            "TD of the train episodes peaks over all shots.",
+            "TD of the train episodes first reaches its peak over all shots.",
             "",
         ]
         for shots, found in self.decodability.items():
@@ -232,8 +232,9 @@ def run_study(
             same data, with other queries.
         shots: Numbers of demonstrations.
         steer_shots: Those at which to intervene; by default all of them.
-        layer: The layer of the interventions and the fit; by default the one at which TD of the
-            train episodes, those of the vectors, is highest over tasks and shots.
+        layer: The layer of the interventions and the fit; by default the first at which TD of the
+            train episodes, those of the vectors, is within a standard error of its highest, over
+            tasks and shots.
         n: Test episodes a task.
         n_vectors: Episodes a task that the vectors are the means of; by default as many as ``n``.
         k: Neighbours that vote in TD.
@@ -335,10 +336,17 @@ def _episodes(
 
 
 def _peak(decodability: Iterable[Decodability]) -> int:
-    """The layer with the highest TD over tasks and shots."""
+    """The first layer whose TD, over tasks and shots, is within a standard error of the highest.
+
+    TD rises where the task is written and then often stays; the highest of a plateau is chance, and
+    at its end an intervention comes too late.
+    """
     found = list(decodability)
-    mean = sum(one.mean for one in found)
-    return found[0].layers[int(torch.as_tensor(mean).argmax())]
+    mean = torch.stack([one.mean for one in found]).mean(dim=0)
+    highest = float(mean.max())
+    n_points = sum(int(one.n.sum()) for one in found)
+    error = math.sqrt(highest * (1 - highest) / n_points)
+    return found[0].layers[int((mean >= highest - error).int().argmax())]
 
 
 def _known(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """What separates and what does not: overlapping bases, and families that share their heads.
 
 python tutorials/lab_variants.py small --out runs/small
-python tutorials/lab_variants.py overlapping --steps 15000 --out runs/overlapping
-python tutorials/lab_variants.py families --steps 15000 --out runs/families
+python tutorials/lab_variants.py overlapping --layers 4 --steps 15000 --out runs/overlapping
+python tutorials/lab_variants.py families --layers 4 --steps 15000 --out runs/families
 
 Each trains the small model on a mixture (ten to twenty minutes on two cores; an interrupted run
 goes on), prints what comes out, and draws the figures of `taskvec emergence`.
@@ -59,11 +59,14 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="in place of the preset's")
+    parser.add_argument("--layers", type=int, help="in place of the preset's")
     args = parser.parse_args()
     mixture = MIXTURES[args.mixture]
     config = dataclasses.replace(lab.PRESETS["small"], mixture=mixture)
     if args.steps:
         config = dataclasses.replace(config, steps=args.steps)
+    if args.layers:
+        config = dataclasses.replace(config, n_layers=args.layers)
     run = lab.train(config, args.out, seed=args.seed, device="cpu")
     print(run)
     model, episodes = run.model(), lab.regression_episodes(mixture, 100, seed=5)
