@@ -107,3 +107,11 @@ def test_activations_with_nan_have_no_mean(model: Any, episodes: list[tv.Episode
     found.values[0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite"):
         tv.task_vectors(found)
+
+
+def test_saved_vectors_may_be_read_by_whoever_may_read_other_files(
+    vectors: tv.TaskVectors, tmp_path: Path
+) -> None:
+    (tmp_path / "other").write_text("")
+    vectors.save(tmp_path / "v.safetensors")
+    assert (tmp_path / "v.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

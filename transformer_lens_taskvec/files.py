@@ -25,7 +25,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors makes files that only their owner may read
         yield beside
+        beside.chmod(mode)
         os.replace(beside, path)
     except SafetensorError as error:  # safetensors raises it where Python has OSError
         raise OSError(f"{path} could not be written: {error}") from error

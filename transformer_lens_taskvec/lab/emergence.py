@@ -195,6 +195,8 @@ def emergence(
         ValueError: If there is no checkpoint at one of the steps.
     """
     chosen = run.steps if steps is None else tuple(steps)
+    if not chosen:
+        raise ValueError(f"{run.path} holds no checkpoint yet; train goes on with the run")
     mixture = run.config.mixture
     n_shots = mixture.n_points - 1 if n_shots is None else n_shots
 
