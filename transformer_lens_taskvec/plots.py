@@ -488,9 +488,9 @@ def save_figures(figures: dict[str, Figure], folder: str | Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             paths.append(folder / f"{name}.png")
             write_whole(paths[-1], partial(figure.savefig, dpi=120, format="png"))
