@@ -253,7 +253,7 @@ def plot_prompting(study: PromptingStudy, ax: Axes | None = None) -> Axes:
         ax.bar(places, frame[kind].astype(float), 0.19, color=_COLOURS[index], label=label)
     chance = study.decodability["plain"].chance
     ax.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance of TD")
-    ax.set_xticks(range(len(frame)), [f"{name} instructions" for name in ("no", "own", "random")])
+    ax.set_xticks(range(len(frame)), [f"{name}\ninstructions" for name in ("no", "own", "random")])
     ax.set(ylim=(0, 1.03), title="What naming the task in the prompt does")
     return _finish(ax, len(kinds) + 1)
 
