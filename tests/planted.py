@@ -6,7 +6,7 @@ The tasks are shifts on a ring: task ``t`` answers query ``q_i`` with ``a_{i + t
 - layer 0 pairs: one head lets each answer see its query, and its MLP writes the shift between the
   two, a direction of its own for every task, at the answer's token;
 - layer 1 *encodes*: one head (:data:`WRITER`) averages these shifts at the last token, into other
-  directions (:func:`planted_directions`), orthogonal and of length one;
+  directions (:func:`planted_directions`), orthogonal and of one length, the root of two;
 - layer 2 does nothing;
 - layer 3 *decodes*: one head (:data:`READER`) fetches the query, and the MLP turns (task, query)
   into the answer;
@@ -139,7 +139,9 @@ def _set_weights(model: Any, vocabulary: dict[str, int]) -> None:
     to_query = (_always(), _reading("role", 0))
     arrows = (3 * _reading("role", 1), _reading("role", 1))  # arrows see arrows, which hold nothing
     _set_head(body.h[0], 0, [*groups, to_query, arrows], _copies("query", "partner"))
-    pairs = [(i, (i + shift) % N_QUERIES, t) for t, shift in enumerate(SHIFTS) for i in range(6)]
+    pairs = [
+        (i, (i + shift) % N_QUERIES, t) for t, shift in enumerate(SHIFTS) for i in range(N_QUERIES)
+    ]
     for unit, (i, j, t) in enumerate(pairs):
         _set_unit(body.h[0], unit, ("partner", i), ("answer", j), feature("shift", t))
         _set_unit(body.h[3], unit, ("task", t), ("asked", i), feature("out", j))
