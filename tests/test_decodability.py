@@ -67,6 +67,18 @@ def test_a_tied_vote_goes_to_the_class_with_the_nearer_neighbours() -> None:
     assert float(tv.task_decodability(moved, k=4).scores[0, 1]) < float(score)
 
 
+@pytest.mark.parametrize("value", [0.0, 7.3])
+@pytest.mark.parametrize("k", [5, 10])
+def test_equal_points_tell_nothing_in_whatever_order_they_stand(k: int, value: float) -> None:
+    labels = torch.arange(3).repeat_interleave(60)
+    points = torch.full((180, 1, 4), value)
+    for order in (torch.arange(180), torch.arange(180).view(3, 60).T.flatten()):
+        found = tv.Activations(points, labels[order], ("a", "b", "c"), (0,), SOURCE)
+        scores = tv.task_decodability(found, k).scores
+        assert float(scores.min()) > 0.15 and float(scores.max()) < 0.55
+        assert float(scores.mean()) == pytest.approx(1 / 3, abs=0.1)
+
+
 def test_separated_tasks_score_one_and_arbitrary_labels_score_chance() -> None:
     far = tv.task_decodability(activations(120, 4, spread=100.0))
     assert torch.equal(far.scores, torch.ones(2, 4))

@@ -56,11 +56,12 @@ def test_td_is_chance_below_the_writing_layer_and_one_from_it_on(
     activations: tv.Activations,
 ) -> None:
     td = tv.task_decodability(activations, 5)
-    # Below, all prompts are the same point, and rounding decides whose neighbours they are.
-    assert float(td.at(0).mean()) <= td.chance + 1e-6
+    # Below, all prompts are the same point, and chance decides whose neighbours they are.
+    assert float(td.at(0).mean()) == pytest.approx(td.chance, abs=0.1)
+    assert td.at(0).min() > 0.1 and td.at(0).max() < 0.6
     assert all((td.at(layer) == 1).all() for layer in ENCODED)
     assert td.best_layer == WRITER[0] and td.held_out == 1
-    assert (td.null(200).p_values[1:] == 1 / 201).all() and td.null(200).p_values[0] > 0.5
+    assert (td.null(200).p_values[1:] == 1 / 201).all() and td.null(200).p_values[0] > 0.05
     for method in ("centroid", "linear", "cosine"):
         other = tv.task_decodability(activations, 5, method=method)
         assert all((other.at(layer) == 1).all() for layer in WORKS)

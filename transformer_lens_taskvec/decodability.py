@@ -465,12 +465,18 @@ def _flat(points: Tensor) -> Float[Tensor, "point d"]:
 
 
 def _distances(points: Float[Tensor, "point d"]) -> Float[Tensor, "point point"]:
-    """Euclidean distances, with every point infinitely far from itself."""
+    """Euclidean distances, with every point infinitely far from itself.
+
+    Points at the same distance, such as equal ones, would be ordered by their place in the list,
+    that is by task; something random, a ten-millionth of the spread, orders them instead.
+    """
     # The mean is taken off first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
     centred = (points - points.mean(dim=0)).double()
     squares = centred.square().sum(dim=1)
     squared = squares[:, None] + squares[None] - 2 * (centred @ centred.T)
-    return squared.clamp(min=0).sqrt().fill_diagonal_(float("inf"))
+    chance = torch.rand(squared.shape, generator=torch.Generator().manual_seed(0)).double()
+    apart = squared.clamp(min=0).sqrt() + chance * (1e-7 * squares.mean().sqrt() + 1e-30)
+    return apart.fill_diagonal_(float("inf"))
 
 
 def _vote(
