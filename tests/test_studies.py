@@ -42,6 +42,7 @@ def scores(accuracy: list[float], tasks: tuple[str, ...]) -> tv.Scores:
 
 
 @pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 @pytest.mark.parametrize("max_tokens", [None, 300])
 def test_one_pass_gives_what_two_give(model: Any, max_tokens: int | None) -> None:
     episodes = tv.sample_episodes(TASKS, 4, 2, seed=0)
