@@ -259,11 +259,13 @@ def collect_and_evaluate(
     chosen = check_layers(model, layers, hook)
     reader = _Reader(chosen, hook, int(model.cfg.d_model))
     tasks, labels = label(episodes)
+    groups = [(task, torch.where(labels == index)[0]) for index, task in enumerate(tasks)]
+    if variants_of is None:  # nothing depends on the task, and like lengths go together
+        groups = [("", torch.arange(len(labels)))]
     scores: list[Scores] = []
     values: Tensor | None = None
     with inference(model), tqdm(total=len(episodes), disable=not progress, leave=False) as bar:
-        for index, task in enumerate(tasks):
-            own = torch.where(labels == index)[0]
+        for task, own in groups:
             some = [episodes[row] for row in own.tolist()]
             variants: list[Variant] = [[], *(variants_of(task) if variants_of else ())]
             check_variants(model, variants)
