@@ -131,8 +131,10 @@ def _over_checkpoints(
     def study(loaded: Any) -> Study:
         return run_study(loaded, bitwise_tasks(), shots=shots, steer_shots=(), **options)
 
+    # What another size, seed or prompt left is not what is asked for.
+    kept = out / "n{n}-seed{seed}-bos{prepend_bos:d}".format(**options)
     found = over_checkpoints(
-        model, checkpoints, study, load=load, folder=out, progress=bool(options["progress"])
+        model, checkpoints, study, load=load, folder=kept, progress=bool(options["progress"])
     )
     figures = save_figures({"over_checkpoints": figure_of(plot_checkpoints(found)[0])}, out)
     rows = json.loads(found.to_frame().to_json(orient="records"))
@@ -156,7 +158,9 @@ def _finetune(model: str, out: Path, options: dict[str, Any], samples: int) -> l
     )
     frame = found.to_frame()
     below = {
-        name: float(found.td_below(name).max()) for name in found.studies if found.layers[name]
+        name: float(found.td_below(name).max())
+        for name in found.studies
+        if min(found.layers[name], default=0) > 0
     }
     lines = [f"# Finetuning by depth: {model}, bitwise, 4 shots, {samples} samples", ""]
     lines += [*markdown(frame), ""]
