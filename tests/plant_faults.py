@@ -85,9 +85,9 @@ FAULTS = [
         "masked_fill(behind, 1.0)",
         "tests/test_evaluate.py",
     ),
-    Fault("decodability.py", '.fill_diagonal_(float("inf"))', "", TD),
-    Fault("decodability.py", "1 - nearest / (2 *", "1 + nearest / (2 *", TD),
-    Fault("decodability.py", "(counts / (counts - 1))[labels]", "(counts / counts)[labels]", TD),
+    Fault("readouts.py", '.fill_diagonal_(float("inf"))', "", TD),
+    Fault("readouts.py", "1 - nearest / (2 *", "1 + nearest / (2 *", TD),
+    Fault("readouts.py", "(counts / (counts - 1))[labels]", "(counts / counts)[labels]", TD),
     Fault(
         "decodability.py",
         "matrix[second, first] = hits[pair == 1]",

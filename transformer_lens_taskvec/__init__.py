@@ -1,10 +1,8 @@
 """Task vectors in TransformerLens: extract, inject, ablate, score, and measure decodability."""
 
 from transformer_lens_taskvec.analyses import (
-    LayerSweep,
     PerturbationMatrix,
     SteeringEffect,
-    layer_sweep,
     perturbation_matrix,
     steering_effect,
 )
@@ -37,6 +35,7 @@ from transformer_lens_taskvec.heads import (
 from transformer_lens_taskvec.interventions import Intervention, ablate, inject
 from transformer_lens_taskvec.models import HookedModel, boot, load_hf_model, load_model
 from transformer_lens_taskvec.plots import (
+    explore_embedding,
     plot_checkpoints,
     plot_decodability,
     plot_embedding,
@@ -69,6 +68,7 @@ from transformer_lens_taskvec.prompts import (
     zero_shot,
 )
 from transformer_lens_taskvec.studies import Study, run_study, split_pos_tasks
+from transformer_lens_taskvec.sweeps import LayerSweep, layer_sweep
 from transformer_lens_taskvec.tasks import (
     Example,
     Task,
@@ -131,6 +131,7 @@ __all__ = [
     "decodability_sensitivity",
     "evaluate",
     "evaluate_many",
+    "explore_embedding",
     "find_tasks",
     "finetune_layers",
     "finetuning_study",

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Task vectors in language models: extract, inject, measure.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -27,12 +26,48 @@ DEMO_TASKS = (
     "en_fr",
 )
 
+
+def _task_names(incomplete: str) -> list[str]:
+    """What may follow in a list of tasks with commas, for the shell's completion."""
+    from transformer_lens_taskvec.tasks import all_tasks
+
+    done, comma, started = incomplete.rpartition(",")
+    return [f"{done}{comma}{name}" for name in all_tasks() if name.startswith(started)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from transformer_lens_taskvec import __version__
+
+        typer.echo(f"taskvec {__version__}")
+        raise typer.Exit
+
+
 Out = Annotated[Path, typer.Option(help="Folder for results.json, the vectors and the figures.")]
-Model = Annotated[str, typer.Option(help="'smollm2', or any model name of TransformerLens.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'smollm2', 'toy', or any model name of TransformerLens.",
+        autocompletion=lambda: ["smollm2", "toy"],
+    ),
+]
 Shots = Annotated[int, typer.Option(min=0, help="Demonstrations in a few-shot prompt.")]
 Count = Annotated[int, typer.Option(min=1, help="Train, dev and test episodes per task, of each.")]
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same results.")]
 Bos = Annotated[bool, typer.Option("--bos", help="Put a BOS token before every prompt.")]
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Task vectors in language models: extract, inject, measure.
+
+    Example: taskvec demo --out demo
+    """
 
 
 @app.command()
@@ -47,7 +82,11 @@ def demo(out: Out = Path("taskvec-demo"), seed: Seed = 0) -> None:
 @app.command()
 def run(
     tasks: Annotated[
-        str, typer.Option(help="Names with commas between them; 'taskvec tasks' lists them.")
+        str,
+        typer.Option(
+            help="Names with commas between them; 'taskvec tasks' lists them.",
+            autocompletion=_task_names,
+        ),
     ],
     model: Model = "smollm2",
     shots: Shots = 8,
@@ -83,7 +122,10 @@ def tasks() -> None:
 def study(
     kind: Annotated[
         str,
-        typer.Argument(help="'pos', 'bitwise', 'prompting', 'finetune' or 'checkpoints'."),
+        typer.Argument(
+            help="'pos', 'bitwise', 'prompting', 'finetune' or 'checkpoints'.",
+            autocompletion=lambda: ["pos", "bitwise", "prompting", "finetune", "checkpoints"],
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and figures.")],
     model: Model = "smollm2",
@@ -132,7 +174,12 @@ def study(
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one goes on.")],
-    preset: Annotated[str, typer.Option(help="'small', 'paper' or 'toy'.")] = "small",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="'small', 'paper' or 'toy'.", autocompletion=lambda: ["small", "paper", "toy"]
+        ),
+    ] = "small",
     steps: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="'cpu', 'cuda'; CUDA if there is any.")] = None,

@@ -8,8 +8,7 @@ TD means something only over tasks whose inputs look alike.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -20,14 +19,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.collect import Activations, layer_index
+from transformer_lens_taskvec.readouts import (
+    WITH_NEIGHBOURS,
+    Method,
+    distances,
+    readout,
+    readout_name,
+    vote,
+)
 from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.statistics import bootstrap_interval, cross_fitted_best
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Method = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
-"""Scores every point: 1 where its task is read off rightly, 0 where not."""
 
 _AT_ONCE = 50
 """Permutations at once."""
@@ -106,7 +110,7 @@ class Decodability(Shown):
         """
         points = _flat(self.activations.at(layer))
         labels = self.activations.labels
-        method = _method(self.method, self.k)
+        method = readout(self.method, self.k)
         matrix = torch.full((len(self.tasks), len(self.tasks)), float("nan"))
         for first, second in combinations(range(len(self.tasks)), 2):
             chosen = (labels == first) | (labels == second)
@@ -198,15 +202,15 @@ class Decodability(Shown):
     ) -> Iterator[tuple[int, Float[Tensor, "some point"]]]:
         """Hits under permuted labels, some permutations at a time, with where they begin."""
         if self.method != "knn":
-            method = _method(self.method, self.k)
+            method = readout(self.method, self.k)
             for start, labels in enumerate(permuted):
                 yield start, method(points, labels).float()[None]
             return
-        nearest, neighbours = _distances(points).topk(self.k, dim=1, largest=False)
+        nearest, neighbours = distances(points).topk(self.k, dim=1, largest=False)
         small = permuted.to(torch.int8)
         for start in range(0, len(small), _AT_ONCE):
             some = small[start : start + _AT_ONCE]
-            yield start, (_vote(some[:, neighbours], nearest, len(self.tasks)) == some).float()
+            yield start, (vote(some[:, neighbours], nearest, len(self.tasks)) == some).float()
 
     def __repr__(self) -> str:
         best = self.best_layer
@@ -214,7 +218,7 @@ class Decodability(Shown):
             f"{task} {score:.2f}"
             for task, score in zip(self.tasks, self.at(best).tolist(), strict=True)
         )
-        how = f"k={self.k}" if self.method == "knn" else f"{_name(self.method)}"
+        how = f"k={self.k}" if self.method == "knn" else f"{readout_name(self.method)}"
         return (
             f"Decodability(best layer {best}: mean {float(self.mean.max()):.3f}, "
             f"{self.held_out:.3f} on points it was not chosen on "
@@ -298,7 +302,7 @@ def task_decodability(
             f"decodability needs two tasks or more to tell apart; got {list(activations.tasks)}"
         )
     _check_k(k, len(labels))
-    of_points = _method(method, k)
+    of_points = readout(method, k)
     n_layers = len(activations.layers)
     hits = [of_points(_flat(activations.values[:, index]), labels) for index in range(n_layers)]
     return Decodability(torch.stack(hits).float(), activations, k, method)
@@ -338,14 +342,14 @@ def decodability_sensitivity(
             raise ValueError(f"n is {n}; it must be between 2 and {smallest}, the smallest task's")
         some = _drawn(activations, layer, n, seed)
         for method in methods:
-            has_k = method in _NEIGHBOURS
+            has_k = method in WITH_NEIGHBOURS
             for k in ks if has_k else ks[:1]:
                 if k >= len(some):
                     continue
                 found = task_decodability(some, k, method=method)
                 rows.append(
                     {
-                        "method": _name(method),
+                        "method": readout_name(method),
                         "k": k if has_k else None,
                         "n": n,
                         "layer": layer,
@@ -367,91 +371,6 @@ def _drawn(activations: Activations, layer: int, n: int, seed: int) -> Activatio
     return replace(activations, values=values, labels=activations.labels[rows], layers=(layer,))
 
 
-def _method(method: str | Method, k: int) -> Method:
-    """The function of a name; a function as it is."""
-    if callable(method):
-        return method
-    if method not in _METHODS:
-        raise ValueError(f"method is {method!r}; it must be a function or one of {list(_METHODS)}")
-    return _METHODS[method](k)
-
-
-def _name(method: str | Method) -> str:
-    return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-
-
-def _knn(k: int) -> Method:
-    def hits(points: Tensor, labels: Tensor) -> Tensor:
-        nearest, neighbours = _distances(points).topk(k, dim=1, largest=False)
-        return _vote(labels[neighbours], nearest, int(labels.max()) + 1) == labels
-
-    return hits
-
-
-def _cosine(k: int) -> Method:
-    def hits(points: Tensor, labels: Tensor) -> Tensor:
-        return _knn(k)(torch.nn.functional.normalize(points, dim=1), labels)
-
-    return hits
-
-
-def _centroid(_: int) -> Method:
-    def hits(points: Tensor, labels: Tensor) -> Tensor:
-        own = torch.nn.functional.one_hot(labels).to(points.dtype)
-        counts = own.sum(dim=0)
-        means = (own.T @ points) / counts[:, None]
-        distances = torch.cdist(points, means)
-        # Without the point its own mean is n / (n - 1) times as far from it; alone, nowhere.
-        without = (counts / (counts - 1))[labels]
-        to_own = (distances.gather(1, labels[:, None])[:, 0] * without).nan_to_num(torch.inf)
-        distances.scatter_(1, labels[:, None], to_own[:, None])
-        return distances.argmin(dim=1) == labels
-
-    return hits
-
-
-def _linear(_: int) -> Method:
-    try:
-        from sklearn.linear_model import RidgeClassifierCV
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise ImportError(
-            "the linear probe needs scikit-learn: pip install 'transformer-lens-taskvec[probe]'"
-        ) from error
-
-    def hits(points: Tensor, labels: Tensor) -> Tensor:
-        probe = make_pipeline(StandardScaler(), RidgeClassifierCV([1.0, 10.0, 100.0, 1e3, 1e4]))
-        folds = StratifiedKFold(5, shuffle=True, random_state=0)
-        predicted = cross_val_predict(probe, points.numpy(), labels.numpy(), cv=folds)
-        return torch.as_tensor(predicted) == labels
-
-    return hits
-
-
-def _divergence(k: int) -> Method:
-    def scores(points: Tensor, labels: Tensor) -> Tensor:
-        _, neighbours = _distances(points).topk(k, dim=1, largest=False)
-        n_classes = int(labels.max()) + 1
-        votes = (labels[neighbours] == labels[:, None]).sum(dim=1)
-        # One vote beside the neighbours', shared by all classes, keeps the logarithm finite.
-        share = (votes + 1 / n_classes) / (k + 1)
-        return (share * n_classes).log() / math.log(n_classes)
-
-    return scores
-
-
-_METHODS: Mapping[str, Callable[[int], Method]] = {
-    "knn": _knn,
-    "cosine": _cosine,
-    "centroid": _centroid,
-    "linear": _linear,
-    "divergence": _divergence,
-}
-_NEIGHBOURS = ("knn", "cosine", "divergence")
-
-
 def _check_k(k: int, n_points: int) -> None:
     if not 1 <= k < n_points:
         raise ValueError(
@@ -462,31 +381,6 @@ def _check_k(k: int, n_points: int) -> None:
 
 def _flat(points: Tensor) -> Float[Tensor, "point d"]:
     return points.flatten(start_dim=1).float()
-
-
-def _distances(points: Float[Tensor, "point d"]) -> Float[Tensor, "point point"]:
-    """Euclidean distances, with every point infinitely far from itself.
-
-    Points at the same distance, such as equal ones, would be ordered by their place in the list,
-    that is by task; something random, a ten-millionth of the spread, orders them instead.
-    """
-    # The mean is taken off first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
-    centred = (points - points.mean(dim=0)).double()
-    squares = centred.square().sum(dim=1)
-    squared = squares[:, None] + squares[None] - 2 * (centred @ centred.T)
-    chance = torch.rand(squared.shape, generator=torch.Generator().manual_seed(0)).double()
-    apart = squared.clamp(min=0).sqrt() + chance * (1e-7 * squares.mean().sqrt() + 1e-30)
-    return apart.fill_diagonal_(float("inf"))
-
-
-def _vote(
-    voters: Int[Tensor, "*many point k"], nearest: Float[Tensor, "point k"], n_classes: int
-) -> Int[Tensor, "*many point"]:
-    """The class with most votes; of tied ones the one whose voters are nearer in sum."""
-    # A vote weighs one, less a distance so small that it can only decide a tie.
-    weights = 1 - nearest / (2 * nearest.sum(dim=1, keepdim=True).clamp(min=1e-30))
-    scores = [(weights * (voters == one)).sum(dim=-1) for one in range(n_classes)]
-    return torch.stack(scores, dim=-1).argmax(dim=-1)
 
 
 def _share(hits: Float[Tensor, "many point"], own: Tensor) -> Float[Tensor, " many"]:

@@ -10,22 +10,20 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from transformer_lens_taskvec.analyses import LayerSweep, layer_sweep
 from transformer_lens_taskvec.collect import Activations, collect
 from transformer_lens_taskvec.comparison import Comparison, compare
 from transformer_lens_taskvec.controls import controls
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.evaluate import Scores, evaluate, evaluate_by_task
-from transformer_lens_taskvec.files import write_text, write_whole
+from transformer_lens_taskvec.files import write_text
 from transformer_lens_taskvec.interventions import inject
 from transformer_lens_taskvec.models import check_layers
 from transformer_lens_taskvec.prompts import (
@@ -35,6 +33,7 @@ from transformer_lens_taskvec.prompts import (
     zero_shot,
 )
 from transformer_lens_taskvec.shown import Shown
+from transformer_lens_taskvec.sweeps import LayerSweep, layer_sweep
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors import TaskVectors, task_vectors
 
@@ -145,29 +144,20 @@ class Experiment(Shown):
         Raises:
             OSError: If the folder cannot be written to; then none of the files is half-written.
         """
-        import matplotlib.pyplot as plt
-
         from transformer_lens_taskvec import plots
 
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-        figures: dict[str, Callable[[Any], Any]] = {
-            "layer_sweep.png": lambda ax: plots.plot_layer_sweep(self.sweep, ax),
-            "decodability.png": lambda ax: plots.plot_decodability(self.decodability, ax),
-            "embedding.png": lambda ax: plots.plot_embedding(
-                self.activations, self.decodability.best_layer, ax
-            ),
+        best = self.decodability.best_layer
+        figures = {
+            "layer_sweep": plots.plot_layer_sweep(self.sweep),
+            "decodability": plots.plot_decodability(self.decodability),
+            "embedding": plots.plot_embedding(self.activations, best),
         }
         with tempfile.TemporaryDirectory(prefix=".taskvec-", dir=out) as scratch:
             folder_of_parts = Path(scratch)
-            for name, draw in figures.items():
-                figure, ax = plt.subplots(figsize=plots.FIGURE_SIZE, layout="constrained")
-                try:
-                    draw(ax)
-                    write = partial(figure.savefig, dpi=150, format="png")
-                    write_whole(folder_of_parts / name, write)
-                finally:
-                    plt.close(figure)
+            drawn = {name: plots.figure_of(ax) for name, ax in figures.items()}
+            plots.save_figures(drawn, folder_of_parts)
             self.vectors.save(folder_of_parts / "vectors.safetensors")
             text = json.dumps(self.to_json(), indent=1)
             write_text(folder_of_parts / "results.json", text)

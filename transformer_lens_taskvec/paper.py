@@ -139,7 +139,7 @@ def _over_checkpoints(
     figures = save_figures({"over_checkpoints": figure_of(plot_checkpoints(found)[0])}, out)
     rows = json.loads(found.to_frame().to_json(orient="records"))
     lines = [f"# Over checkpoints: {model}", "", repr(found), "", *markdown(found.to_frame())]
-    lines += ["", *(f"![{path.name}]({path.name})" for path in figures)]
+    lines += ["", *(f"![{p.name}]({p.name})" for p in figures if p.suffix == ".png")]
     return [*_written(out, rows, lines), *figures]
 
 
@@ -176,7 +176,7 @@ def _finetune(model: str, out: Path, options: dict[str, Any], samples: int) -> l
     ]
     curves = {name: study.decodability[4] for name, study in found.studies.items()}
     figures = save_figures({"td_by_layer": figure_of(plot_decodability(curves))}, out)
-    lines += ["", *(f"![{path.name}]({path.name})" for path in figures)]
+    lines += ["", *(f"![{p.name}]({p.name})" for p in figures if p.suffix == ".png")]
     results = {name: study.to_json() for name, study in found.studies.items()}
     return [*_written(out, results, lines), *figures]
 

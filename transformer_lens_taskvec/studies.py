@@ -197,7 +197,10 @@ class Study(Shown):
         folder = Path(folder)
         paths = save_figures(self.figures(), folder)
         write_text(folder / "results.json", json.dumps(self.to_json(), indent=1) + "\n")
-        write_text(folder / "report.md", self.report(name, [path.name for path in paths]))
+        write_text(
+            folder / "report.md",
+            self.report(name, [path.name for path in paths if path.suffix == ".png"]),
+        )
         return [folder / "results.json", folder / "report.md", *paths]
 
     def __repr__(self) -> str:

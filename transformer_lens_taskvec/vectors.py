@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,14 @@ class TaskVectors(Shown):
             raise ValueError(
                 f"these vectors have width {self.values.shape[-1]}, "
                 f"{model_name(model)!r} has d_model {width}"
+            )
+
+    def check_tasks(self, tasks: Iterable[str]) -> None:
+        """Raise ``ValueError`` unless each of the tasks has a vector."""
+        missing = [task for task in dict.fromkeys(tasks) if task not in self.tasks]
+        if missing:
+            raise ValueError(
+                f"no vector for {', '.join(missing)}; the vectors are of: {', '.join(self.tasks)}"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

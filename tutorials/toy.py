@@ -12,9 +12,10 @@ import torch
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
-from transformer_lens_taskvec.plots import FIGURE_SIZE, save_figures
+from transformer_lens_taskvec.plots import FIGURE_SIZE, save_figures, styled
 
 
+@styled
 def over_training(run: lab.ToyRun) -> plt.Figure:
     """TD and accuracy at each evaluation of the training run, four shots."""
     figure, ax = plt.subplots(figsize=FIGURE_SIZE, layout="constrained")
@@ -22,11 +23,10 @@ def over_training(run: lab.ToyRun) -> plt.Figure:
     accuracy = run.accuracy[:, :-1, 4].mean(dim=1)
     for step, one, other in zip(run.steps, td.tolist(), accuracy.tolist(), strict=True):
         print(f"  step {step:5d}: TD {one:.2f}, accuracy {other:.2f}")
-    ax.plot(run.steps, td.tolist(), "o-", markersize=3, label="task decodability, best layer")
-    ax.plot(run.steps, accuracy.tolist(), "s-", markersize=3, label="accuracy, four shots")
+    ax.plot(run.steps, td.tolist(), "o-", label="task decodability, best layer")
+    ax.plot(run.steps, accuracy.tolist(), "s-", label="accuracy, four shots")
     ax.set(xlabel="training step", ylim=(-0.03, 1.03), title="The toy model over training")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend()
     return figure
 
 

@@ -19,6 +19,7 @@ from transformer_lens_taskvec.plots import (
     plot_oracles,
     plot_perturbation,
     plot_training,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -80,13 +81,14 @@ def _moments(emergence: Emergence) -> list[int]:
     return [emergence.steps[index] for index in sorted(chosen)]
 
 
+@styled
 def _panels(items: Sequence[Any], draw: Callable[[Any, Any], Any], title: str) -> Figure:
     import matplotlib.pyplot as plt
 
     columns = min(len(items), 4)
     rows = -(-len(items) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.6 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(3.4 * columns, 2.9 * rows), layout="constrained", squeeze=False
     )
     for ax, item in zip(grid.flat, items, strict=False):
         draw(item, ax)

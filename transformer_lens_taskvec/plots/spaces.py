@@ -1,0 +1,329 @@
+"""Figures of where representations lie: decodability, pairs of tasks, vectors, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_taskvec.collect import Activations
+from transformer_lens_taskvec.decodability import Decodability
+from transformer_lens_taskvec.plots.style import (
+    COLOURS,
+    GREY,
+    heat_map,
+    legend_beside,
+    new_axes,
+    styled,
+    task_style,
+    whole_numbers,
+)
+from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from plotly.graph_objects import Figure as InteractiveFigure
+
+
+@styled
+def plot_decodability(
+    decodability: Decodability | Mapping[Any, Decodability], ax: Axes | None = None
+) -> Axes:
+    """Task decodability by layer.
+
+    Args:
+        decodability: One: a line a task, their mean in black. Or several, by number of shots or by
+            name: a line each, the mean over tasks (the paper's Figure 19).
+        ax: Where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If it is an empty mapping.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 10, 4, seed=0)
+        >>> found = tv.task_decodability(tv.collect(model, episodes))
+        >>> tv.plot_decodability(found).get_ylabel()
+        'task decodability (k = 10)'
+    """
+    ax = new_axes(ax)
+    if isinstance(decodability, Decodability):
+        shown = decodability
+        for index, task in enumerate(shown.tasks):
+            scores = shown.scores[:, index].tolist()
+            ax.plot(shown.layers, scores, label=task, **task_style(index, task))
+        ax.plot(shown.layers, shown.mean.tolist(), color="black", linewidth=2, label="mean")
+    else:
+        if not decodability:
+            raise ValueError("decodability is empty; give one or several")
+        shown = next(iter(decodability.values()))
+        for index, (name, found) in enumerate(decodability.items()):
+            style, label = task_style(index), str(name)
+            if isinstance(name, int):  # shades of one colour, since more is more of the same
+                label = f"{name}-shot"
+                style |= {"color": COLOURS[0], "alpha": (index + 1) / len(decodability)}
+            ax.plot(found.layers, found.mean.tolist(), label=label, **style)
+    ax.axhline(shown.chance, color=GREY, linestyle="--", linewidth=1, label="chance")
+    ax.set(
+        xlabel="layer (from 0)",
+        ylabel=f"task decodability (k = {shown.k})",
+        ylim=(-0.03, 1.03),
+        title="Task decodability by layer",
+    )
+    whole_numbers(ax)
+    return legend_beside(ax)
+
+
+@styled
+def plot_pairwise(
+    decodability: Decodability, layer: int | None = None, ax: Axes | None = None
+) -> Axes:
+    """Heat map of the TD of each pair of tasks alone (the paper's Figure 23).
+
+    Args:
+        decodability: From :func:`~transformer_lens_taskvec.decodability.task_decodability`.
+        layer: The layer; by default the best.
+        ax: Where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the layer was not collected, or a pair has k points or fewer.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 10, 4, seed=0)
+        >>> found = tv.task_decodability(tv.collect(model, episodes))
+        >>> tv.plot_pairwise(found, layer=1).get_title()
+        'Decodability of pairs, layer 1'
+    """
+    layer = decodability.best_layer if layer is None else layer
+    values = decodability.pairwise(layer)
+    names = decodability.tasks
+    ax = heat_map(
+        (values + values.T) / 2,
+        names,
+        names,
+        ax,
+        label="task decodability of the pair",
+        colours="viridis",
+        ends=(0.5, 1.0),
+        written=".2f",
+    )
+    ax.set_title(f"Decodability of pairs, layer {layer}")
+    return ax
+
+
+@styled
+def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None = None) -> Axes:
+    """Heat map of the cosines between tasks' vectors, their mean over tasks taken off.
+
+    Args:
+        vectors: Of two tasks or more.
+        layer: The layer; by default the middle one of those there are.
+        ax: Where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there are no vectors at the layer.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> tv.plot_vectors(vectors, layer=1).get_title()
+        'Cosines of task vectors less their mean, layer 1'
+    """
+    layer = vectors.layers[len(vectors.layers) // 2] if layer is None else layer
+    values = torch.stack([vectors.at(task, layer) for task in vectors.tasks])
+    centred = torch.nn.functional.normalize(values - values.mean(dim=0), dim=-1)
+    cosines, names = centred @ centred.T, vectors.tasks
+    ax = heat_map(cosines, names, names, ax, label="cosine", colours="RdBu_r", ends=(-1, 1))
+    ax.set_title(f"Cosines of task vectors less their mean, layer {layer}")
+    return ax
+
+
+@styled
+def plot_embedding(
+    activations: Activations,
+    layer: int,
+    ax: Axes | None = None,
+    *,
+    method: str | None = None,
+    seed: int = 0,
+) -> Axes:
+    """A two-dimensional map of one layer's activations.
+
+    Args:
+        activations: The activations.
+        layer: The layer, counted from 0.
+        ax: Where to draw; new axes by default.
+        method: ``"umap"`` with the paper's settings (15 neighbours, min_dist 0.1), or ``"pca"``; by
+            default UMAP where umap-learn is installed.
+        seed: Seed of UMAP.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there is no such method or layer.
+        ImportError: If UMAP is asked for and not installed.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> activations = tv.collect(model, tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0))
+        >>> tv.plot_embedding(activations, layer=1, method="pca").get_title()
+        'Representations of the prompts, layer 1'
+    """
+    points, names = _mapped(activations, layer, method, seed)
+    ax = new_axes(ax)
+    for index, task in enumerate(activations.tasks):
+        own = points[activations.labels == index].T.tolist()
+        style = {**task_style(index, task), "s": 9, "alpha": 0.8, "linewidths": 0.5}
+        ax.scatter(*own, label=task, **style)
+    ax.set(xlabel=names[0], ylabel=names[1], title=f"Representations of the prompts, layer {layer}")
+    return legend_beside(ax)
+
+
+def explore_embedding(
+    activations: Activations,
+    episodes: Sequence[AnyEpisode] | None = None,
+    *,
+    method: str | None = None,
+    seed: int = 0,
+) -> InteractiveFigure:
+    """The same map to look around in: a slider over the layers, each prompt under the pointer.
+
+    Args:
+        activations: The activations, of one layer or more.
+        episodes: What they were collected from, in the same order, to show their texts.
+        method: As for :func:`plot_embedding`.
+        seed: Seed of UMAP.
+
+    Returns:
+        A figure of plotly (extra ``interactive``), which notebooks show; ``.write_html(path)`` for
+        a page of its own.
+
+    Raises:
+        ValueError: If there is no such method, or not as many episodes as activations.
+        ImportError: If plotly is not installed, or UMAP is asked for and not installed.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
+        >>> figure = tv.explore_embedding(tv.collect(model, episodes), episodes, method="pca")
+        >>> len(figure.data), len(figure.frames)  # tasks, layers
+        (7, 4)
+    """
+    try:
+        from plotly import graph_objects as go
+    except ImportError as error:
+        raise ImportError(
+            "this figure needs plotly: pip install 'transformer-lens-taskvec[interactive]'"
+        ) from error
+    if episodes is not None and len(episodes) != len(activations):
+        raise ValueError(f"there are {len(activations)} activations and {len(episodes)} episodes")
+    texts = _texts(activations, episodes)
+
+    def traces(layer: int, *, whole: bool) -> list[Any]:
+        points = _mapped(activations, layer, method, seed)[0]
+        drawn = []
+        for index, task in enumerate(activations.tasks):
+            own = activations.labels == index
+            places = {axis: points[own, at].tolist() for at, axis in enumerate("xy")}
+            style = {
+                "name": task,
+                "mode": "markers",
+                "marker": {"color": task_style(index, task)["color"], "size": 6},
+                "text": [texts[row] for row in own.nonzero()[:, 0].tolist()],
+                "hoverinfo": "text",
+            }
+            drawn.append(go.Scatter(**places, **(style if whole else {})))
+        return drawn
+
+    layers = activations.layers
+    frames = [go.Frame(data=traces(layer, whole=False), name=str(layer)) for layer in layers]
+    steps = [
+        {
+            "label": str(layer),
+            "method": "animate",
+            "args": [[str(layer)], {"mode": "immediate", "frame": {"duration": 0}}],
+        }
+        for layer in layers
+    ]
+    layout = {
+        "template": "simple_white",
+        "width": 640,
+        "height": 480,
+        "title": "Representations of the prompts",
+        "sliders": [{"currentvalue": {"prefix": "layer "}, "steps": steps}],
+    }
+    return go.Figure(data=traces(layers[0], whole=True), frames=frames, layout=layout)
+
+
+def _texts(activations: Activations, episodes: Sequence[AnyEpisode] | None) -> list[str]:
+    """What is said of each point: its task, and of an episode of text its prompt and answer."""
+    texts = []
+    for row, label in enumerate(activations.labels.tolist()):
+        lines = [f"<b>{escape(activations.tasks[label])}</b>"]
+        if episodes is not None:
+            episode = episodes[row]
+            lines += [escape(line) for line in str(episode.prompt).split("\n")]
+            lines[-1] += f" <i>{escape(str(episode.answer))}</i>"
+        texts.append("<br>".join(lines))
+    return texts
+
+
+def _mapped(
+    activations: Activations, layer: int, method: str | None, seed: int
+) -> tuple[Float[Tensor, "point 2"], tuple[str, str]]:
+    """The points of the map, and the names of its dimensions."""
+    if method not in (None, "umap", "pca"):
+        raise ValueError(f"method is {method!r}; it must be 'umap', 'pca' or None")
+    at = activations.at(layer).flatten(start_dim=1)
+    if method == "umap" or (method is None and find_spec("umap") is not None):
+        return _umap(at, seed), ("first UMAP dimension", "second")
+    points, shares = _principal_components(at)
+    first, second = (f"{100 * share:.0f}%" for share in shares)
+    return points, (f"first principal component ({first} of variance)", f"second ({second})")
+
+
+def _umap(points: Float[Tensor, "point d"], seed: int) -> Float[Tensor, "point 2"]:
+    try:
+        from umap import UMAP
+    except ImportError as error:
+        raise ImportError(
+            "UMAP needs umap-learn: pip install 'transformer-lens-taskvec[umap]'"
+        ) from error
+    mapped = UMAP(n_neighbors=15, min_dist=0.1, random_state=seed, n_jobs=1).fit_transform(
+        points.numpy()
+    )
+    return torch.from_numpy(mapped)
+
+
+def _principal_components(
+    points: Float[Tensor, "point d"],
+) -> tuple[Float[Tensor, "point 2"], Sequence[float]]:
+    centred = points.double() - points.double().mean(dim=0)
+    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+    shares = singular.square() / singular.square().sum().clamp(min=1e-30)
+    if len(singular) < 2:
+        raise ValueError("a two-dimensional map needs at least two points and two dimensions")
+    return (centred @ directions[:2].T).float(), shares[:2].tolist()
