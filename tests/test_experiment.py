@@ -67,7 +67,11 @@ def test_controls_stand_beside_the_task_vectors(smollm2: Any, experiment: tv.Exp
 def test_results_are_written_whole(experiment: tv.Experiment, tmp_path: Path) -> None:
     written = experiment.save(tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == sorted([*FIGURES, "results.json", "vectors.safetensors"]) == sorted(p.name for p in written)
+    assert (
+        names
+        == sorted([*FIGURES, "results.json", "vectors.safetensors"])
+        == sorted(p.name for p in written)
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["tasks"].keys() == set(TASKS)
     assert results["tasks"]["upper_case"].keys() > {"zero_shot", "icl", "injected", "p", "layer"}

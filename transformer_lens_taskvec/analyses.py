@@ -1,6 +1,6 @@
 """What task vectors do in prompts of other tasks, and what the right and the Null vector do.
 
-All of them are variants given to :func:`~transformer_lens_taskvec.evaluate.evaluate_many`.
+All of them are variants given to :func:`evaluate_many`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,17 @@ class PerturbationMatrix(Shown):
         targets: The tasks of the vectors.
         layer: The layer of the injection.
         baseline: The episodes without intervention.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
+        >>> matrix.nll.shape
+        torch.Size([6, 6])
+        >>> matrix.conditional_decoding > 5  # nats: the answers hang on the right vector
+        True
     """
 
     nll: Float[Tensor, "source target"]
@@ -92,6 +103,16 @@ class SteeringEffect(Shown):
         positive: The right task's vector injected.
         negative: The Null task's vector injected.
         layer: The layer of the injection.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> four_shot = tv.sample_episodes(tv.bitwise_tasks(), 10, 4, seed=0)
+        >>> one_shot = tv.sample_episodes(tv.bitwise_tasks(), 10, 1, seed=1)
+        >>> vectors = tv.task_vectors(tv.collect(model, four_shot))
+        >>> effect = tv.steering_effect(model, one_shot, vectors, layer=1)
+        >>> effect.positive.of("XOR").accuracy > effect.negative.of("XOR").accuracy
+        True
     """
 
     unperturbed: Scores
@@ -147,17 +168,27 @@ def perturbation_matrix(
         episodes: Usually few-shot ones.
         vectors: The vectors; their tasks are the columns.
         layer: The layer, counted from 0.
-        mode: As for :func:`~transformer_lens_taskvec.interventions.inject`.
-        scale: As for :func:`~transformer_lens_taskvec.interventions.inject`.
-        position: As for :func:`~transformer_lens_taskvec.interventions.inject`.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        mode: As for :func:`inject`.
+        scale: As for :func:`inject`.
+        position: As for :func:`inject`.
+        stop: As for :func:`evaluate`.
+        max_tokens: As for :func:`evaluate`.
 
     Returns:
         Changes in NLL and accuracy, ``[source task, target vector]``.
 
     Raises:
         ValueError: If there is no such layer, or the vectors are another model's.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
+        >>> row, column = matrix.sources.index("AND"), matrix.targets.index("NAND")
+        >>> bool(matrix.nll[row, column] > 1), round(float(matrix.accuracy[row, row]), 1)
+        (True, 0.0)
     """
     vectors.check_model(model)
     edits: dict[str, Variant] = {
@@ -196,9 +227,9 @@ def matrix_of_edits(
         episodes: The episodes; their tasks are the rows.
         edits: For each target the interventions that stand for it.
         layer: The layer they act in, for the record.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        prepend_bos: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        stop: As for :func:`evaluate`.
+        prepend_bos: As for :func:`evaluate`.
+        max_tokens: As for :func:`evaluate`.
     """
     scores = evaluate_many(
         model,
@@ -244,16 +275,26 @@ def steering_effect(
         vectors: The vectors, Null's among them.
         layer: The layer, counted from 0.
         null: The name of the task whose vector carries no task.
-        mode: As for :func:`~transformer_lens_taskvec.interventions.inject`.
-        scale: As for :func:`~transformer_lens_taskvec.interventions.inject`.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        mode: As for :func:`inject`.
+        scale: As for :func:`inject`.
+        stop: As for :func:`evaluate`.
+        max_tokens: As for :func:`evaluate`.
 
     Returns:
         The three scores of every episode.
 
     Raises:
         ValueError: If a task or ``null`` has no vector, or there is no such layer.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> four_shot = tv.sample_episodes(tv.bitwise_tasks(), 10, 4, seed=0)
+        >>> one_shot = tv.sample_episodes(tv.bitwise_tasks(), 10, 1, seed=1)
+        >>> vectors = tv.task_vectors(tv.collect(model, four_shot))
+        >>> frame = tv.steering_effect(model, one_shot, vectors, layer=1).to_frame()
+        >>> bool((frame.positive >= frame.negative)[frame.task != "Null"].all())
+        True
     """
     vectors.check_model(model)
     vectors.check_tasks([*(episode.task for episode in episodes), null])

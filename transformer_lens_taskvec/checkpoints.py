@@ -28,6 +28,16 @@ class OverCheckpoints(Shown):
         name: The model.
         checkpoints: The checkpoints, in the order they were given.
         results: ``checkpoint, task, shots, layer, td, accuracy, ...``: a study's rows at each.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_toy_run()
+        >>> def study(model):
+        ...     return tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12, steer_shots=())
+        >>> found = tv.over_checkpoints("toy", [run.steps[-1]], study, load=run.model)
+        >>> found.results.columns[:4].tolist()
+        ['checkpoint', 'task', 'shots', 'layer']
     """
 
     name: str

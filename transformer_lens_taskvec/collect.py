@@ -53,7 +53,7 @@ class Activations:
         source: Where the activations come from.
     """
 
-    values: Float[Tensor, "example layer *rest"]
+    values: Float[Tensor, "example layer ..."]
     labels: Int[Tensor, " example"]
     tasks: tuple[str, ...]
     layers: tuple[int, ...]

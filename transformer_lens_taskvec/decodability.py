@@ -47,6 +47,18 @@ class Decodability(Shown):
         activations: What it was computed from.
         k: The number of neighbours that vote.
         method: ``"knn"``, another of the methods' names, or a function.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> found = tv.task_decodability(tv.collect(model, episodes))
+        >>> found.scores.shape, found.best_layer
+        (torch.Size([4, 6]), 1)
+        >>> round(found.chance, 2), round(found.held_out, 1)
+        (0.17, 1.0)
+        >>> found.interval(layer=1).shape  # [task, low and high]
+        torch.Size([6, 2])
     """
 
     hits: Float[Tensor, "layer point"]
@@ -234,6 +246,14 @@ class DecodabilityNull:
         observed: Mean TD, ``[layer]``.
         permuted: Mean TD under permuted labels, ``[permutation, layer]``.
         layers: The layers, counted from 0.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> null = tv.task_decodability(tv.collect(model, episodes)).null(n_permutations=99)
+        >>> null.p_value, null.band().shape
+        (0.01, torch.Size([2, 4]))
     """
 
     observed: Float[Tensor, " layer"]
@@ -249,8 +269,8 @@ class DecodabilityNull:
     @property
     def p_value(self) -> float:
         """Of the highest TD over layers: each permutation's highest is what it is held against."""
-        as_high = (self.permuted.max(dim=1).values >= self.observed.max()).sum()
-        return float((1 + as_high) / (1 + len(self.permuted)))
+        as_high = int((self.permuted.max(dim=1).values >= self.observed.max()).sum())
+        return (1 + as_high) / (1 + len(self.permuted))
 
     def band(self, confidence: float = 0.95) -> Float[Tensor, "2 layer"]:
         """Where TD lies at each layer if labels mean nothing."""
@@ -295,6 +315,16 @@ def task_decodability(
         ValueError: If there is one task only, no such method, or ``k`` is not between 1 and the
             number of points less one.
         ImportError: If ``"linear"`` is asked for and scikit-learn is not installed.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 20, 4, seed=0)
+        >>> found = tv.task_decodability(tv.collect(model, episodes))
+        >>> found.mean.shape, found.best_layer, round(float(found.mean.max()), 1)
+        (torch.Size([4]), 1, 1.0)
+        >>> tv.task_decodability(tv.collect(model, episodes), method="centroid").best_layer
+        1
     """
     labels = activations.labels
     if len(activations.tasks) < 2:
@@ -332,6 +362,15 @@ def decodability_sensitivity(
 
     Raises:
         ValueError: As for :func:`task_decodability`, or if a task has fewer points than asked for.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> activations = tv.collect(model, episodes)
+        >>> frame = tv.decodability_sensitivity(activations, ks=(3, 5), ns=(10,), layer=1)
+        >>> list(zip(frame.method, frame.td.round(1)))
+        [('knn', 1.0), ('knn', 1.0), ('centroid', 1.0), ('cosine', 1.0), ('cosine', 1.0)]
     """
     layer = task_decodability(activations).best_layer if layer is None else layer
     smallest = int(torch.bincount(activations.labels).min())

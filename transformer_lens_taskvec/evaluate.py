@@ -241,8 +241,8 @@ def collect_and_evaluate(
         episodes: The episodes; their order is kept.
         variants_of: Gives variants of each task to score beside the model as it is, as many for
             each task; by default none.
-        layers: As for :func:`~transformer_lens_taskvec.collect.collect`.
-        hook: As for :func:`~transformer_lens_taskvec.collect.collect`.
+        layers: As for :func:`collect`.
+        hook: As for :func:`collect`.
         stop: As for :func:`evaluate`.
         prepend_bos: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
@@ -348,9 +348,9 @@ def evaluate_by_task(
         model: Any model with TransformerLens' hook API.
         episodes: The episodes; their order is kept.
         variants_of: Gives the variants of a task, as many for each task.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        prepend_bos: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        stop: As for :func:`evaluate`.
+        prepend_bos: As for :func:`evaluate`.
+        max_tokens: As for :func:`evaluate`.
         progress: Whether to show a progress bar.
 
     Returns:

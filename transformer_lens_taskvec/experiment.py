@@ -193,7 +193,7 @@ def run_experiment(
         n: Train, dev and test episodes per task, of each.
         seed: Seed of the sampling and the controls; the same seed gives the same results.
         template: How the episodes become text.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        stop: As for :func:`evaluate`.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         k: Neighbours for the decodability.
         progress: Whether to show progress bars.

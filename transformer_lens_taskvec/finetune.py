@@ -49,6 +49,11 @@ class LoraSettings:
         learning_rate: Of AdamW, with a linear decay to zero.
         target_modules: The linear maps that get adapters.
         template: How episodes become text.
+
+    Example:
+        >>> settings = LoraSettings(n_samples=900, learning_rate=5e-4)
+        >>> settings.rank, settings.alpha
+        (16, 16)
     """
 
     rank: int = 16
@@ -94,6 +99,17 @@ def finetune_layers(
         ImportError: If peft is not installed.
         ValueError: If there are no layers or tasks, a layer does not exist, or the adapter in the
             folder is of another training.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> from transformer_lens_taskvec import lab
+        >>> llama, tokenizer = lab.ToyConfig().llama(), lab.toy_tokenizer()
+        >>> tasks = tv.bitwise_tasks()
+        >>> settings = tv.LoraSettings(n_samples=12, n_shots=1)
+        >>> tuned = tv.finetune_layers(llama, tokenizer, tasks, [0], settings=settings)
+        >>> pairs = zip(llama.model.layers, tuned.model.layers)
+        >>> [bool((a.mlp.up_proj.weight == b.mlp.up_proj.weight).all()) for a, b in pairs]
+        [False, True, True, True]
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -134,6 +150,20 @@ class FinetuningStudy(Shown):
         studies: By the name of the setting, ``pretrained``, ``first n``, ``last n``.
         layers: The layers finetuned in each.
         unchanged: Whether every parameter outside them is the same to the bit, for each.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> from transformer_lens_taskvec import lab
+        >>> llama, tokenizer = lab.ToyConfig().llama(), lab.toy_tokenizer()
+        >>> tasks = tv.bitwise_tasks()
+        >>> few = tv.LoraSettings(n_samples=12, n_shots=1)
+        >>> def study(model):
+        ...     return tv.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
+        >>> found = tv.finetuning_study(llama, tokenizer, tasks, study, n_layers=1, settings=few)
+        >>> found.layers
+        {'pretrained': (), 'first 1': (0,), 'last 1': (3,)}
+        >>> found.unchanged
+        {'pretrained': True, 'first 1': True, 'last 1': True}
     """
 
     studies: dict[str, Study]
@@ -203,6 +233,18 @@ def finetuning_study(
 
     Returns:
         A study of each setting.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> from transformer_lens_taskvec import lab
+        >>> llama, tokenizer = lab.ToyConfig().llama(), lab.toy_tokenizer()
+        >>> tasks = tv.bitwise_tasks()
+        >>> few = tv.LoraSettings(n_samples=12, n_shots=1)
+        >>> def study(model):
+        ...     return tv.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
+        >>> found = tv.finetuning_study(llama, tokenizer, tasks, study, n_layers=1, settings=few)
+        >>> list(found.studies)
+        ['pretrained', 'first 1', 'last 1']
     """
     depth = int(hf_model.config.num_hidden_layers)
     chosen = {

@@ -29,6 +29,16 @@ class Fit(Shown):
         slope_interval: 95 % interval of the slope, by a bootstrap over points.
         r2_interval: The same of ``r2``.
         spearman_interval: The same of ``spearman``.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> study = tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> study.fit.points.columns.tolist()
+        ['task', 'shots', 'td', 'accuracy']
+        >>> low, high = study.fit.r2_interval
+        >>> low <= study.fit.r2 <= high
+        True
     """
 
     points: pd.DataFrame
@@ -79,6 +89,17 @@ def td_vs_accuracy(
 
     Raises:
         ValueError: If the shots or tasks of the two differ, or fewer than three points are left.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> td, scores = {}, {}
+        >>> for shots in (1, 2):
+        ...     episodes = tv.sample_episodes(tv.bitwise_tasks(), 12, shots, seed=shots)
+        ...     td[shots] = tv.task_decodability(tv.collect(model, episodes))
+        ...     scores[shots] = tv.evaluate(model, episodes)
+        >>> len(tv.td_vs_accuracy(td, scores).points)  # six tasks at two numbers of shots
+        12
     """
     by_shots = decodability if isinstance(decodability, Mapping) else {0: decodability}
     scored = scores if isinstance(scores, Mapping) else {0: scores}

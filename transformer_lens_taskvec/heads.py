@@ -197,7 +197,7 @@ def head_effects(
             None is every token, the whole head.
         seed: Seed of the shuffling.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
     Returns:
@@ -277,7 +277,7 @@ def function_vector(
         effects: The effects to choose by, when they are known already.
         seed: Seed of the shuffling.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
     Returns:

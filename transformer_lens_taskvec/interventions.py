@@ -3,7 +3,7 @@
 An intervention is a pair of a hook name and a hook function in one frozen value, so it goes as it
 is into ``model.run_with_hooks(tokens, fwd_hooks=[...])`` and ``model.hooks(fwd_hooks=[...])``, and
 into every function of this library that takes interventions. It acts on the rows of an activation
-``a`` at chosen positions; with ``v`` the vector times its scale:
+``a`` at chosen positions; with ``v`` the vector times its scale::
 
     replace  a' = v                       add      a' = a + v
     zero     a' = 0                       project  a' = a - (a . u) u,  u = v / |v|

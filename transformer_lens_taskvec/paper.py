@@ -55,7 +55,7 @@ def run_paper_study(
         kind: ``"pos"`` or ``"bitwise"`` (Figures 4, 19, 20, 23), ``"prompting"`` (App. I, on both
             sets of tasks), ``"finetune"`` (Table 1, on bitwise tasks), ``"checkpoints"`` (Figure 5,
             on bitwise tasks).
-        model: As for :func:`~transformer_lens_taskvec.models.load_model`; ``"toy"`` has checkpoints
+        model: As for :func:`load_model`; ``"toy"`` has checkpoints
             too.
         out: The folder.
         data: Sentences for ``"pos"`` and ``"prompting"``: a CoNLL-U file or a Penn Treebank folder;

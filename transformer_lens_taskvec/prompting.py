@@ -55,7 +55,7 @@ BITWISE_INSTRUCTIONS: Mapping[str, str] = {
     "XNOR": "XNOR",
     "Null": "Random",
 }
-"""Instructions that name the operator."""
+"""Instructions that name the operator; for :func:`prompting_study` and ``run_study``."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,6 +67,14 @@ class PromptingStudy(Shown):
         scores: The same conditions' scores.
         at_input: TD of the task from the prompt's mean input embedding, by condition.
         of_instruction: With random instructions, TD of the instruction instead of the task.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> tasks, names = tv.bitwise_tasks(), tv.BITWISE_INSTRUCTIONS
+        >>> study = tv.prompting_study(model, tasks, names, n_shots=2, n=12)
+        >>> list(study.decodability), study.to_frame().condition.tolist()
+        (['plain', 'instructed', 'random'], ['plain', 'instructed', 'random'])
     """
 
     decodability: dict[str, Decodability]
@@ -130,8 +138,20 @@ def prompting_study(
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         progress: Whether to show progress bars.
 
+    Returns:
+        TD and accuracy in each condition.
+
     Raises:
         KeyError: If a task has no instruction.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> tasks, names = tv.bitwise_tasks(), tv.BITWISE_INSTRUCTIONS
+        >>> study = tv.prompting_study(model, tasks, names, n_shots=2, n=12)
+        >>> told, plain = (study.at_input[kind].mean.max() for kind in ("instructed", "plain"))
+        >>> bool(told > plain)  # the name of the task is in the words
+        True
     """
     episodes = sample_episodes(tasks, n, n_shots, seed, template=template)
     names, rng = list(tasks), random.Random(seed)
@@ -163,8 +183,22 @@ def with_instructions(
 ) -> list[Episode]:
     """The same episodes, each with its task's instruction at the head of the prompt (App. I).
 
+    Args:
+        episodes: The episodes.
+        instructions: For each task a text.
+
+    Returns:
+        New episodes, in the same order.
+
     Raises:
         KeyError: If a task has no instruction.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 1, 1, seed=0)
+        >>> told = tv.with_instructions(episodes, tv.BITWISE_INSTRUCTIONS)
+        >>> told[0].prompt.splitlines()[0], told[0].prompt.endswith(episodes[0].prompt)
+        ('AND', True)
     """
     return [_instructed(episode, instructions[episode.task]) for episode in episodes]
 

@@ -75,6 +75,17 @@ class Study(Shown):
         layer: The layer of the interventions, the fit and the tables.
         fit: Accuracy against TD over tasks and shots, Null left out.
         settings: Sizes, seed, template.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> study = tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> list(study.decodability), list(study.steering)
+        ([1, 2], [1, 2])
+        >>> study.layer, study.steering[1].layer
+        (1, 1)
+        >>> study.to_frame().columns[:4].tolist()
+        ['task', 'shots', 'layer', 'td']
     """
 
     model: str
@@ -245,8 +256,8 @@ def run_study(
         seed: Seed of the sampling.
         template: How the episodes become text.
         instructions: For each task a text that the prompt begins with; see
-            :func:`~transformer_lens_taskvec.prompting.with_instructions`.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+            :func:`with_instructions`.
+        stop: As for :func:`evaluate`.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         progress: Whether to show progress bars.
 
@@ -255,7 +266,16 @@ def run_study(
 
     Raises:
         ValueError: If ``null`` is not among the tasks or ``steer_shots`` not among the shots, or as
-            for :func:`~transformer_lens_taskvec.prompts.sample_splits`.
+            for :func:`sample_splits`.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> study = tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> frame = study.to_frame()
+        >>> one_shot = frame[(frame.shots == 1) & (frame.task != "Null")]
+        >>> bool((one_shot.positive > one_shot.negative).all())
+        True
     """
     unknown = sorted(set(steer_shots or ()) - set(shots))
     if unknown:
@@ -306,8 +326,24 @@ def split_pos_tasks(
 ) -> tuple[dict[str, Task], dict[str, Task]]:
     """Part-of-speech tasks on disjoint train and test sentences (80/20 in the paper, App. G).
 
+    Args:
+        sentences: Tagged sentences; by default those that the package makes itself.
+        test_share: The share of the sentences that go to the test tasks.
+        seed: Seed of the split.
+
+    Returns:
+        The train tasks and the test tasks, by name, Null last.
+
     Raises:
         ValueError: If ``test_share`` is not between 0 and 1, or a part has no usable sentence.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> train, test = tv.split_pos_tasks()
+        >>> list(train)
+        ['Noun', 'Adjective', 'Verb', 'Adverb', 'Preposition', 'Pronoun', 'Null']
+        >>> set(train["Noun"].sentences) & set(test["Noun"].sentences)
+        set()
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share is {test_share}; it must be between 0 and 1")

@@ -36,6 +36,17 @@ class LayerSweep(Shown):
         layers: The layers, counted from 0.
         scales: What the vectors were multiplied with.
         controls: The same sweep, at the first scale, with each control in the vectors' place.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> sweep = tv.layer_sweep(model, tv.zero_shot(episodes), vectors)
+        >>> sweep.accuracy.shape, sweep.best_layer("XOR")
+        (torch.Size([4, 6]), 1)
+        >>> sweep.at(1)["XOR"]
+        1.0
     """
 
     correct: Bool[Tensor, "scale layer example"]
@@ -187,14 +198,14 @@ def layer_sweep(
         model: The model that the vectors come from.
         episodes: Usually zero-shot ones, with other queries than the vectors were taken from.
         vectors: Their layers are the layers of the sweep, their hook point is the one injected at.
-        mode: As for :func:`~transformer_lens_taskvec.interventions.inject`.
+        mode: As for :func:`inject`.
         scales: What the vectors are multiplied with, one sweep each.
         controls: Vectors to inject in the task vectors' place, from
-            :func:`~transformer_lens_taskvec.controls.controls`; True for those that are made of the
+            :func:`controls`; True for those that are made of the
             vectors alone. They are at the first scale.
         position: Where to inject; -1, the last prompt token, is by far the fastest.
-        stop: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
-        max_tokens: As for :func:`~transformer_lens_taskvec.evaluate.evaluate`.
+        stop: As for :func:`evaluate`.
+        max_tokens: As for :func:`evaluate`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -202,6 +213,18 @@ def layer_sweep(
 
     Raises:
         ValueError: If a task has no vector, or the vectors are another model's.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> new = tv.zero_shot(tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=1))
+        >>> sweep = tv.layer_sweep(model, new, vectors, controls=True)
+        >>> sweep.best_layer(), round(float(sweep.accuracy[1].mean()), 1)
+        (1, 1.0)
+        >>> round(float(sweep.controls["random"].accuracy[1].mean()), 1) < 0.5
+        True
     """
     vectors.check_model(model)
     if isinstance(controls, bool):

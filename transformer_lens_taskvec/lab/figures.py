@@ -42,6 +42,17 @@ def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[s
     Returns:
         Figures by name: ``training``, ``oracles``, ``embedding``, ``swaps``, ``td_by_layer``,
         ``head_pruning``.
+
+    Example:
+        >>> from matplotlib import pyplot as plt
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> ends = (run.steps[0], run.steps[-1])
+        >>> found = lab.emergence(run, steps=ends, n=11, n_oracle=20, progress=False)
+        >>> figures = lab.emergence_figures(run, found, n=11)
+        >>> sorted(figures)
+        ['embedding', 'head_pruning', 'oracles', 'swaps', 'td_by_layer', 'training']
+        >>> plt.close("all")
     """
     episodes = regression_episodes(run.config.mixture, n, emergence.n_shots, seed=_SEED)
     moments = _moments(emergence)

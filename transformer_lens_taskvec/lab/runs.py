@@ -41,7 +41,7 @@ _EVAL_SEED = 2_000_003
 class TrainConfig(Recipe):
     """The settings of a training run on a mixture; the defaults are the paper's (App. D).
 
-    Besides those of :class:`~transformer_lens_taskvec.lab.recipe.Recipe`:
+    Besides those of :class:`Recipe`:
 
     Attributes:
         mixture: What the sequences are drawn from.

@@ -1,6 +1,6 @@
 """The toy model: a small language model that infers bitwise tasks from a few demonstrations.
 
-It is a Llama of four layers and width 64, trained on prompts of :func:`bitwise_tasks`, and small
+It is a Llama of four layers and width 64, trained on prompts of ``bitwise_tasks``, and small
 enough to be shipped with the package and trained anew in minutes::
 
     taskvec train --preset toy --out runs/toy
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
 class ToyConfig(Recipe):
     """The settings of the toy model's training.
 
-    Besides those of :class:`~transformer_lens_taskvec.lab.recipe.Recipe`:
+    Besides those of :class:`Recipe`:
 
     Attributes:
         n_layers: Blocks of the model.

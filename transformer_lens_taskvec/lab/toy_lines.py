@@ -1,6 +1,6 @@
 """The toy model's sequences: their tokens, and what each token sees of them in training.
 
-Lines ``example:01011 11010->01010`` of :func:`bitwise_tasks`, as ``sample_episodes`` writes them,
+Lines ``example:01011 11010->01010`` of ``bitwise_tasks``, as ``sample_episodes`` writes them,
 made in batches. Why training hides some of them from some tokens is told in ``toy``.
 """
 

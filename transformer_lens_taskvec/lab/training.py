@@ -99,8 +99,8 @@ def train(
         compile: Whether to compile the model first; it pays on CUDA only.
 
     Returns:
-        The run, as :func:`~transformer_lens_taskvec.lab.runs.load_run` reads it, or
-        :func:`~transformer_lens_taskvec.lab.toy.load_toy_run` one of the toy model.
+        The run, as :func:`load_run` reads it, or
+        :func:`load_toy_run` one of the toy model.
 
     Raises:
         ValueError: If there is no such preset, or the folder holds a run with other settings.

@@ -38,7 +38,7 @@ def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
     Where the sweep has controls, a grey band spans what they do for any of the tasks.
 
     Args:
-        sweep: From :func:`~transformer_lens_taskvec.sweeps.layer_sweep`.
+        sweep: From :func:`layer_sweep`.
         ax: Where to draw; new axes by default.
 
     Returns:
@@ -81,7 +81,7 @@ def plot_checkpoints(
     """TD and accuracy over training checkpoints, a line a task (the paper's Figure 5).
 
     Args:
-        found: From :func:`~transformer_lens_taskvec.checkpoints.over_checkpoints`.
+        found: From :func:`over_checkpoints`.
         axes: Two axes to draw on; new ones by default.
         leave_out: A task whose accuracy means nothing.
 
@@ -119,7 +119,7 @@ def plot_td_vs_accuracy(fit: Fit, ax: Axes | None = None) -> Axes:
     """Accuracy against TD: a colour a task, a marker a number of shots (the paper's Figure 4).
 
     Args:
-        fit: From :func:`~transformer_lens_taskvec.fits.td_vs_accuracy`.
+        fit: From :func:`td_vs_accuracy`.
         ax: Where to draw; new axes by default.
 
     Returns:
@@ -165,7 +165,7 @@ def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
     task's. The bars' whiskers are 95 % intervals.
 
     Args:
-        effect: From :func:`~transformer_lens_taskvec.analyses.steering_effect`.
+        effect: From :func:`steering_effect`.
         ax: Where to draw; new axes by default.
 
     Returns:
@@ -206,7 +206,7 @@ def plot_prompting(study: PromptingStudy, ax: Axes | None = None) -> Axes:
     """TD, TD of the words alone, and accuracy: without, with and with random instructions.
 
     Args:
-        study: From :func:`~transformer_lens_taskvec.prompting.prompting_study`.
+        study: From :func:`prompting_study`.
         ax: Where to draw; new axes by default.
 
     Returns:
@@ -245,7 +245,7 @@ def plot_perturbation(
     """Heat map of the change in NLL: red where an injected vector does harm.
 
     Args:
-        matrix: From :func:`~transformer_lens_taskvec.analyses.perturbation_matrix`.
+        matrix: From :func:`perturbation_matrix`.
         ax: Where to draw; new axes by default.
         reach: Where the colours end; by default at the largest change.
 
@@ -295,7 +295,7 @@ def plot_head_effects(
     red is harm.
 
     Args:
-        effects: From :func:`~transformer_lens_taskvec.heads.head_effects`.
+        effects: From :func:`head_effects`.
         ax: Where to draw; new axes by default.
         task: One task; by default the mean over tasks.
         reach: Where the colours end; by default at the largest effect.

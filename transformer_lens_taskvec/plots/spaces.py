@@ -91,7 +91,7 @@ def plot_pairwise(
     """Heat map of the TD of each pair of tasks alone (the paper's Figure 23).
 
     Args:
-        decodability: From :func:`~transformer_lens_taskvec.decodability.task_decodability`.
+        decodability: From :func:`task_decodability`.
         layer: The layer; by default the best.
         ax: Where to draw; new axes by default.
 

@@ -29,7 +29,7 @@ def plot_training(
     """Each task's error over training, and under it its TD (the paper's Figure 4).
 
     Args:
-        emergence: From :func:`~transformer_lens_taskvec.lab.emergence.emergence`.
+        emergence: From :func:`~transformer_lens_taskvec.lab.emergence`.
         axes: Two axes to draw on, one above the other; new ones by default.
         layer: The layer of TD; by default the one with the highest at the last checkpoint.
 
@@ -81,7 +81,7 @@ def plot_oracles(
     """The model's error by position at some checkpoints, against the oracles' (Figure 3).
 
     Args:
-        emergence: From :func:`~transformer_lens_taskvec.lab.emergence.emergence`.
+        emergence: From :func:`~transformer_lens_taskvec.lab.emergence`.
         steps: Checkpoints; by default about four, to the last.
         ax: Where to draw; new axes by default.
 

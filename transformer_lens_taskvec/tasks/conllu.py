@@ -25,7 +25,7 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
     Words are the lines with a plain number; a contraction counts as its parts ("did", "n't"),
     and empty nodes, which the sentence does not pronounce, do not count. The text is the
     ``# text`` comment, or else the forms joined as ``SpaceAfter=No`` tells.
-    :func:`~transformer_lens_taskvec.tasks.pos.pos_tasks` sees to it that answers stand by
+    :func:`pos_tasks` sees to it that answers stand by
     themselves in that text.
 
     Args:
