@@ -39,7 +39,8 @@ def test_the_hardest_of_each_task_is_the_one_that_answers_most() -> None:
     found = tv.compare(ours, {"bad": scores(drawn(0.1, 1)), "good": scores(drawn(0.8, 2))})
     assert found.hardest().against.tolist() == ["good", "good"]
     assert "against good" in repr(found)
-    assert list(found.table()) == ["bad", "good"] and list(found.table().index) == ["a", "b"]
+    assert list(found.table()) == ["accuracy", "bad", "good"]
+    assert list(found.table().index) == ["a", "b"]
     assert found.table().good["a"].startswith(f"{found.differences.other[2]:.2f} [0.")
 
 

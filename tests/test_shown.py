@@ -25,6 +25,7 @@ def found(toy: Any) -> dict[str, Any]:
     return {
         "vectors": vectors,
         "decodability": tv.task_decodability(activations, 3),
+        "null": tv.task_decodability(activations, 3).null(20),
         "scores": scores,
         "sweep": tv.layer_sweep(toy, test, vectors),
         "matrix": tv.perturbation_matrix(toy, test, vectors, 1),

@@ -51,6 +51,16 @@ class Activations:
         tasks: The tasks' names, in order of first appearance.
         layers: The layers of the second axis, counted from 0.
         source: Where the activations come from.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> activations = tv.collect(model, episodes)
+        >>> activations.values.shape, activations.hook
+        (torch.Size([60, 4, 64]), 'resid_post')
+        >>> activations.at(1).shape, activations.tasks[activations.labels[0]]
+        (torch.Size([60, 64]), 'AND')
     """
 
     values: Float[Tensor, "example layer ..."]
@@ -116,6 +126,15 @@ def collect(
     Raises:
         ValueError: If there are no episodes, a layer or hook point does not exist, or a prompt
             has no tokens or no such position.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> tv.collect(model, episodes).values.shape  # [example, layer, d_model]
+        torch.Size([60, 4, 64])
+        >>> tv.collect(model, episodes, hook="attn_out", layers=[1]).values.shape
+        torch.Size([60, 1, 64])
     """
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")

@@ -18,10 +18,25 @@ class Comparison(Shown):
     """Differences in accuracy on the same episodes, a row a task and other way.
 
     Attributes:
-        differences: ``task, against, accuracy, other, other_low, other_high, difference, low, high,
-            p, p_holm, n``: both accuracies, the other's with Wilson's 95 % interval; their
-            difference with its 95 % interval by a bootstrap over episodes; the p-value of McNemar's
-            exact test, and the same after Holm's correction over all rows.
+        differences: ``task, against, accuracy, other, difference, low, high, p, p_holm, n`` and
+            ``accuracy_low``, ``accuracy_high``, ``other_low``, ``other_high``: both accuracies with
+            Wilson's 95 % intervals; their difference with its 95 % interval by a bootstrap over
+            episodes; the p-value of McNemar's exact test, and the same after Holm's correction over
+            all rows.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> sweep = tv.layer_sweep(model, tv.zero_shot(episodes), vectors, controls=True)
+        >>> others = {kind: control.scores_at(1) for kind, control in sweep.controls.items()}
+        >>> comparison = tv.compare(sweep.scores_at(1), others)
+        >>> list(comparison.table())
+        ['accuracy', 'random', 'other task', 'mean']
+        >>> hardest = comparison.hardest()  # for each task, the other that answers most
+        >>> bool((hardest.difference > 0).all())
+        True
     """
 
     differences: pd.DataFrame
@@ -31,15 +46,14 @@ class Comparison(Shown):
         return self.differences
 
     def table(self) -> pd.DataFrame:
-        """The other ways' accuracies with their intervals, a row a task and a column a way."""
-        written = [
-            f"{row.other:.2f} [{row.other_low:.2f}, {row.other_high:.2f}]"
-            for row in self.differences.itertuples()
-        ]
-        frame = self.differences.assign(written=written)
-        wide = frame.pivot(index="task", columns="against", values="written")
-        order = frame.task.drop_duplicates(), frame.against.drop_duplicates()
-        return wide.loc[order].rename_axis(columns=None)
+        """Accuracies with their intervals, a row a task: its own, and a column each other way."""
+        columns: dict[str, dict[str, str]] = {"accuracy": {}}
+        for row in self.differences.to_dict("records"):
+            for name, kind in (("accuracy", "accuracy"), (row["against"], "other")):
+                low, high = row[f"{kind}_low"], row[f"{kind}_high"]
+                cell = f"{row[kind]:.2f} [{low:.2f}, {high:.2f}]"
+                columns.setdefault(name, {})[row["task"]] = cell
+        return pd.DataFrame(columns).rename_axis("task")
 
     def hardest(self) -> pd.DataFrame:
         """For each task the row of the other way that answered most."""
@@ -75,6 +89,17 @@ def compare(
 
     Raises:
         ValueError: If the episodes differ, or nothing is given to compare with.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> xor = [episode for episode in tv.zero_shot(episodes) if episode.task == "XOR"]
+        >>> edits = [[tv.inject(vectors.at(task, 1), layer=1)] for task in ("XOR", "OR")]
+        >>> own, other = tv.evaluate_many(model, xor, edits)
+        >>> bool((tv.compare(own, other).differences.difference > 0.5).all())
+        True
     """
     from scipy.stats import binomtest  # half a second, that most imports do without
 
@@ -88,6 +113,7 @@ def compare(
         gain = scores.correct.float() - other.correct.float()
         for index, task in enumerate(scores.tasks):
             own = gain[scores.labels == index]
+            own_low, own_high = scores.of(task).interval()
             other_low, other_high = other.of(task).interval()
             better, worse = int((own > 0).sum()), int((own < 0).sum())
             low, high = bootstrap_interval(own, n_resamples=n_resamples, seed=seed).tolist()
@@ -97,6 +123,8 @@ def compare(
                     "task": task,
                     "against": name,
                     "accuracy": scores.of(task).accuracy,
+                    "accuracy_low": own_low,
+                    "accuracy_high": own_high,
                     "other": other.of(task).accuracy,
                     "other_low": other_low,
                     "other_high": other_high,

@@ -58,6 +58,16 @@ def controls(
     Raises:
         ValueError: If a kind is unknown, needs a model and episodes that are not given, or there is
             one task only.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> made = tv.controls(vectors, model, episodes)
+        >>> list(made)
+        ['random', 'other task', 'mean', 'shuffled labels', 'zero-shot', 'reinitialised']
+        >>> sweep = tv.layer_sweep(model, tv.zero_shot(episodes), vectors, controls=made)
     """
     known = (*FROM_VECTORS, *FROM_PROMPTS)
     given = model is not None and episodes is not None

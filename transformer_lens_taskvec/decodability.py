@@ -239,7 +239,7 @@ class Decodability(Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class DecodabilityNull:
+class DecodabilityNull(Shown):
     """TD beside what it would be if the labels meant nothing.
 
     Attributes:
@@ -276,6 +276,19 @@ class DecodabilityNull:
         """Where TD lies at each layer if labels mean nothing."""
         tail = (1 - confidence) / 2
         return torch.quantile(self.permuted, torch.tensor([tail, 1 - tail]), dim=0)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer: ``layer, td, null, null_low, null_high, p``, a 95 % band."""
+        low, high = self.band()
+        columns = {
+            "layer": torch.tensor(self.layers),
+            "td": self.observed,
+            "null": self.permuted.mean(dim=0),
+            "null_low": low,
+            "null_high": high,
+            "p": self.p_values,
+        }
+        return pd.DataFrame({name: values.tolist() for name, values in columns.items()})
 
     def __repr__(self) -> str:
         best = int(self.observed.argmax())

@@ -51,6 +51,17 @@ class Scores(Shown):
         stop: None, or ``"separator"`` where the separator had to follow the answer.
         prepend_bos: Whether a beginning-of-sequence token stood before the prompts.
         loss: What ``nll`` is, for the labels of figures.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> scores = tv.evaluate(model, episodes)
+        >>> scores.by_task()["XOR"], len(scores)
+        (1.0, 60)
+        >>> low, high = scores.interval()
+        >>> 0.9 < low < high <= 1
+        True
     """
 
     correct: Bool[Tensor, " example"]
@@ -148,6 +159,17 @@ def evaluate(
     Raises:
         ValueError: If there are no episodes, an answer has no tokens, or the model has no place
             for an intervention.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> queries = tv.zero_shot(episodes)
+        >>> plain = tv.evaluate(model, queries)
+        >>> injected = tv.evaluate(model, queries, [tv.inject(vectors.at("XOR", 1), layer=1)])
+        >>> plain.of("XOR").accuracy < injected.of("XOR").accuracy
+        True
     """
     return evaluate_many(
         model,
@@ -188,6 +210,16 @@ def evaluate_many(
 
     Raises:
         ValueError: As for :func:`evaluate`, or if there are no variants.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> variants = [[], *([tv.inject(vectors.at("XOR", layer), layer)] for layer in range(4))]
+        >>> xor = [episode for episode in tv.zero_shot(episodes) if episode.task == "XOR"]
+        >>> [scores.accuracy > 0.9 for scores in tv.evaluate_many(model, xor, variants)]
+        [False, False, True, False, False]
     """
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
@@ -253,6 +285,14 @@ def collect_and_evaluate(
 
     Raises:
         ValueError: As for both.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> activations, [scores] = tv.collect_and_evaluate(model, episodes)
+        >>> activations.values.shape, len(scores)
+        (torch.Size([60, 4, 64]), 60)
     """
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")

@@ -53,6 +53,13 @@ class Experiment(Shown):
         activations: Activations of the train episodes.
         vectors: The task vectors.
         settings: Shots, sizes, seed and template.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> found = tv.run_experiment(model, tv.bitwise_tasks(null=False), n_shots=4, n=12)
+        >>> found.layers["XOR"], found.to_frame().columns[:4].tolist()
+        (1, ['task', 'zero_shot', 'icl', 'injected'])
     """
 
     zero_shot: Scores
@@ -204,6 +211,13 @@ def run_experiment(
     Raises:
         ValueError: If a task is empty or cannot give so many shots, there are fewer than two
             tasks, or ``k`` is too large for ``n``.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> found = tv.run_experiment(model, tv.bitwise_tasks(null=False), n_shots=4, n=12)
+        >>> bool((found.to_frame().injected > found.to_frame().zero_shot).all())
+        True
     """
     chosen = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
     if len(chosen) < 2:

@@ -63,6 +63,18 @@ def generate(
     Raises:
         ValueError: If there are no prompts, a number is out of range, the model has no place for
             an intervention, or a cache is asked for that it cannot keep.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> prompts = ["example:01011 11010->"]
+        >>> vector = tv.inject(vectors.at("XOR", 1), layer=1)
+        >>> tv.generate(model, prompts, [vector], max_new_tokens=5)
+        ['10001']
+        >>> tv.generate(model, prompts, [tv.inject(vectors.at("OR", 1), layer=1)], max_new_tokens=5)
+        ['11011']
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")

@@ -38,6 +38,16 @@ class HeadEffects(Shown):
         baseline: Scores of the prompts that the heads were changed in, unchanged.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: None where means were put into shuffled prompts, else ``"zero"`` or ``"mean"``.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> effects = tv.head_effects(model, episodes, on=episodes, ablation="zero")
+        >>> effects.log_probability.shape  # [layer, head], mean over tasks
+        torch.Size([4, 4])
+        >>> bool(effects.log_probability.min() < -1)  # nats: some head is needed
+        True
     """
 
     probability_by_task: Float[Tensor, "task layer head"]
@@ -110,6 +120,14 @@ class FunctionVector:
         tasks: The tasks' names.
         heads: The heads it is made of, as (layer, head), the most effective first.
         effects: What the heads were chosen by.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vector = tv.function_vector(model, episodes, n_heads=2)
+        >>> vector["XOR"].shape, len(vector.heads)
+        (torch.Size([64]), 2)
     """
 
     values: Float[Tensor, "task d_model"]
@@ -206,6 +224,15 @@ def head_effects(
     Raises:
         ValueError: If ``ablation`` is unknown, a task has one episode only, or an episode has too
             few demonstrations to shuffle.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> pruned = tv.head_effects(model, episodes, on=episodes, ablation="zero")
+        >>> harm = -pruned.log_probability  # [layer, head]
+        >>> [divmod(int(place), 4) for place in harm.flatten().topk(2).indices]  # (layer, head)
+        [(2, 0), (1, 0)]
     """
     if ablation not in (None, "zero", "mean"):
         raise ValueError(f"ablation is {ablation!r}; it must be None, 'zero' or 'mean'")
@@ -285,6 +312,17 @@ def function_vector(
 
     Raises:
         ValueError: If there are not so many heads, or as for :func:`head_effects`.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vector = tv.function_vector(model, episodes, n_heads=2)
+        >>> edit = tv.inject(vector["XOR"], layer=1, mode="add")
+        >>> xor = [episode for episode in tv.zero_shot(episodes) if episode.task == "XOR"]
+        >>> plain, added = tv.evaluate_many(model, xor, [[], [edit]])
+        >>> added.mean_nll < plain.mean_nll
+        True
     """
     if effects is None:
         effects = head_effects(

@@ -78,6 +78,20 @@ class Intervention:
             position, those of the answer too.
         hook: The hook point within the block, ``"resid_post"`` for ``blocks.{l}.hook_resid_post``.
         head: One head of a hook point with a head axis (``"z"``), or None.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> vector = tv.inject(vectors.at("XOR", 1), layer=1)
+        >>> hook_name, hook_function = vector  # a pair, as in fwd_hooks
+        >>> hook_name
+        'blocks.1.hook_resid_post'
+        >>> tokens = model.to_tokens("example:01011 11010->", prepend_bos=False)
+        >>> logits = model.run_with_hooks(tokens, fwd_hooks=[vector])
+        >>> model.tokenizer.decode(logits[0, -1].argmax())
+        '1'
     """
 
     layer: int

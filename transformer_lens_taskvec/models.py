@@ -9,18 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from transformer_lens_taskvec.interventions import hook_name
 
 
+@runtime_checkable
 class HookedModel(Protocol):
     """The part of TransformerLens' hook API that the library uses.
 
     ``TransformerBridge``, ``HookedTransformer`` and any other ``HookedRootModule`` with these
     members serve.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> isinstance(model, tv.HookedModel)
+        True
     """
 
     cfg: Any
@@ -50,6 +57,12 @@ def load_model(name: str, **kwargs: Any) -> Any:
     Raises:
         ImportError: If ``"smollm2"`` is asked for and its packages are not installed.
         ValueError: If no model of that name can be loaded; the message says what to do.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")  # or "smollm2", "gpt2", "google/gemma-2-2b", ...
+        >>> type(model).__name__, model.cfg.n_layers, model.cfg.d_model
+        ('TransformerBridge', 4, 64)
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -74,9 +87,18 @@ def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
         name: ``"smollm2"``, or a name on the model hub.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``revision``, ...).
 
+    Returns:
+        The model and its tokenizer; :func:`boot` makes a hooked model of them.
+
     Raises:
         ImportError: As for :func:`load_model`.
         ValueError: As for :func:`load_model`.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> hf_model, tokenizer = tv.load_hf_model("smollm2")  # doctest: +SKIP
+        >>> tuned = tv.finetune_layers(hf_model, tokenizer, tasks, range(10))  # doctest: +SKIP
+        >>> model = tv.boot(tuned, tokenizer)  # doctest: +SKIP
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -114,6 +136,16 @@ def boot(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
         tokenizer: Its tokenizer.
         **kwargs: Passed to ``TransformerBridge.boot_transformers``; ``device`` (by default the one
             that TransformerLens chooses) and ``dtype`` (by default the model's own) take effect.
+
+    Returns:
+        The bridge, in evaluation mode.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> from transformer_lens_taskvec import lab
+        >>> model = tv.boot(lab.ToyConfig().llama(), lab.toy_tokenizer())
+        >>> model.cfg.n_layers, model.training
+        (4, False)
     """
     from transformer_lens.model_bridge import TransformerBridge
 

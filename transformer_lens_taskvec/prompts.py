@@ -255,7 +255,20 @@ def sample_splits(
 
 
 def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
-    """The same queries without their demonstrations."""
+    """The same queries without their demonstrations.
+
+    Args:
+        episodes: Episodes with any number of demonstrations.
+
+    Returns:
+        New episodes, in the same order.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 1, 2, seed=0)
+        >>> len(episodes[0].prompt.splitlines()), tv.zero_shot(episodes)[0].prompt.count("->")
+        (3, 1)
+    """
     return [replace(episode, demos=()) for episode in episodes]
 
 

@@ -41,6 +41,19 @@ class TaskVectors(Shown):
         tasks: The tasks' names.
         layers: The layers of the second axis, counted from 0.
         source: Where the vectors come from.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> vectors["XOR"].shape, vectors.at("XOR", 1).shape  # by layer, at layer 1
+        (torch.Size([4, 64]), torch.Size([64]))
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vectors.save(f"{folder}/bitwise.safetensors")
+        ...     tv.TaskVectors.load(f"{folder}/bitwise.safetensors", model).tasks
+        ('AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR')
     """
 
     values: Float[Tensor, "task layer d_model"]
@@ -199,6 +212,16 @@ def task_vectors(activations: Activations) -> TaskVectors:
 
     Raises:
         ValueError: If an activation is NaN or infinite.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> activations = tv.collect(model, episodes)
+        >>> vectors = tv.task_vectors(activations)
+        >>> mean = activations.values[activations.labels == 0].mean(dim=0)
+        >>> bool((vectors["AND"] - mean).abs().max() < 1e-5)
+        True
     """
     if not bool(torch.isfinite(activations.values).all()):
         raise ValueError("activations hold NaN or infinite values; their mean means nothing")

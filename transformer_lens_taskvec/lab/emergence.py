@@ -57,6 +57,17 @@ class Emergence(Shown):
         oracle_distance: Mean squared difference of the model's predictions from each oracle's over
             the second half of the sequence, ``[checkpoint, oracle]``.
         n_shots: Demonstrations before the query, for ``td`` and ``swaps``.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> last = run.steps[-1:]
+        >>> found = lab.emergence(run, steps=last, n=11, n_oracle=20, progress=False)
+        >>> found.td.shape, found.swaps[-1].sources  # [checkpoint, layer, task]
+        (torch.Size([1, 5, 4]), ('B1', 'B2', 'B3', 'B4'))
+        >>> ratio = found.swap_ratio[-1]  # [source, target]
+        >>> bool(ratio[0, 0] < ratio[0, 1])  # B1's own mean does less harm than B2's
+        True
     """
 
     steps: tuple[int, ...]
@@ -193,6 +204,14 @@ def emergence(
 
     Raises:
         ValueError: If there is no checkpoint at one of the steps.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> last = run.steps[-1:]
+        >>> found = lab.emergence(run, steps=last, n=11, n_oracle=20, progress=False)
+        >>> found.steps, found.best_layer
+        ((26000,), 4)
     """
     chosen = run.steps if steps is None else tuple(steps)
     if not chosen:
@@ -252,6 +271,15 @@ def swap_matrix(
 
     Raises:
         ValueError: If there is no such layer, or the episodes have no demonstrations.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> mixture = run.config.mixture
+        >>> train, test = (lab.regression_episodes(mixture, 20, seed=seed) for seed in (0, 1))
+        >>> swaps = lab.swap_matrix(run.model(), train, test, layer=3)
+        >>> swaps.nll.shape, bool(swaps.conditional_decoding > 0)
+        (torch.Size([4, 4]), True)
     """
     if train[0].n_shots < 1:
         raise ValueError("a swap needs demonstrations; n_shots is 0")
@@ -275,6 +303,12 @@ class PosteriorAgreement:
         n_shots: Demonstrations.
         layer: The layer of the representations.
         k: The number of neighbours.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> found = lab.posterior_agreement(lab.shipped_run(), n_shots=3, n=30)
+        >>> found.posterior.shape, bool(found.correlation > 0)
+        (torch.Size([120]), True)
     """
 
     posterior: Float[Tensor, " example"]
@@ -324,6 +358,12 @@ def posterior_agreement(
 
     Raises:
         ValueError: If the run's mixture has no bases.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> found = lab.posterior_agreement(lab.shipped_run(), n_shots=3, n=30)
+        >>> float(found.neighbours.mean()) < float(found.posterior.mean())
+        True
     """
     mixture = run.config.mixture
     if not isinstance(mixture, SparseLinearMixture):

@@ -33,6 +33,13 @@ class RegressionEpisode:
         answer: The query's noisy output.
         tolerance: How far off a prediction may be and still count as right.
         template: How the sequence is written down, for the record that results keep.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=1, n_shots=3)
+        >>> episode = episodes[0]
+        >>> episode.task, episode.n_shots, episode.prompt.shape  # x1 y1 x2 y2 x3 y3 x4
+        ('B1', 3, torch.Size([7, 8]))
     """
 
     task: str

@@ -38,6 +38,14 @@ class Batch:
         xs: Inputs, ``[batch, point, dim]``.
         ys: Noisy outputs, ``[batch, point]``.
         labels: The latent task of each sequence, an index into the mixture's ``tasks``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> batch.xs.shape, batch.ys.shape, batch.labels.shape
+        (torch.Size([4, 16, 8]), torch.Size([4, 16]), torch.Size([4]))
     """
 
     xs: Float[Tensor, "batch point dim"]
@@ -47,7 +55,18 @@ class Batch:
 
 @runtime_checkable
 class Mixture(Protocol):
-    """What training and evaluation need of a mixture."""
+    """What training and evaluation need of a mixture.
+
+    Any frozen dataclass that has these may be trained on: ``tasks`` are the names of the latent
+    tasks, ``dim`` is the dimension of an input, ``n_points`` the pairs in a sequence, and
+    ``sample`` draws sequences, of given tasks where ``labels`` says so.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> isinstance(mixture, lab.Mixture), mixture.tasks, mixture.dim, mixture.n_points
+        (True, ('B1', 'B2', 'B3', 'B4'), 8, 16)
+    """
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -182,14 +201,40 @@ class SparseLinearMixture:
 def linear(
     xs: Float[Tensor, "batch point dim"], generator: torch.Generator
 ) -> Float[Tensor, "batch point"]:
-    """``w.x`` with ``w ~ N(0, I)``."""
+    """``w.x`` with ``w ~ N(0, I)``.
+
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        generator: Source of randomness, on the device of ``xs``.
+
+    Returns:
+        Outputs without noise, ``[batch, point]``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> lab.linear(xs, torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 5])
+    """
     weights = _normal(generator, xs.shape[0], xs.shape[2])
     return torch.einsum("bpd,bd->bp", xs, weights)
 
 
 @dataclass(frozen=True)
 class SparseLinear:
-    """``w.x`` with all but ``rank`` coordinates of ``w``, chosen anew each time, set to zero."""
+    """``w.x`` with all but ``rank`` coordinates of ``w``, chosen anew each time, set to zero.
+
+    Attributes:
+        rank: How many coordinates are kept.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> lab.SparseLinear(rank=2)(xs, torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 5])
+    """
 
     rank: int = 4
 
@@ -209,7 +254,19 @@ class SparseLinear:
 
 @dataclass(frozen=True)
 class LeakyReLU:
-    """``leaky_relu(w.x)`` with ``w ~ N(0, I)``."""
+    """``leaky_relu(w.x)`` with ``w ~ N(0, I)``.
+
+    Attributes:
+        slope: Of the negative part.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> ys = lab.LeakyReLU(slope=0.0)(xs, torch.Generator().manual_seed(0))
+        >>> bool((ys >= 0).all())
+        True
+    """
 
     slope: float = 0.5
 
@@ -223,7 +280,22 @@ class LeakyReLU:
 def quadratic(
     xs: Float[Tensor, "batch point dim"], generator: torch.Generator
 ) -> Float[Tensor, "batch point"]:
-    """``(w.x)^2 / sqrt(2 dim)`` with ``w ~ N(0, I)``: about the variance of :func:`linear`."""
+    """``(w.x)^2 / sqrt(2 dim)`` with ``w ~ N(0, I)``: about the variance of :func:`linear`.
+
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        generator: Source of randomness, on the device of ``xs``.
+
+    Returns:
+        Outputs without noise, ``[batch, point]``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> bool((lab.quadratic(xs, torch.Generator().manual_seed(0)) >= 0).all())
+        True
+    """
     return linear(xs, generator).square() / math.sqrt(2 * xs.shape[2])
 
 
@@ -237,6 +309,14 @@ class LinearOnRepresentation:
     Attributes:
         width: Units of each layer; None for as many as the inputs have dimensions.
         seed: Seed of ``A`` and ``B``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> family = lab.LinearOnRepresentation()
+        >>> mixture = lab.RegressionFamilies({"representation": family}, dim=4)
+        >>> mixture.sample(2, torch.Generator().manual_seed(0)).ys.shape
+        torch.Size([2, 20])
     """
 
     width: int | None = None
@@ -344,7 +424,21 @@ class RegressionFamilies:
 def balanced_labels(
     n_tasks: int, n_per_task: int, device: torch.device | str = "cpu"
 ) -> Int[Tensor, " batch"]:
-    """``n_per_task`` of each label, in order: ``0, 0, ..., 1, 1, ...``."""
+    """``n_per_task`` of each label, in order: ``0, 0, ..., 1, 1, ...``.
+
+    Args:
+        n_tasks: How many labels there are.
+        n_per_task: How many of each.
+        device: Where to put them.
+
+    Returns:
+        Labels, ``[n_tasks * n_per_task]``.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> lab.balanced_labels(3, 2).tolist()
+        [0, 0, 1, 1, 2, 2]
+    """
     return torch.arange(n_tasks, device=device).repeat_interleave(n_per_task)
 
 

@@ -38,6 +38,12 @@ class RegressionConfig:
         model_name: What results call the model.
         device: Where the model was put at first; use ``model.cfg.device`` to read it.
         dtype: Of the parameters.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> config = lab.RegressionConfig(d_input=8, n_points=16, n_layers=2, n_heads=4, d_model=64)
+        >>> config.d_head, config.n_ctx
+        (16, 31)
     """
 
     d_input: int = 16
@@ -291,11 +297,19 @@ def interleave(
 ) -> Float[Tensor, "batch token dim"]:
     """The tokens ``x_1, y_1, ..., x_n`` of a sequence; the last ``y``, if given, is left out.
 
-    >>> interleave(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[9.0]]))[0].tolist()
-    [[1.0, 2.0], [9.0, 0.0], [3.0, 4.0]]
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        ys: Outputs, ``[batch, point]``, or of all points but the last.
+
+    Returns:
+        Tokens, ``[batch, 2 * point - 1, dim]``; an output is the first number of its token.
 
     Raises:
         ValueError: If there are not as many ``ys`` as ``xs``, or one fewer.
+
+    Example:
+        >>> interleave(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[9.0]]))[0].tolist()
+        [[1.0, 2.0], [9.0, 0.0], [3.0, 4.0]]
     """
     batch, n_points, dim = xs.shape
     if ys.shape not in ((batch, n_points), (batch, n_points - 1)):

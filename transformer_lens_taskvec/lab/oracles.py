@@ -35,6 +35,15 @@ class MixturePosterior:
     Attributes:
         probabilities: ``P(basis | demonstrations)``, ``[batch, point, task]``.
         by_basis: The prediction if the basis were known to be this one, ``[batch, point, task]``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> posterior = lab.bayes_mixture(mixture, batch.xs, batch.ys)
+        >>> posterior.probabilities.shape, posterior.prediction.shape
+        (torch.Size([4, 16, 4]), torch.Size([4, 16]))
     """
 
     probabilities: Float[Tensor, "batch point task"]
@@ -64,6 +73,18 @@ def bayes_mixture(
     Raises:
         ValueError: If the shapes do not fit, or the mixture has no noise: then the evidence of a
             wrong basis is zero and that of the right one has no density.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> posterior = lab.bayes_mixture(mixture, batch.xs, batch.ys)
+        >>> posterior.probabilities[0, 0].tolist()  # before the first pair
+        [0.25, 0.25, 0.25, 0.25]
+        >>> of_truth = posterior.probabilities[torch.arange(4), -1, batch.labels]
+        >>> bool(of_truth.mean() > 0.5)
+        True
     """
     _check(xs, ys)
     if xs.shape[2] != mixture.dim:
@@ -96,7 +117,27 @@ def true_basis_ridge(
     ys: Float[Tensor, "batch point"],
     labels: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch point"]:
-    """Ridge on the coordinates of each sequence's true basis: the optimum if the basis is known."""
+    """Ridge on the coordinates of each sequence's true basis: the optimum if the basis is known.
+
+    Args:
+        mixture: What the sequences are drawn from.
+        xs: Inputs, ``[batch, point, dim]``.
+        ys: Outputs, ``[batch, point]``.
+        labels: The basis of each sequence, ``[batch]``.
+
+    Returns:
+        Predictions, ``[batch, point]``; zero at the first point.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> predicted = lab.true_basis_ridge(mixture, batch.xs, batch.ys, batch.labels)
+        >>> late = (predicted - batch.ys)[:, 8:].square().mean()
+        >>> float(late) < 0.05  # the noise has a variance of 0.01
+        True
+    """
     by_basis = bayes_mixture(mixture, xs, ys).by_basis
     chosen = labels.to(xs.device)[:, None, None].expand(-1, xs.shape[1], 1)
     return by_basis.gather(2, chosen).squeeze(2)
@@ -121,6 +162,15 @@ def ridge(
 
     Raises:
         ValueError: If the penalty is not positive (:func:`least_squares` has none).
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> predicted = lab.ridge(batch.xs, batch.ys)
+        >>> predicted.shape, predicted[:, 0].tolist()
+        (torch.Size([4, 16]), [0.0, 0.0, 0.0, 0.0])
     """
     _check(xs, ys)
     if penalty <= 0:
@@ -134,7 +184,23 @@ def ridge(
 def least_squares(
     xs: Float[Tensor, "batch point dim"], ys: Float[Tensor, "batch point"]
 ) -> Float[Tensor, "batch point"]:
-    """Ordinary least squares in all dimensions: of least norm where it is not determined."""
+    """Ordinary least squares in all dimensions: of least norm where it is not determined.
+
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        ys: Outputs, ``[batch, point]``.
+
+    Returns:
+        Predictions, ``[batch, point]``; zero at the first point.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> lab.least_squares(batch.xs, batch.ys).shape
+        torch.Size([4, 16])
+    """
     _check(xs, ys)
     before = _sums_before(xs, ys)
     inverse = torch.linalg.pinv(before.gram, hermitian=True, rtol=1e-10)
@@ -165,6 +231,14 @@ def lasso(
     Raises:
         ValueError: If ``alpha`` is not positive.
         RuntimeError: If the search does not end, which points to inputs that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> lab.lasso(batch.xs, batch.ys, alpha=0.01).shape
+        torch.Size([4, 16])
     """
     _check(xs, ys)
     if alpha <= 0:
@@ -238,6 +312,12 @@ class OracleErrors:
         names: The oracles.
         mse: ``[oracle, point]``.
         n_sequences: Sequences that the means are over.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> errors = lab.oracle_errors(lab.SparseLinearMixture.small(), n_sequences=50)
+        >>> errors["ridge"].shape, errors.late("Bayes mixture") < errors.late("ridge")
+        (torch.Size([16]), True)
     """
 
     names: tuple[str, ...]
@@ -284,6 +364,12 @@ def oracle_errors(
 
     Returns:
         The errors.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> errors = lab.oracle_errors(lab.SparseLinearMixture.small(), n_sequences=50)
+        >>> errors.names
+        ('least squares', 'ridge', 'lasso', 'true basis', 'Bayes mixture')
     """
     generator = torch.Generator(device).manual_seed(seed)
     total: dict[str, Tensor] = {}
@@ -307,6 +393,17 @@ def oracle_predictions(
         batch: The sequences.
         alpha: As for :func:`oracle_errors`.
         penalty: As for :func:`oracle_errors`.
+
+    Returns:
+        Predictions by the oracles' names, ``[batch, point]`` each.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.SparseLinearMixture.small()
+        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> sorted(lab.oracle_predictions(mixture, batch))
+        ['Bayes mixture', 'lasso', 'least squares', 'ridge', 'true basis']
     """
     if penalty is None:
         penalty = _best_penalty(mixture)

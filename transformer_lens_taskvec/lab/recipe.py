@@ -32,6 +32,14 @@ class Recipe(ABC):
         schedule: What follows: ``"constant"``, or ``"cosine"`` down to zero at the last step.
         n_checkpoints: Evaluations, about evenly spaced in the logarithm of the step.
         n_eval: Sequences a task at each evaluation.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> recipe = lab.PRESETS["small"]
+        >>> isinstance(recipe, lab.Recipe), recipe.steps, recipe.optimizer
+        (True, 26000, 'muon')
+        >>> recipe.checkpoint_steps()[:3], recipe.checkpoint_steps()[-1]
+        ((0, 26, 31), 26000)
     """
 
     steps: int = 80_000

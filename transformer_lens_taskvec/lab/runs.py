@@ -50,6 +50,12 @@ class TrainConfig(Recipe):
         d_model: Width of the residual stream.
         init: ``"gpt2"`` for standard deviations of 0.02, ``"fan_in"`` for ones that keep the scale
             of activations; either way, smaller for projections back into the residual stream.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> config = lab.TrainConfig()
+        >>> config.n_layers, config.mixture.tasks, config.steps
+        (12, ('B1', 'B2', 'B3', 'B4'), 80000)
     """
 
     mixture: Mixture = field(default_factory=SparseLinearMixture)
@@ -127,6 +133,14 @@ class Run:
         steps: The steps at which there is an evaluation and a checkpoint.
         mse: Mean squared error at each of them, ``[checkpoint, task, point]``.
         train_mse: The mean error of the training steps since the checkpoint before; NaN at step 0.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> run.tasks, len(run.steps), run.finished
+        (('B1', 'B2', 'B3', 'B4'), 12, True)
+        >>> run.model().cfg.n_layers, run.late_mse[-1].shape
+        (5, torch.Size([4]))
     """
 
     path: Path
@@ -233,6 +247,15 @@ def evaluate_mixture(
         mixture: What the sequences are drawn from.
         n_eval: Sequences a task.
         seed: Their seed; by default the one that training evaluates with.
+
+    Returns:
+        Errors, ``[task, point]``.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> lab.evaluate_mixture(run.model(), run.config.mixture, n_eval=20).shape
+        torch.Size([4, 16])
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -248,6 +271,15 @@ def shipped_run() -> Run:
     """The run that comes with the package: ``small``, seed 0, a dozen checkpoints.
 
     ``taskvec train --preset small`` makes it anew; here its weights are float16.
+
+    Returns:
+        The run.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> run.steps[0], run.steps[-1], run.seed
+        (0, 26000, 0)
     """
     return load_run(Path(__file__).parent / "shipped" / "small")
 
@@ -264,6 +296,14 @@ def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Run:
         FileNotFoundError: If there is no run in the folder.
         ValueError: If the mixture is needed and not given, the run is one of the toy model, or a
             file is damaged.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = lab.shipped_run().export(f"{folder}/some", steps=[0, 26000])
+        ...     lab.load_run(f"{folder}/some").steps
+        (0, 26000)
     """
     path = Path(path)
     saved = read_settings(path)

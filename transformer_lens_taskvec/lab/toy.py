@@ -89,6 +89,14 @@ class ToyConfig(Recipe):
         d_mlp: Width of an MLP's hidden layer.
         by_arrow: The share of sequences in which the arrows alone see other lines.
         two_tasks: The share of sequences with lines of two tasks; the rest is plain.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> config = lab.ToyConfig()
+        >>> config.n_layers, config.d_model, config.steps
+        (4, 64, 1500)
+        >>> sum(weights.numel() for weights in config.llama().parameters())
+        177344
     """
 
     steps: int = 1_500
@@ -241,6 +249,15 @@ class ToyRun:
         accuracy: Exact match by number of demonstrations from 0, ``[checkpoint, task, shots]``.
         td: TD of the six operators at the last prompt token after four demonstrations,
             ``[checkpoint, layer, operator]``.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_toy_run()
+        >>> run.steps[-1], run.tasks
+        (1500, ('AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR', 'Null'))
+        >>> by_shots = run.accuracy[-1, :6].mean(dim=0)  # the six operators
+        >>> bool(by_shots[0] < 0.4), round(float(by_shots[4]), 1)
+        (True, 1.0)
     """
 
     path: Path
@@ -322,9 +339,23 @@ class ToyRun:
 def load_toy_run(path: str | Path) -> ToyRun:
     """Read a run of the toy model from its folder.
 
+    Args:
+        path: The folder that ``train`` wrote.
+
+    Returns:
+        The run.
+
     Raises:
         FileNotFoundError: If there is no run in the folder.
         ValueError: If it is a run on a mixture.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = lab.shipped_toy_run().export(f"{folder}/last", steps=[1500])
+        ...     lab.load_toy_run(f"{folder}/last").steps
+        (1500,)
     """
     path = Path(path)
     saved = read_settings(path)
@@ -359,6 +390,14 @@ def shipped_toy_run() -> ToyRun:
     """The run that comes with the package: a few checkpoints, the last of which is the toy model.
 
     ``taskvec train --preset toy`` makes it anew; here its weights are float16.
+
+    Returns:
+        The run.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> lab.shipped_toy_run().model().cfg.n_layers  # the same as load_model("toy")
+        4
     """
     return load_toy_run(Path(__file__).parent / "shipped" / "toy")
 

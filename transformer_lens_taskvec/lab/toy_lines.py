@@ -45,6 +45,15 @@ def toy_tokenizer() -> Any:
     """A token a character, with ``example:`` and ``->`` as tokens of their own.
 
     Text of printable ASCII characters and newlines comes back from its tokens as it was.
+
+    Returns:
+        A Hugging Face tokenizer.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> tokenizer = lab.toy_tokenizer()
+        >>> tokenizer.tokenize("example:01->")
+        ['example:', '0', '1', '->']
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -68,7 +68,13 @@ _DIVERGED = 10.0
 
 
 class TrainingDiverged(RuntimeError):
-    """The error or a parameter is no longer finite, or the error has grown beyond reason."""
+    """The error or a parameter is no longer finite, or the error has grown beyond reason.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> issubclass(lab.TrainingDiverged, RuntimeError)
+        True
+    """
 
 
 def train(
@@ -105,6 +111,16 @@ def train(
     Raises:
         ValueError: If there is no such preset, or the folder holds a run with other settings.
         TrainingDiverged: If the training broke down; the last good state is still in the folder.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> import dataclasses, tempfile
+        >>> config = dataclasses.replace(lab.PRESETS["small"], n_layers=1, n_checkpoints=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     half = lab.train(config, folder, steps=4, progress=False)
+        >>> half.steps[-1], half.finished
+        (4, True)
     """
     config = _resolve(config, steps)
     path = Path(out_dir)

@@ -7,6 +7,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
+from cycler import cycler
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,29 +22,6 @@ R = TypeVar("R")
 
 FIGURE_SIZE = (4.6, 2.9)
 """Width and height of a figure in inches; in a column of 3.4 inches its text has 6 to 7 points."""
-
-STYLE: Mapping[str, Any] = {
-    "figure.dpi": 140,
-    "savefig.dpi": 200,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "taskvec",  # the same figure gives the same file
-    "pdf.fonttype": 42,
-}
-"""What the figures set of matplotlib's settings; ``matplotlib.rc_context(STYLE)`` for your own."""
 
 # Paul Tol's "muted" and "bright" schemes, colour-blind safe; markers tell repeats apart.
 COLOURS = (
@@ -60,6 +38,31 @@ COLOURS = (
     "#EE6677",
     "#228833",
 )
+
+STYLE: Mapping[str, Any] = {
+    "figure.dpi": 140,
+    "savefig.dpi": 200,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "taskvec",  # the same figure gives the same file
+    "pdf.fonttype": 42,
+}
+"""What the figures set of matplotlib's settings; ``matplotlib.rc_context(STYLE)`` for your own."""
+
 MARKERS = "osD^vP*X"
 GREY = "#808080"
 
@@ -91,9 +94,14 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
         import matplotlib as mpl
 
-        settings: Any = dict(STYLE)
-        with mpl.rc_context(settings):
+        # Not rc_context: it also takes back what a notebook's backend sets when it first draws.
+        settings: Any = mpl.rcParams
+        before = {name: settings[name] for name in STYLE}
+        settings.update(STYLE)
+        try:
             return draw(*args, **kwargs)
+        finally:
+            settings.update(before)
 
     return drawn
 

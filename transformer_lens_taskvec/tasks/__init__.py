@@ -60,6 +60,12 @@ def all_tasks() -> dict[str, Task]:
 def find_tasks(names: Iterable[str]) -> dict[str, Task]:
     """Tasks of the package by their names.
 
+    Args:
+        names: As :func:`all_tasks` has them.
+
+    Returns:
+        The tasks by name, in the order asked for.
+
     Raises:
         ValueError: If there is no name, or none of the tasks has it; the message suggests one.
 

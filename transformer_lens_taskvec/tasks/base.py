@@ -28,6 +28,20 @@ class Task(Protocol):
     Any object with these two members is a task. A task that can give only a limited number of
     distinct inputs says how many through ``__len__``; one without ``__len__`` is taken to be
     unlimited.
+
+    Example:
+        >>> import random
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Length:
+        ...     name: str = "length"
+        ...     def sample(self, n, rng):
+        ...         words = ["a", "bee", "fly", "moth", "spider"]
+        ...         return [Example(word, str(len(word))) for word in rng.sample(words, n)]
+        ...     def __len__(self):
+        ...         return 5
+        >>> isinstance(Length(), Task), len(Length().sample(3, random.Random(0)))
+        (True, 3)
     """
 
     @property
