@@ -124,8 +124,9 @@ def collect(
         The activations, ``[example, layer, d_model]``.
 
     Raises:
-        ValueError: If there are no episodes, a layer or hook point does not exist, or a prompt
-            has no tokens or no such position.
+        ValueError: If there are no episodes, a layer or hook point does not exist or a layer is
+            named twice, a prompt has no tokens or no such position, or the model has no tokenizer
+            for texts or no beginning-of-sequence token to prepend.
 
     Example:
         >>> import transformer_lens_taskvec as tv

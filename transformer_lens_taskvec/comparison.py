@@ -27,9 +27,10 @@ class Comparison(Shown):
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> sweep = tv.layer_sweep(model, tv.zero_shot(episodes), vectors, controls=True)
+        >>> sizes = {"train": 10, "test": 10}
+        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
+        >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors, controls=True)
         >>> others = {kind: control.scores_at(1) for kind, control in sweep.controls.items()}
         >>> comparison = tv.compare(sweep.scores_at(1), others)
         >>> list(comparison.table())
@@ -81,7 +82,7 @@ def compare(
     Args:
         scores: The scores in question.
         against: Scores of the same episodes; or several, by name, such as those of controls.
-        n_resamples: Of the bootstrap over episodes.
+        n_resamples: Resamples of the bootstrap over episodes.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -93,12 +94,16 @@ def compare(
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> xor = [episode for episode in tv.zero_shot(episodes) if episode.task == "XOR"]
+        >>> sizes = {"train": 10, "test": 10}
+        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
+        >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
         >>> edits = [[tv.inject(vectors.at(task, 1), layer=1)] for task in ("XOR", "OR")]
         >>> own, other = tv.evaluate_many(model, xor, edits)
-        >>> bool((tv.compare(own, other).differences.difference > 0.5).all())
+        >>> comparison = tv.compare(own, {"vector of OR": other})
+        >>> comparison.to_frame()[["task", "against", "n"]].values.tolist()
+        [['XOR', 'vector of OR', 10]]
+        >>> bool(comparison.differences.difference[0] > 0)
         True
     """
     from scipy.stats import binomtest  # half a second, that most imports do without

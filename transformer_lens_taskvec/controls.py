@@ -37,7 +37,7 @@ def controls(
     """Vectors to hold task vectors against.
 
     - ``random``: a random direction, as long as the task's vector;
-    - ``other task``: the next task's vector;
+    - ``other task``: the vector of the task before it, of the last one for the first;
     - ``mean``: the mean over all tasks;
     - ``shuffled labels``: the mean over the same prompts with each one's answers shuffled;
     - ``zero-shot``: the mean over the same queries without demonstrations;
@@ -56,18 +56,22 @@ def controls(
         Vectors of the same tasks and layers, by kind.
 
     Raises:
-        ValueError: If a kind is unknown, needs a model and episodes that are not given, or there is
-            one task only.
+        ValueError: If a kind is unknown or needs a model and episodes that are not given, there is
+            one task only for ``other task`` or ``mean``, a task of the vectors has no episodes, or
+            an episode has too few demonstrations for ``shuffled labels``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> made = tv.controls(vectors, model, episodes)
+        >>> sizes = {"train": 10, "test": 10}
+        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
+        >>> made = tv.controls(vectors, model, sets["train"])
         >>> list(made)
         ['random', 'other task', 'mean', 'shuffled labels', 'zero-shot', 'reinitialised']
-        >>> sweep = tv.layer_sweep(model, tv.zero_shot(episodes), vectors, controls=made)
+        >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors, controls=made)
+        >>> all(control.at(1)["XOR"] < sweep.at(1)["XOR"] for control in sweep.controls.values())
+        True
     """
     known = (*FROM_VECTORS, *FROM_PROMPTS)
     given = model is not None and episodes is not None

@@ -57,10 +57,12 @@ class Scores(Shown):
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> scores = tv.evaluate(model, episodes)
-        >>> scores.by_task()["XOR"], len(scores)
-        (1.0, 60)
+        >>> round(scores.accuracy, 1), len(scores), scores.mean_nll < 0.1  # NLL in nats
+        (1.0, 60, True)
+        >>> round(scores.by_task()["XOR"], 1), len(scores.of("XOR"))
+        (1.0, 10)
         >>> low, high = scores.interval()
-        >>> 0.9 < low < high <= 1
+        >>> 0.8 < low < high <= 1
         True
     """
 
@@ -78,14 +80,21 @@ class Scores(Shown):
         return float(self.correct.double().mean())
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Wilson's interval of the accuracy."""
+        """Wilson's interval of the accuracy.
+
+        Args:
+            confidence: Its coverage, between 0 and 1.
+
+        Returns:
+            The lower and the upper end.
+        """
         share = self.correct.double().mean()
         low, high = wilson_interval(share, len(self), confidence)
         return float(low), float(high)
 
     @property
     def mean_nll(self) -> float:
-        """The mean NLL of the answers, in nats."""
+        """The mean of ``nll``: in nats, or squared error where answers are numbers."""
         return float(self.nll.double().mean())
 
     def of(self, task: str) -> Scores:
@@ -157,19 +166,20 @@ def evaluate(
         The scores, one an episode.
 
     Raises:
-        ValueError: If there are no episodes, an answer has no tokens, or the model has no place
-            for an intervention.
+        ValueError: If there are no episodes, a prompt or an answer has no tokens, the model has no
+            place for an intervention, or ``stop`` is unknown.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> queries = tv.zero_shot(episodes)
-        >>> plain = tv.evaluate(model, queries)
-        >>> injected = tv.evaluate(model, queries, [tv.inject(vectors.at("XOR", 1), layer=1)])
-        >>> plain.of("XOR").accuracy < injected.of("XOR").accuracy
-        True
+        >>> sizes = {"train": 10, "test": 10}
+        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
+        >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
+        >>> plain = tv.evaluate(model, xor)
+        >>> injected = tv.evaluate(model, xor, [tv.inject(vectors.at("XOR", 1), layer=1)])
+        >>> plain.accuracy < injected.accuracy, round(injected.accuracy, 1)
+        (True, 1.0)
     """
     return evaluate_many(
         model,
@@ -211,13 +221,17 @@ def evaluate_many(
     Raises:
         ValueError: As for :func:`evaluate`, or if there are no variants.
 
+    Warns:
+        UserWarning: If the model cannot share the pass; results are the same, only slower.
+
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> sizes = {"train": 10, "test": 10}
+        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
+        >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
         >>> variants = [[], *([tv.inject(vectors.at("XOR", layer), layer)] for layer in range(4))]
-        >>> xor = [episode for episode in tv.zero_shot(episodes) if episode.task == "XOR"]
         >>> [scores.accuracy > 0.9 for scores in tv.evaluate_many(model, xor, variants)]
         [False, False, True, False, False]
     """

@@ -52,14 +52,18 @@ class Experiment(Shown):
         decodability: TD of the train episodes.
         activations: Activations of the train episodes.
         vectors: The task vectors.
-        settings: Shots, sizes, seed and template.
+        settings: Shots, size of the sets, seed, template and ``stop``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
         >>> found = tv.run_experiment(model, tv.bitwise_tasks(null=False), n_shots=4, n=12)
-        >>> found.layers["XOR"], found.to_frame().columns[:4].tolist()
-        (1, ['task', 'zero_shot', 'icl', 'injected'])
+        >>> found.layers["XOR"], round(found.icl.accuracy, 1), round(found.injected.accuracy, 1)
+        (1, 1.0, 1.0)
+        >>> found.to_frame().columns.tolist()[:6]
+        ['task', 'zero_shot', 'icl', 'injected', 'low', 'high']
+        >>> list(found.controls)
+        ['random', 'other task', 'mean', 'shuffled labels', 'zero-shot', 'reinitialised']
     """
 
     zero_shot: Scores
@@ -210,13 +214,14 @@ def run_experiment(
 
     Raises:
         ValueError: If a task is empty or cannot give so many shots, there are fewer than two
-            tasks, or ``k`` is too large for ``n``.
+            tasks, a number is out of range, or ``k`` is not less than the number of train episodes.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
         >>> found = tv.run_experiment(model, tv.bitwise_tasks(null=False), n_shots=4, n=12)
-        >>> bool((found.to_frame().injected > found.to_frame().zero_shot).all())
+        >>> table = found.to_frame()
+        >>> bool((table.injected > table[["zero_shot", "control"]].max(axis=1)).all())
         True
     """
     chosen = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)

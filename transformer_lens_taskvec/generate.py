@@ -38,7 +38,7 @@ def generate(
     use_cache: bool | None = None,
     prepend_bos: bool = False,
 ) -> list[str]:
-    """Continue prompts under interventions.
+    r"""Continue prompts under interventions.
 
     An intervention acts at its positions of the prompt, and nowhere else unless ``every_token``
     asks for it: with a KV cache, in the first pass only.
@@ -61,8 +61,9 @@ def generate(
         The continuations, without the prompts.
 
     Raises:
-        ValueError: If there are no prompts, a number is out of range, the model has no place for
-            an intervention, or a cache is asked for that it cannot keep.
+        ValueError: If there are no prompts or one text in place of a list, a prompt has no tokens,
+            a number is out of range, the model has no place for an intervention, or a cache is
+            asked for that it cannot keep.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -70,10 +71,10 @@ def generate(
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> prompts = ["example:01011 11010->"]
-        >>> vector = tv.inject(vectors.at("XOR", 1), layer=1)
-        >>> tv.generate(model, prompts, [vector], max_new_tokens=5)
+        >>> for task in ("XOR", "OR"):
+        ...     edit = tv.inject(vectors.at(task, 1), layer=1)
+        ...     tv.generate(model, prompts, [edit], max_new_tokens=8, stop="\n")
         ['10001']
-        >>> tv.generate(model, prompts, [tv.inject(vectors.at("OR", 1), layer=1)], max_new_tokens=5)
         ['11011']
     """
     if isinstance(prompts, str) or not prompts:

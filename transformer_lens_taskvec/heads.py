@@ -43,11 +43,13 @@ class HeadEffects(Shown):
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> effects = tv.head_effects(model, episodes, on=episodes, ablation="zero")
-        >>> effects.log_probability.shape  # [layer, head], mean over tasks
+        >>> effects = tv.head_effects(model, episodes)
+        >>> effects.probability.shape  # [layer, head], mean over tasks
         torch.Size([4, 4])
-        >>> bool(effects.log_probability.min() < -1)  # nats: some head is needed
-        True
+        >>> effects.top(1)  # (layer, head)
+        ((1, 0),)
+        >>> effects.to_frame().columns.tolist()
+        ['task', 'layer', 'head', 'probability', 'log_probability']
     """
 
     probability_by_task: Float[Tensor, "task layer head"]
@@ -116,7 +118,7 @@ class FunctionVector:
     """The sum of some heads' mean contributions to the residual stream, for each task.
 
     Attributes:
-        values: ``[task, d_model]``.
+        values: ``[task, d_model]``, float32 on the CPU.
         tasks: The tasks' names.
         heads: The heads it is made of, as (layer, head), the most effective first.
         effects: What the heads were chosen by.
@@ -126,8 +128,8 @@ class FunctionVector:
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> vector = tv.function_vector(model, episodes, n_heads=2)
-        >>> vector["XOR"].shape, len(vector.heads)
-        (torch.Size([64]), 2)
+        >>> vector["XOR"].shape, vector.heads[0]
+        (torch.Size([64]), (1, 0))
     """
 
     values: Float[Tensor, "task d_model"]
@@ -212,27 +214,30 @@ def head_effects(
             leaks into its own measurement.
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
-            None is every token, the whole head.
+            None is every token, the whole head. Means are of the last prompt token in any case.
         seed: Seed of the shuffling.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
     Returns:
-        Effects on the answer's probability and log-probability, ``[layer, head]``.
+        Effects on the answer's probability and log-probability, ``[layer, head]``: the changed
+        prompt's less the unchanged one's, so that a head whose ablation harms has a negative one.
 
     Raises:
-        ValueError: If ``ablation`` is unknown, a task has one episode only, or an episode has too
-            few demonstrations to shuffle.
+        ValueError: If ``ablation`` is unknown, a task has one episode only and there is no ``on``,
+            an episode has too few demonstrations to shuffle or a task of ``on`` no clean episodes
+            (neither matters to ablation), or as for :func:`collect` and :func:`evaluate`.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> pruned = tv.head_effects(model, episodes, on=episodes, ablation="zero")
-        >>> harm = -pruned.log_probability  # [layer, head]
-        >>> [divmod(int(place), 4) for place in harm.flatten().topk(2).indices]  # (layer, head)
-        [(2, 0), (1, 0)]
+        >>> tv.head_effects(model, episodes).top(1)  # (layer, head) of the largest effect
+        ((1, 0),)
+        >>> pruned = tv.head_effects(model, episodes, ablation="zero")
+        >>> bool(pruned.log_probability[1, 0] < -1)  # nats: it is needed, too
+        True
     """
     if ablation not in (None, "zero", "mean"):
         raise ValueError(f"ablation is {ablation!r}; it must be None, 'zero' or 'mean'")
@@ -301,7 +306,8 @@ def function_vector(
         model: A model with attention heads and ``blocks[l].attn.W_O``.
         episodes: Clean few-shot episodes, of several tasks for heads that serve tasks in general.
         n_heads: How many heads, by their mean effect over tasks.
-        effects: The effects to choose by, when they are known already.
+        effects: The effects to choose by and the means to sum, when they are known already, from
+            :func:`head_effects` without ablation; ``episodes`` are not read then.
         seed: Seed of the shuffling.
         prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         max_tokens: As for :func:`evaluate`.
@@ -316,10 +322,11 @@ def function_vector(
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vector = tv.function_vector(model, episodes, n_heads=2)
+        >>> sizes = {"train": 10, "test": 10}
+        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
+        >>> vector = tv.function_vector(model, sets["train"], n_heads=2)
         >>> edit = tv.inject(vector["XOR"], layer=1, mode="add")
-        >>> xor = [episode for episode in tv.zero_shot(episodes) if episode.task == "XOR"]
+        >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
         >>> plain, added = tv.evaluate_many(model, xor, [[], [edit]])
         >>> added.mean_nll < plain.mean_nll
         True

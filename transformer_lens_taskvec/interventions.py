@@ -71,7 +71,7 @@ class Intervention:
     Attributes:
         layer: The block it acts in, counted from 0.
         mode: ``"replace"``, ``"add"``, ``"zero"``, ``"project"`` or a callable.
-        vector: ``[d]``, or None for ``"zero"``.
+        vector: ``[d]``, as it was given, before scaling; None for ``"zero"``.
         scale: What the vector is multiplied with.
         position: Positions within the prompt: negative from its end, others from its first real
             token (a padded batch needs negative ones when used as a bare hook); None for every
@@ -84,13 +84,13 @@ class Intervention:
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> vector = tv.inject(vectors.at("XOR", 1), layer=1)
-        >>> hook_name, hook_function = vector  # a pair, as in fwd_hooks
-        >>> hook_name
+        >>> edit = tv.inject(vectors.at("XOR", 1), layer=1)
+        >>> name, hook_function = edit  # a pair, as in fwd_hooks
+        >>> name
         'blocks.1.hook_resid_post'
         >>> tokens = model.to_tokens("example:01011 11010->", prepend_bos=False)
-        >>> logits = model.run_with_hooks(tokens, fwd_hooks=[vector])
-        >>> model.tokenizer.decode(logits[0, -1].argmax())
+        >>> logits = model.run_with_hooks(tokens, fwd_hooks=[edit])
+        >>> model.tokenizer.decode(logits[0, -1].argmax())  # of 10001
         '1'
     """
 
@@ -231,24 +231,29 @@ def inject(
     """Write a vector into an activation (Han et al. 2025, App. C).
 
     Args:
-        vector: ``[d]``, such as ``vectors["AND"][layer]``.
+        vector: ``[d]``, such as ``vectors.at("AND", layer)``.
         layer: The block to act in, counted from 0.
-        mode: ``"replace"``, ``"add"``, or a callable ``(rows [row, d], vector [d]) -> rows``.
+        mode: ``"replace"``, ``"add"``, or a callable ``(rows [row, d], vector [d]) -> rows``,
+            such as :meth:`TaskVectors.subspace` gives; it gets the vector times ``scale``.
         scale: Multiplies the vector.
-        position: One or several positions of the prompt, -1 its last token; None for all.
+        position: One or several positions of the prompt, -1 its last token, 0 its first; None for
+            all.
         hook: The hook point within the block, as TransformerLens names it.
-        head: One head, at a hook point with a head axis.
+        head: One head, counted from 0, at a hook point with a head axis (``"z"``).
 
     Returns:
         An intervention, usable as an element of ``fwd_hooks``.
 
     Raises:
-        ValueError: If the vector is not one finite vector, or an argument is out of range.
+        ValueError: If the vector is not one finite vector, the layer not a whole number from 0 on,
+            or the mode unknown. The model's layers and width are checked when it is used.
 
     Example:
-        >>> inject(torch.ones(4), 2, scale=0.5)
+        >>> import torch
+        >>> import transformer_lens_taskvec as tv
+        >>> tv.inject(torch.ones(4), 2, scale=0.5)
         Intervention(blocks.2.hook_resid_post, replace, |v|=2, scale=0.5, position=-1)
-        >>> inject(torch.ones(4), 2, mode="add")(torch.ones(1, 2, 4))
+        >>> tv.inject(torch.ones(4), 2, mode="add")(torch.ones(1, 2, 4))
         tensor([[[1., 1., 1., 1.],
                  [2., 2., 2., 2.]]])
     """
@@ -281,10 +286,15 @@ def ablate(
         An intervention, usable as an element of ``fwd_hooks``.
 
     Raises:
-        ValueError: If the mode is unknown, or ``with_`` is missing or superfluous.
+        ValueError: If the mode is unknown, ``with_`` is missing or superfluous or not one finite
+            vector, the direction has no length, or the layer is not a whole number from 0 on.
 
     Example:
-        >>> ablate(0, with_=torch.tensor([0.0, 2.0]), mode="project")(torch.ones(1, 1, 2))
+        >>> import torch
+        >>> import transformer_lens_taskvec as tv
+        >>> tv.ablate(0, hook="z", head=3)  # one attention head's output
+        Intervention(blocks.0.attn.hook_z, zero, head=3, position=-1)
+        >>> tv.ablate(0, with_=torch.tensor([0.0, 2.0]), mode="project")(torch.ones(1, 1, 2))
         tensor([[[1., 0.]]])
     """
     if mode not in ("zero", "mean", "project"):

@@ -21,7 +21,12 @@ class HookedModel(Protocol):
     """The part of TransformerLens' hook API that the library uses.
 
     ``TransformerBridge``, ``HookedTransformer`` and any other ``HookedRootModule`` with these
-    members serve.
+    members serve. Prompts of text need a ``tokenizer`` too, and function vectors
+    ``blocks[l].attn.W_O``.
+
+    Attributes:
+        cfg: The configuration, of which ``n_layers`` and ``d_model`` are read, and ``model_name``
+            and ``device`` where it has them.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -84,8 +89,10 @@ def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
     """A Hugging Face model and its tokenizer, to be changed before it becomes a hooked model.
 
     Args:
-        name: ``"smollm2"``, or a name on the model hub.
-        **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``revision``, ...).
+        name: ``"smollm2"``, a name on the model hub, or a folder that ``save_pretrained`` wrote;
+            not ``"toy"``.
+        **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, by default float32,
+            ``revision``, ...).
 
     Returns:
         The model and its tokenizer; :func:`boot` makes a hooked model of them.
@@ -95,10 +102,17 @@ def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
         ValueError: As for :func:`load_model`.
 
     Example:
+        >>> import tempfile
         >>> import transformer_lens_taskvec as tv
-        >>> hf_model, tokenizer = tv.load_hf_model("smollm2")  # doctest: +SKIP
-        >>> tuned = tv.finetune_layers(hf_model, tokenizer, tasks, range(10))  # doctest: +SKIP
-        >>> model = tv.boot(tuned, tokenizer)  # doctest: +SKIP
+        >>> from transformer_lens_taskvec import lab
+        >>> with tempfile.TemporaryDirectory() as folder:  # or "smollm2", "gpt2", ...
+        ...     _ = lab.ToyConfig().llama().save_pretrained(folder)
+        ...     _ = lab.toy_tokenizer().save_pretrained(folder)
+        ...     hf_model, tokenizer = tv.load_hf_model(folder)
+        ...     _ = hf_model.model.layers[3].mlp.down_proj.weight.data.zero_()  # any change
+        ...     model = tv.boot(hf_model, tokenizer)
+        >>> type(hf_model).__name__, hf_model.dtype, model.cfg.n_layers
+        ('LlamaForCausalLM', torch.float32, 4)
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -27,12 +27,13 @@ class PromptTemplate:
             task's name.
 
     Raises:
-        ValueError: If ``example`` lacks ``{x}`` or ``{y}``, or has ``{y}`` before ``{x}``, or a
-            text is not the beginning of the example where it must be.
+        ValueError: If ``example`` lacks ``{x}`` or ``{y}``, or has ``{y}`` before ``{x}`` or twice,
+            or if ``query`` lacks ``{x}`` or is not how ``example`` begins.
 
     Example:
-        >>> template = PromptTemplate("{x} -> {y}")
-        >>> template.render([Example("cat", "cats")], "dog")
+        >>> import transformer_lens_taskvec as tv
+        >>> template = tv.PromptTemplate("{x} -> {y}")
+        >>> template.render([tv.Example("cat", "cats")], "dog")
         'cat -> cats\ndog ->'
         >>> template.answer("dog", "dogs")
         ' dogs'
@@ -125,8 +126,16 @@ class AnyEpisode(Protocol):
 class Episode:
     r"""One in-context prompt: demonstrations of a task, and a query with its answer.
 
+    Attributes:
+        task: The task's name.
+        demos: The demonstrations, in the order of the prompt.
+        query: The query's input and output.
+        template: How the episode becomes text.
+
     Example:
-        >>> episode = Episode("plural", (Example("cat", "cats"),), Example("dog", "dogs"))
+        >>> import transformer_lens_taskvec as tv
+        >>> demos = (tv.Example("cat", "cats"),)
+        >>> episode = tv.Episode("plural", demos, tv.Example("dog", "dogs"))
         >>> episode.prompt
         'example:cat->cats\nexample:dog->'
         >>> episode.answer
@@ -159,7 +168,14 @@ class Episode:
         return len(self.demos)
 
     def with_answers(self, order: Sequence[int]) -> Episode:
-        """The same episode with its demonstrations' answers in another order."""
+        """The same episode with its demonstrations' answers in another order.
+
+        Args:
+            order: For each demonstration the index of the one whose answer it gets.
+
+        Raises:
+            ValueError: If the order is not as long as the demonstrations are many.
+        """
         demos = [
             Example(demo.x, self.demos[place].y)
             for demo, place in zip(self.demos, order, strict=True)
@@ -192,14 +208,18 @@ def sample_episodes(
         The episodes, task by task.
 
     Raises:
-        ValueError: If there is no task, a number is out of range, or a task cannot give
-            ``n_shots`` demonstrations and a query.
+        ValueError: If there is no task, two have the same name, a number is out of range, or a task
+            cannot give ``n_shots`` demonstrations and a query.
+        TypeError: If something among the tasks is not a task.
 
     Example:
-        >>> from transformer_lens_taskvec.tasks.base import mapping_task
-        >>> plural = mapping_task("plural", {"cat": "cats", "dog": "dogs", "cow": "cows"})
-        >>> [len(e.demos) for e in sample_episodes([plural], n=2, n_shots=1, seed=0)]
-        [1, 1]
+        >>> import transformer_lens_taskvec as tv
+        >>> plural = tv.mapping_task("plural", {"cat": "cats", "dog": "dogs", "cow": "cows"})
+        >>> episodes = tv.sample_episodes([plural], n=3, n_shots=2, seed=0)
+        >>> [episode.n_shots for episode in episodes]
+        [2, 2, 2]
+        >>> sorted(episode.query.x for episode in episodes)
+        ['cat', 'cow', 'dog']
     """
     return sample_splits(tasks, {"all": n}, n_shots, seed, template=template)["all"]
 
@@ -230,11 +250,14 @@ def sample_splits(
 
     Raises:
         ValueError: As for :func:`sample_episodes`, or if a task has fewer inputs than sets.
+        TypeError: As for :func:`sample_episodes`.
 
     Example:
-        >>> from transformer_lens_taskvec.tasks.base import mapping_task
-        >>> double = mapping_task("double", {str(i): str(2 * i) for i in range(20)})
-        >>> sets = sample_splits([double], {"train": 5, "test": 5}, n_shots=2, seed=0)
+        >>> import transformer_lens_taskvec as tv
+        >>> double = tv.mapping_task("double", {str(i): str(2 * i) for i in range(20)})
+        >>> sets = tv.sample_splits([double], {"train": 5, "test": 5}, n_shots=2, seed=0)
+        >>> len(sets["train"]), len(sets["test"])
+        (5, 5)
         >>> {e.query for e in sets["train"]} & {e.query for e in sets["test"]}
         set()
     """
@@ -266,8 +289,10 @@ def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 1, 2, seed=0)
-        >>> len(episodes[0].prompt.splitlines()), tv.zero_shot(episodes)[0].prompt.count("->")
-        (3, 1)
+        >>> episodes[0].prompt.splitlines()
+        ['example:10110 01110->00110', 'example:00011 00010->00010', 'example:01111 11101->']
+        >>> tv.zero_shot(episodes)[0].prompt
+        'example:01111 11101->'
     """
     return [replace(episode, demos=()) for episode in episodes]
 

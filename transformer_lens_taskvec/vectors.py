@@ -37,8 +37,9 @@ class TaskVectors(Shown):
     """One vector a task and layer.
 
     Attributes:
-        values: ``[task, layer, d_model]``, float32 on the CPU.
-        tasks: The tasks' names.
+        values: ``[task, layer, d_model]``, float32 on the CPU (``[task, layer, head, d]`` for a
+            hook point with a head axis).
+        tasks: The tasks' names, in the order of the first axis.
         layers: The layers of the second axis, counted from 0.
         source: Where the vectors come from.
 
@@ -202,7 +203,7 @@ class TaskVectors(Shown):
 
 
 def task_vectors(activations: Activations) -> TaskVectors:
-    """The mean activation of each task at each layer, accumulated in float64.
+    """The mean activation of each task at each layer (Han et al. 2025, App. C), summed in float64.
 
     Args:
         activations: Activations of episodes other than those that the vectors will be tested on.

@@ -43,9 +43,17 @@ __all__ = [
 def all_tasks() -> dict[str, Task]:
     """Every task that comes with the package, by name; the Null classes are left out.
 
+    Returns:
+        What :func:`linguistic_tasks`, :func:`knowledge_tasks`, :func:`translation_tasks`,
+        :func:`algorithmic_tasks`, :func:`bitwise_tasks` and :func:`pos_tasks` make, in this order.
+
     Example:
-        >>> len(all_tasks()) >= 28
-        True
+        >>> import transformer_lens_taskvec as tv
+        >>> tasks = tv.all_tasks()
+        >>> tasks["antonyms"]
+        MappingTask('antonyms', 201 pairs: 'able' -> 'unable', 'above' -> 'below', ...)
+        >>> [name for name in tasks if name.startswith("en_")]
+        ['en_fr', 'en_es', 'en_de']
     """
     return {
         **linguistic_tasks(),
@@ -70,8 +78,12 @@ def find_tasks(names: Iterable[str]) -> dict[str, Task]:
         ValueError: If there is no name, or none of the tasks has it; the message suggests one.
 
     Example:
-        >>> list(find_tasks(["AND", "upper_case"]))
-        ['AND', 'upper_case']
+        >>> import transformer_lens_taskvec as tv
+        >>> tv.find_tasks(["country_capital"])["country_capital"].pairs[0].y
+        'Kabul'
+        >>> tv.find_tasks(["antonym"])
+        Traceback (most recent call last):
+        ValueError: no task named 'antonym'; did you mean antonyms? `taskvec tasks` lists them all
     """
     tasks = all_tasks()
     chosen = {}

@@ -40,6 +40,8 @@ class ListTask:
             list, or a word is empty, stands twice or holds a comma.
 
     Example:
+        >>> import random
+        >>> from transformer_lens_taskvec.tasks.algorithmic import ListTask
         >>> task = ListTask("list_last", -1, ("cat", "sun"), min_length=2, max_length=2)
         >>> sorted((e.x, e.y) for e in task.sample(2, random.Random(0)))
         [('cat, sun', 'sun'), ('sun, cat', 'cat')]
@@ -118,7 +120,8 @@ def algorithmic_tasks() -> dict[str, Task]:
         (of 0 to 200); ``list_first`` and ``list_last`` of three to five words.
 
     Example:
-        >>> tasks = algorithmic_tasks()
+        >>> import transformer_lens_taskvec as tv
+        >>> tasks = tv.algorithmic_tasks()
         >>> tasks["next_letter"].pairs[0]
         Example(x='a', y='b')
         >>> tasks["list_first"]

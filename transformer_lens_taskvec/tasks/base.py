@@ -12,9 +12,16 @@ from typing import Protocol, runtime_checkable
 class Example:
     """One input-output pair of a task, as text.
 
+    Attributes:
+        x: The input.
+        y: The output.
+
     Example:
-        >>> Example("cat", "cats")
+        >>> import transformer_lens_taskvec as tv
+        >>> tv.Example("cat", "cats")
         Example(x='cat', y='cats')
+        >>> [pair.y for pair in tv.linguistic_tasks()["singular_plural"].pairs if pair.x == "apple"]
+        ['apples']
     """
 
     x: str
@@ -32,15 +39,16 @@ class Task(Protocol):
     Example:
         >>> import random
         >>> from dataclasses import dataclass
+        >>> import transformer_lens_taskvec as tv
         >>> @dataclass(frozen=True)
         ... class Length:
         ...     name: str = "length"
         ...     def sample(self, n, rng):
         ...         words = ["a", "bee", "fly", "moth", "spider"]
-        ...         return [Example(word, str(len(word))) for word in rng.sample(words, n)]
+        ...         return [tv.Example(word, str(len(word))) for word in rng.sample(words, n)]
         ...     def __len__(self):
         ...         return 5
-        >>> isinstance(Length(), Task), len(Length().sample(3, random.Random(0)))
+        >>> isinstance(Length(), tv.Task), len(Length().sample(3, random.Random(0)))
         (True, 3)
     """
 
@@ -50,13 +58,23 @@ class Task(Protocol):
         ...
 
     def sample(self, n: int, rng: random.Random) -> list[Example]:
-        """Draw ``n`` examples with distinct inputs, using no randomness but ``rng``."""
+        """Draw ``n`` examples with distinct inputs, using no randomness but ``rng``.
+
+        Args:
+            n: The number of examples.
+            rng: The only source of randomness.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class MappingTask:
-    """A task given by the list of its pairs; see :func:`mapping_task`."""
+    """A task given by the list of its pairs; see :func:`mapping_task`.
+
+    Attributes:
+        name: The task's name in results.
+        pairs: The pairs, with distinct inputs.
+    """
 
     name: str
     pairs: tuple[Example, ...]
@@ -87,13 +105,18 @@ def mapping_task(
         name: The task's name in results.
         pairs: ``{x: y}``, or :class:`Example` objects, or ``(x, y)`` tuples.
 
+    Returns:
+        The task, with its pairs in the order given.
+
     Raises:
         ValueError: If there are no pairs, a text is empty, or an input stands twice.
 
     Example:
-        >>> colours = mapping_task("colours", {"sky": "blue", "grass": "green"})
-        >>> len(colours)
-        2
+        >>> import random
+        >>> import transformer_lens_taskvec as tv
+        >>> colours = tv.mapping_task("colours", {"sky": "blue", "grass": "green"})
+        >>> colours
+        MappingTask('colours', 2 pairs: 'sky' -> 'blue', 'grass' -> 'green', ...)
         >>> sorted(example.y for example in colours.sample(2, random.Random(0)))
         ['blue', 'green']
     """

@@ -60,7 +60,9 @@ class BitwiseTask:
             ValueError: If ``n`` is negative or more than the number of pairs.
 
         Example:
-            >>> task = BitwiseTask("AND", n_bits=1)
+            >>> import random
+            >>> import transformer_lens_taskvec as tv
+            >>> task = tv.bitwise_tasks(n_bits=1)["AND"]
             >>> sorted((e.x, e.y) for e in task.sample(4, random.Random(0)))
             [('0 0', '0'), ('0 1', '0'), ('1 0', '0'), ('1 1', '1')]
         """
@@ -82,7 +84,9 @@ class BitwiseTask:
 
 
 def bitwise_tasks(n_bits: int = 5, null: bool = True) -> dict[str, Task]:
-    """Make the bitwise-arithmetic tasks (§4): the result of an operation on two binary numbers.
+    """Make the bitwise-arithmetic tasks: the result of an operation on two binary numbers.
+
+    They are those of Han et al. 2025, §4.
 
     Args:
         n_bits: The number of binary digits, 1 to 16; the paper uses 5.
@@ -95,12 +99,13 @@ def bitwise_tasks(n_bits: int = 5, null: bool = True) -> dict[str, Task]:
         ValueError: If ``n_bits`` is out of range.
 
     Example:
-        >>> tasks = bitwise_tasks()
+        >>> import random
+        >>> import transformer_lens_taskvec as tv
+        >>> tasks = tv.bitwise_tasks()
         >>> list(tasks)
         ['AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR', 'Null']
-        >>> example = tasks["XOR"].sample(1, random.Random(1))[0]
-        >>> example
-        Example(x='01000 10011', y='11011')
+        >>> tasks["XOR"].sample(1, random.Random(1))
+        [Example(x='01000 10011', y='11011')]
     """
     names = (*_OPERATIONS, _NULL) if null else tuple(_OPERATIONS)
     return by_name([BitwiseTask(name, n_bits) for name in names])

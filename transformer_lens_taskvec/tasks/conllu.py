@@ -24,9 +24,8 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
 
     Words are the lines with a plain number; a contraction counts as its parts ("did", "n't"),
     and empty nodes, which the sentence does not pronounce, do not count. The text is the
-    ``# text`` comment, or else the forms joined as ``SpaceAfter=No`` tells.
-    :func:`pos_tasks` sees to it that answers stand by
-    themselves in that text.
+    ``# text`` comment, or else the forms joined as ``SpaceAfter=No`` tells. :func:`pos_tasks` sees
+    to it that answers stand by themselves in that text.
 
     Args:
         path: The file, in UTF-8; it is read line by line.
@@ -41,11 +40,12 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
 
     Example:
         >>> import pathlib, tempfile
+        >>> import transformer_lens_taskvec as tv
         >>> rows = ["1 She she PRON _ _ 2 nsubj _ _", "2 sings sing VERB _ _ 0 root _ _"]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "one.conllu")
         ...     _ = path.write_text("\n".join(rows).replace(" ", "\t"))
-        ...     load_conllu(path)
+        ...     tv.load_conllu(path)
         [Sentence(words=('She', 'sings'), tags=('PRON', 'VERB'))]
     """
     file = Path(path)

@@ -40,10 +40,11 @@ def linguistic_tasks() -> dict[str, Task]:
     Returns:
         ``antonyms``, ``singular_plural``, ``plural_singular``, ``present_past``,
         ``past_present``, ``present_gerund``, ``gerund_present``, ``adjective_comparative``,
-        ``adjective_superlative`` and ``adjective_adverb``, of about 150 to 220 pairs each.
+        ``adjective_superlative`` and ``adjective_adverb``, of about 150 to 280 pairs each.
 
     Example:
-        >>> task = linguistic_tasks()["past_present"]
+        >>> import transformer_lens_taskvec as tv
+        >>> task = tv.linguistic_tasks()["past_present"]
         >>> [example.y for example in task.pairs if example.x in ("went", "walked")]
         ['go', 'walk']
     """
@@ -62,7 +63,8 @@ def knowledge_tasks() -> dict[str, Task]:
         and ``element_symbol``, of about 120 to 190 pairs each.
 
     Example:
-        >>> task = knowledge_tasks()["country_capital"]
+        >>> import transformer_lens_taskvec as tv
+        >>> task = tv.knowledge_tasks()["country_capital"]
         >>> [example.y for example in task.pairs if example.x == "Japan"]
         ['Tokyo']
     """
@@ -81,7 +83,8 @@ def translation_tasks() -> dict[str, Task]:
         pairs each.
 
     Example:
-        >>> task = translation_tasks()["en_fr"]
+        >>> import transformer_lens_taskvec as tv
+        >>> task = tv.translation_tasks()["en_fr"]
         >>> [example.y for example in task.pairs if example.x in ("cheese", "sing")]
         ['fromage', 'chanter']
     """
@@ -92,7 +95,7 @@ def load_mapping(path: str | os.PathLike[str], name: str | None = None) -> Mappi
     """Read a task from a JSON file of input-output pairs, in either of two public shapes.
 
     The shapes are ``{"x": "y", ...}`` and ``[{"input": "x", "output": "y"}, ...]``, the latter
-    that of the function-vectors data sets (Todd et al., 2024); other keys of an entry are
+    that of the function-vectors data sets (Todd et al. 2023); other keys of an entry are
     ignored. Where an input stands more than once, in either shape, the first pair counts and
     the later ones are dropped, since inputs of a task are distinct. Texts are kept as they
     stand, spaces included.
@@ -111,12 +114,13 @@ def load_mapping(path: str | os.PathLike[str], name: str | None = None) -> Mappi
         OSError: If the file cannot be read.
 
     Example:
-        >>> import tempfile
+        >>> import pathlib, tempfile
+        >>> import transformer_lens_taskvec as tv
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "colours.json"
+        ...     path = pathlib.Path(folder, "colours.json")
         ...     _ = path.write_text('{"sky": "blue", "grass": "green"}')
-        ...     load_mapping(path).pairs
-        (Example(x='sky', y='blue'), Example(x='grass', y='green'))
+        ...     tv.load_mapping(path)
+        MappingTask('colours', 2 pairs: 'sky' -> 'blue', 'grass' -> 'green', ...)
     """
     path = Path(path)
     first: dict[str, Example] = {}

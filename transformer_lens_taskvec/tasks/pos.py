@@ -81,7 +81,7 @@ class PosTask:
 
 
 def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) -> dict[str, Task]:
-    """Make the part-of-speech tasks (§4): given a sentence, its first word of one kind.
+    """Make the part-of-speech tasks (Han et al. 2025, §4): a sentence's first word of one kind.
 
     All tasks use the same sentences: those with all six parts of speech, each text once. A
     sentence is left out too if one of its answers does not stand by itself in the text, as
@@ -99,9 +99,12 @@ def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) ->
         ValueError: If no sentence has all six parts of speech.
 
     Example:
+        >>> import random
+        >>> import transformer_lens_taskvec as tv
+        >>> from transformer_lens_taskvec.tasks import Sentence
         >>> words = ("Slowly", ",", "they", "walked", "toward", "a", "small", "village", ".")
         >>> tags = ("ADV", "PUNCT", "PRON", "VERB", "ADP", "DET", "ADJ", "NOUN", "PUNCT")
-        >>> tasks = pos_tasks([Sentence(words, tags)])
+        >>> tasks = tv.pos_tasks([Sentence(words, tags)])
         >>> tasks["Adverb"].sample(1, random.Random(0))
         [Example(x='Slowly, they walked toward a small village.', y='Slowly')]
     """

@@ -31,6 +31,7 @@ class Sentence:
         ValueError: If there are no words, or not one tag for each.
 
     Example:
+        >>> from transformer_lens_taskvec.tasks import Sentence
         >>> sentence = Sentence(("She", "sings", "."), ("PRON", "VERB", "PUNCT"))
         >>> sentence.text
         'She sings.'
@@ -102,6 +103,7 @@ def generate_sentences(n: int = 6000, seed: int = 0) -> tuple[Sentence, ...]:
         ValueError: If ``n`` is out of range.
 
     Example:
+        >>> from transformer_lens_taskvec.tasks import generate_sentences
         >>> sentence = generate_sentences(2, seed=0)[0]
         >>> {"NOUN", "ADJ", "VERB", "ADV", "ADP", "PRON"} <= set(sentence.tags)
         True

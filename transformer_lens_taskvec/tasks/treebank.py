@@ -49,10 +49,11 @@ def load_treebank(path: str | os.PathLike[str]) -> list[Sentence]:
 
     Example:
         >>> import pathlib, tempfile
+        >>> import transformer_lens_taskvec as tv
         >>> tree = "( (S (NP (PRP She) ) (VP (VBZ sings) (NP (-NONE- *) )) (. .) ))"
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = pathlib.Path(folder, "wsj_0001.mrg").write_text(tree)
-        ...     load_treebank(folder)
+        ...     tv.load_treebank(folder)
         [Sentence(words=('She', 'sings', '.'), tags=('PRON', 'VERB', 'PUNCT'))]
     """
     root = Path(path)
