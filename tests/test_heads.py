@@ -134,8 +134,31 @@ def test_the_top_heads_have_the_largest_effects(model: Any, few_shot: list[tv.Ep
     vector = tv.function_vector(model, few_shot, n_heads=5, effects=effects)
     assert vector.heads == top
     assert len(effects.to_frame()) == 2 * 12
-    with pytest.raises(ValueError, match="the model has 12 heads"):
+    with pytest.raises(ValueError, match="13 heads are asked for; the model has 12"):
         effects.top(13)
+
+
+def test_of_ablated_heads_those_that_are_missed_most_come_first(
+    model: Any, few_shot: list[tv.Episode]
+) -> None:
+    pruned = tv.head_effects(model, few_shot, on=few_shot, ablation="zero")
+    layer, head = pruned.top(1)[0]
+    assert float(pruned.probability[layer, head]) == float(pruned.probability.min())
+    with pytest.raises(ValueError, match="effects of zero ablation"):
+        tv.function_vector(model, few_shot, 2, effects=pruned)
+    vector = tv.function_vector(model, few_shot, 2)
+    frame = vector.to_frame()
+    assert list(zip(frame.layer, frame["head"], strict=True)) == list(vector.heads)
+    assert frame.probability.is_monotonic_decreasing
+
+
+def test_every_task_that_is_measured_has_clean_episodes(
+    model: Any, few_shot: list[tv.Episode]
+) -> None:
+    first = [episode for episode in few_shot if episode.task == few_shot[0].task]
+    for ablation in (None, "zero"):
+        with pytest.raises(ValueError, match="no clean episodes for"):
+            tv.head_effects(model, first, on=few_shot, ablation=ablation)
 
 
 def test_shuffled_labels_are_the_same_labels_in_other_places(few_shot: list[tv.Episode]) -> None:

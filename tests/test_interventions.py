@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,3 +157,10 @@ def test_interventions_work_in_the_hooks_context_of_the_model(
     assert torch.equal(direct, within)
     assert not torch.allclose(within[0, -1], without[0, -1])
     torch.testing.assert_close(within[0, :-1], without[0, :-1])
+
+
+def test_a_layer_may_be_any_whole_number() -> None:
+    edit = tv.inject(torch.ones(3), np.int64(2))
+    assert edit.layer == 2 and type(edit.layer) is int
+    with pytest.raises(ValueError, match=r"layer is 2\.0"):
+        tv.inject(torch.ones(3), 2.0)  # type: ignore[arg-type]

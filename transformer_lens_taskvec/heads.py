@@ -74,14 +74,16 @@ class HeadEffects(Shown):
         return self.log_probability_by_task.mean(dim=0)
 
     def top(self, n: int) -> tuple[tuple[int, int], ...]:
-        """The ``n`` heads with the largest mean effect on the probability, as (layer, head).
+        """The ``n`` heads that matter most to the answer's probability, as (layer, head).
+
+        Those whose means help most; or, of ablated heads, those whose absence does most harm.
 
         Raises:
             ValueError: If there are not so many heads.
         """
-        effects = self.probability
+        effects = self.probability if self.ablation is None else -self.probability
         if not 1 <= n <= effects.numel():
-            raise ValueError(f"n_heads is {n}; the model has {effects.numel()} heads")
+            raise ValueError(f"{n} heads are asked for; the model has {effects.numel()}")
         best = effects.flatten().topk(n).indices.tolist()
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
@@ -114,7 +116,7 @@ class HeadEffects(Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class FunctionVector:
+class FunctionVector(Shown):
     """The sum of some heads' mean contributions to the residual stream, for each task.
 
     Attributes:
@@ -146,6 +148,18 @@ class FunctionVector:
         if task not in self.tasks:
             raise KeyError(f"no vector for task {task!r}; there are: {', '.join(self.tasks)}")
         return self.values[self.tasks.index(task)]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a head it is made of, with its effects: as ``HeadEffects``' without the task."""
+        of_heads = tuple(zip(*self.heads, strict=True))
+        return pd.DataFrame(
+            {
+                "layer": of_heads[0],
+                "head": of_heads[1],
+                "probability": self.effects.probability[of_heads].tolist(),
+                "log_probability": self.effects.log_probability[of_heads].tolist(),
+            }
+        )
 
     def __repr__(self) -> str:
         heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads)
@@ -256,8 +270,7 @@ def head_effects(
                 ablate(layer, hook="z", head=head, position=position) for layer, head in places
             ]
         else:
-            of_task = task in found.tasks and ablation is None
-            mean = means[found.tasks.index(task)] if of_task else means.mean(dim=0)
+            mean = means[found.tasks.index(task)] if ablation is None else means.mean(dim=0)
             edits = [
                 inject(mean[layer, head], layer, hook="z", head=head, position=position)
                 for layer, head in places
@@ -265,7 +278,7 @@ def head_effects(
         return [[], *([edit] for edit in edits)]
 
     missing = {episode.task for episode in measured} - set(found.tasks)
-    if missing and ablation is None:
+    if missing:
         raise ValueError(f"no clean episodes for {', '.join(sorted(missing))}")
     baseline, *scores = evaluate_by_task(
         model,
@@ -275,7 +288,7 @@ def head_effects(
         max_tokens=max_tokens,
         progress=progress,
     )
-    order = [found.tasks.index(task) for task in baseline.tasks if task in found.tasks]
+    order = [found.tasks.index(task) for task in baseline.tasks]
     shape = (len(baseline.tasks), len(found.layers), means.shape[2])
     return HeadEffects(
         _change(baseline, scores, lambda nll: (-nll).exp()).view(shape),
@@ -339,6 +352,11 @@ def function_vector(
             prepend_bos=prepend_bos,
             max_tokens=max_tokens,
             progress=progress,
+        )
+    if effects.ablation is not None:
+        raise ValueError(
+            f"these are effects of {effects.ablation} ablation; a function vector is made of heads "
+            "whose means help in shuffled prompts"
         )
     heads = effects.top(n_heads)
     total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))

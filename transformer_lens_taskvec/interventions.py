@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -328,20 +329,20 @@ def _make(
     hook: str,
     head: int | None,
 ) -> Intervention:
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
         raise ValueError(f"layer is {layer!r}; it must be 0 or a positive whole number")
     if vector is not None:
         if not isinstance(vector, Tensor) or vector.ndim != 1:
             shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
             raise ValueError(
                 f"vector must be one vector [d], got {shape}; "
-                "pick a layer first, as in vectors['AND'][layer]"
+                "pick a layer first, as in vectors.at('AND', layer)"
             )
         if not bool(torch.isfinite(vector).all()):
             raise ValueError("vector has NaN or infinite entries")
         vector = vector.detach()
     kept = position if position is None or isinstance(position, int) else tuple(position)
-    return Intervention(layer, mode, vector, float(scale), kept, hook, head)
+    return Intervention(int(layer), mode, vector, float(scale), kept, hook, head)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -178,7 +178,8 @@ def boot(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
 def _unknown_model(name: str, error: Exception) -> str:
     from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-    near = get_close_matches(name, ["smollm2", "toy", *OFFICIAL_MODEL_NAMES], n=3, cutoff=0.5)
+    known = [other for other in ("smollm2", "toy", *OFFICIAL_MODEL_NAMES) if other != name]
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (
         f"no model named {name!r} could be loaded ({type(error).__name__}){hint} "

@@ -84,7 +84,8 @@ class MappingTask:
 
     def __repr__(self) -> str:
         first = ", ".join(f"{pair.x!r} -> {pair.y!r}" for pair in self.pairs[:2])
-        return f"MappingTask({self.name!r}, {len(self.pairs)} pairs: {first}, ...)"
+        more = ", ..." if len(self.pairs) > 2 else ""
+        return f"MappingTask({self.name!r}, {len(self.pairs)} pairs: {first}{more})"
 
     def sample(self, n: int, rng: random.Random) -> list[Example]:
         """Draw ``n`` of the pairs without replacement.
