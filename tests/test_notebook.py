@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from jupyter_client.manager import start_new_kernel
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec import lab
 
 SET_UP = """
 import torch, transformer_lens_taskvec as tv
@@ -102,3 +105,25 @@ def test_memory_is_freed_when_the_results_are() -> None:
     before = tensors()
     everything()
     assert tensors() <= before
+
+
+def test_progress_bars_clean_up_after_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = tv.load_model("toy", device="cpu")
+    episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 4, 2, seed=0)
+    config = dataclasses.replace(lab.PRESETS["small"], n_layers=1, n_checkpoints=2, n_eval=11)
+    calls: list[Callable[[], Any]] = [
+        lambda: tv.collect(toy, episodes, progress=True),
+        lambda: tv.evaluate(toy, episodes, progress=True),
+        lambda: tv.head_effects(toy, episodes, progress=True),
+        lambda: tv.run_study(toy, tv.bitwise_tasks(), shots=(1, 2), n=12, progress=True),
+        lambda: lab.train(config, tmp_path / "run", steps=4, progress=True),
+        lambda: lab.emergence(lab.load_run(tmp_path / "run"), n=11, n_oracle=20, progress=True),
+    ]
+    for call in calls:
+        call()
+        written = capsys.readouterr().err
+        lines = written.split("\r")
+        assert len(lines) > 2 and not lines[-1].strip() and not lines[-2].strip()
+        assert "\n" not in written

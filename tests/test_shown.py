@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec import lab
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,9 @@ def found(toy: Any) -> dict[str, Any]:
         "steering": tv.steering_effect(toy, test, vectors, 1),
         "heads": tv.head_effects(toy, test),
         "comparison": tv.compare(scores, scores),
+        "function vector": tv.function_vector(toy, test, 3),
+        "run": lab.shipped_run(),
+        "toy run": lab.shipped_toy_run(),
         "study": tv.run_study(toy, tasks, shots=(1, 2), n=6, k=3),
     }
 

@@ -30,6 +30,7 @@ from transformer_lens_taskvec.lab.mixtures import (
 )
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
 from transformer_lens_taskvec.lab.recipe import Recipe
+from transformer_lens_taskvec.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +124,7 @@ class TrainConfig(Recipe):
 
 
 @dataclass(frozen=True, repr=False)
-class Run:
+class Run(Shown):
     """A training run, finished or not, as it stands in its folder.
 
     Attributes:

@@ -67,6 +67,7 @@ from transformer_lens_taskvec.lab.toy_lines import (
     training_view,
 )
 from transformer_lens_taskvec.models import boot
+from transformer_lens_taskvec.shown import Shown
 
 _EVAL_SEED = 3_000_003
 _SHOTS_OF_TD = 4
@@ -237,7 +238,7 @@ class ToyConfig(Recipe):
 
 
 @dataclass(frozen=True, repr=False)
-class ToyRun:
+class ToyRun(Shown):
     """A training run of the toy model, finished or not, as it stands in its folder.
 
     Attributes:

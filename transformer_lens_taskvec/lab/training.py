@@ -252,7 +252,7 @@ def _loop(
     every = max(1, config.steps // _SAVES)
     records = [record for record in read_metrics(path) if record["step"] <= (taken or 0)]
     started = time.perf_counter() - (records[-1]["seconds"] if records else 0.0)
-    with tqdm(total=config.steps, disable=not progress, unit="step") as bar:
+    with tqdm(total=config.steps, disable=not progress, unit="step", leave=False) as bar:
         if taken is None:
             records = [_keep(config, path, state, [], 0, started)]
             state.save(path / "state.safetensors", 0)
