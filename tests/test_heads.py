@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -150,6 +151,25 @@ def test_of_ablated_heads_those_that_are_missed_most_come_first(
     frame = vector.to_frame()
     assert list(zip(frame.layer, frame["head"], strict=True)) == list(vector.heads)
     assert frame.probability.is_monotonic_decreasing
+
+
+def test_intervals_of_head_effects_are_those_of_the_mean_over_episodes(
+    model: Any, few_shot: list[tv.Episode]
+) -> None:
+    pruned = tv.head_effects(model, few_shot, on=few_shot, ablation="zero")
+    frame = pruned.to_frame()
+    assert (frame.low <= frame.log_probability + 1e-6).all()
+    assert (frame.log_probability <= frame.high + 1e-6).all()
+    row = frame.iloc[5]
+    own = [episode for episode in few_shot if episode.task == row.task]
+    edit = tv.ablate(row.layer, hook="z", head=int(row["head"]))
+    before, after = tv.evaluate_many(model, own, [[], [edit]])
+    change = (before.nll - after.nll).double().numpy()
+    drawn = np.random.default_rng(0).choice(change, (20_000, len(change))).mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    spread = high - low
+    assert row.low == pytest.approx(low, abs=0.1 * spread + 1e-4)
+    assert row.high == pytest.approx(high, abs=0.1 * spread + 1e-4)
 
 
 def test_every_task_that_is_measured_has_clean_episodes(

@@ -25,6 +25,7 @@ from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
 from transformer_lens_taskvec.interventions import ablate, inject
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.shown import Shown
+from transformer_lens_taskvec.statistics import bootstrap_interval
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +39,8 @@ class HeadEffects(Shown):
         baseline: Scores of the prompts that the heads were changed in, unchanged.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: None where means were put into shuffled prompts, else ``"zero"`` or ``"mean"``.
+        log_probability_interval: ``[task, layer, head, 2]``, the 95 % interval of
+            ``log_probability_by_task`` by a bootstrap over episodes.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -49,7 +52,7 @@ class HeadEffects(Shown):
         >>> effects.top(1)  # (layer, head)
         ((1, 0),)
         >>> effects.to_frame().columns.tolist()
-        ['task', 'layer', 'head', 'probability', 'log_probability']
+        ['task', 'layer', 'head', 'probability', 'log_probability', 'low', 'high']
     """
 
     probability_by_task: Float[Tensor, "task layer head"]
@@ -57,6 +60,7 @@ class HeadEffects(Shown):
     baseline: Scores
     means: Float[Tensor, "task layer head d_head"]
     ablation: str | None
+    log_probability_interval: Float[Tensor, "task layer head 2"]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -88,7 +92,11 @@ class HeadEffects(Shown):
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a task, layer and head: ``task, layer, head, probability, log_probability``."""
+        """One row a task, layer and head: ``task, layer, head, probability, log_probability``.
+
+        ``low`` and ``high`` are the 95 % interval of ``log_probability``.
+        """
+        low, high = self.log_probability_interval.unbind(dim=-1)
         return pd.DataFrame(
             [
                 {
@@ -97,6 +105,8 @@ class HeadEffects(Shown):
                     "head": head,
                     "probability": float(self.probability_by_task[index, layer, head]),
                     "log_probability": float(self.log_probability_by_task[index, layer, head]),
+                    "low": float(low[index, layer, head]),
+                    "high": float(high[index, layer, head]),
                 }
                 for index, task in enumerate(self.tasks)
                 for layer in range(self.means.shape[1])
@@ -290,12 +300,15 @@ def head_effects(
     )
     order = [found.tasks.index(task) for task in baseline.tasks]
     shape = (len(baseline.tasks), len(found.layers), means.shape[2])
+    probability = _changes(baseline, scores, lambda nll: (-nll).exp())
+    log_probability = _changes(baseline, scores, lambda nll: -nll)
     return HeadEffects(
-        _change(baseline, scores, lambda nll: (-nll).exp()).view(shape),
-        _change(baseline, scores, lambda nll: -nll).view(shape),
+        torch.stack([own.mean(dim=1) for own in probability]).float().view(shape),
+        torch.stack([own.mean(dim=1) for own in log_probability]).float().view(shape),
         baseline,
         means[order],
         ablation,
+        torch.stack([bootstrap_interval(own) for own in log_probability]).view(*shape, 2),
     )
 
 
@@ -382,12 +395,9 @@ def _halves(episodes: Sequence[AnyEpisode]) -> tuple[list[AnyEpisode], list[AnyE
     return first, second
 
 
-def _change(
+def _changes(
     baseline: Scores, scores: Sequence[Scores], of: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "task variant"]:
-    """The mean change of a function of the answer's NLL, by task and variant."""
+) -> list[Float[Tensor, "variant example"]]:
+    """For each task, the change of a function of the answer's NLL of its episodes, by variant."""
     changes = torch.stack([of(score.nll.double()) - of(baseline.nll.double()) for score in scores])
-    columns = [
-        changes[:, baseline.labels == index].mean(dim=1) for index in range(len(baseline.tasks))
-    ]
-    return torch.stack(columns).float()
+    return [changes[:, baseline.labels == index] for index in range(len(baseline.tasks))]
