@@ -269,8 +269,8 @@ class DecodabilityNull(Shown):
     @property
     def p_value(self) -> float:
         """Of the highest TD over layers: each permutation's highest is what it is held against."""
-        as_high = int((self.permuted.max(dim=1).values >= self.observed.max()).sum())
-        return (1 + as_high) / (1 + len(self.permuted))
+        higher = int((self.permuted.max(dim=1).values >= self.observed.max()).sum())
+        return (1 + higher) / (1 + len(self.permuted))
 
     def band(self, confidence: float = 0.95) -> Float[Tensor, "2 layer"]:
         """Where TD lies at each layer if labels mean nothing."""
