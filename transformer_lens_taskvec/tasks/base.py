@@ -117,7 +117,7 @@ def mapping_task(
         >>> import transformer_lens_taskvec as tv
         >>> colours = tv.mapping_task("colours", {"sky": "blue", "grass": "green"})
         >>> colours
-        MappingTask('colours', 2 pairs: 'sky' -> 'blue', 'grass' -> 'green', ...)
+        MappingTask('colours', 2 pairs: 'sky' -> 'blue', 'grass' -> 'green')
         >>> sorted(example.y for example in colours.sample(2, random.Random(0)))
         ['blue', 'green']
     """

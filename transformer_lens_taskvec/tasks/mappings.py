@@ -120,7 +120,7 @@ def load_mapping(path: str | os.PathLike[str], name: str | None = None) -> Mappi
         ...     path = pathlib.Path(folder, "colours.json")
         ...     _ = path.write_text('{"sky": "blue", "grass": "green"}')
         ...     tv.load_mapping(path)
-        MappingTask('colours', 2 pairs: 'sky' -> 'blue', 'grass' -> 'green', ...)
+        MappingTask('colours', 2 pairs: 'sky' -> 'blue', 'grass' -> 'green')
     """
     path = Path(path)
     first: dict[str, Example] = {}
