@@ -32,6 +32,8 @@ myst_heading_anchors = 3
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
+# The interactive figure of a notebook is for notebooks.
+suppress_warnings = ["mystnb.unknown_mime_type"]
 nitpicky = True
 # Types of other packages have no pages here.
 nitpick_ignore_regex = [("py:.*", r"(?!transformer_lens_taskvec\.).*")]
