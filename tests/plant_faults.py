@@ -100,10 +100,10 @@ FAULTS = [
         "return as_high",
         TD,
     ),
-    Fault("statistics.py", ".cummax(dim=0).values", "", STATISTICS),
-    Fault("statistics.py", "tail = (1 - confidence) / 2", "tail = 1 - confidence", STATISTICS),
+    Fault("_utils/statistics.py", ".cummax(dim=0).values", "", STATISTICS),
+    Fault("_utils/statistics.py", "tail = (1 - confidence) / 2", "tail = 1 - confidence", STATISTICS),
     Fault(
-        "statistics.py",
+        "_utils/statistics.py",
         "by_half[1, best[0]] + by_half[0, best[1]]",
         "by_half[0, best[0]] + by_half[1, best[1]]",
         STATISTICS,

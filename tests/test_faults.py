@@ -700,7 +700,7 @@ def test_processes_that_fill_the_cache_at_once_all_find_it_whole(
 
 
 def write_often(number: int, path: Path) -> None:
-    from transformer_lens_taskvec.files import write_text
+    from transformer_lens_taskvec._utils.atomic_io import write_text
 
     for _ in range(50):
         write_text(path, str(number) * 20_000)

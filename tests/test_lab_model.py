@@ -10,11 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer_lens_taskvec.lab.model import (
-    RegressionConfig,
-    RegressionTransformer,
-    interleave,
-)
+from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer, interleave
 
 CFG = RegressionConfig(d_input=3, n_points=5, n_layers=2, n_heads=2, d_model=8, init="fan_in")
 

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import bootstrap
 from statsmodels.stats.multitest import multipletests
 
-from transformer_lens_taskvec.statistics import bootstrap_interval, cross_fitted_best, holm
+from transformer_lens_taskvec._utils.statistics import bootstrap_interval, cross_fitted_best, holm
 
 
 def test_the_bootstrap_is_scipys() -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec._utils.statistics import bootstrap_interval, holm
 from transformer_lens_taskvec.evaluate import Scores
-from transformer_lens_taskvec.shown import Shown
-from transformer_lens_taskvec.statistics import bootstrap_interval, holm
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec._utils.statistics import bootstrap_interval, cross_fitted_best
 from transformer_lens_taskvec.collect import Activations, layer_index
 from transformer_lens_taskvec.readouts import (
     WITH_NEIGHBOURS,
@@ -27,8 +29,6 @@ from transformer_lens_taskvec.readouts import (
     readout_name,
     vote,
 )
-from transformer_lens_taskvec.shown import Shown
-from transformer_lens_taskvec.statistics import bootstrap_interval, cross_fitted_best
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec._utils.statistics import wilson_interval
 from transformer_lens_taskvec.collect import Activations, Source, label
 from transformer_lens_taskvec.engine import (
     Chunk,
@@ -33,8 +35,6 @@ from transformer_lens_taskvec.engine import (
 from transformer_lens_taskvec.interventions import inject
 from transformer_lens_taskvec.models import check_layers, inference, model_name
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.shown import Shown
-from transformer_lens_taskvec.statistics import wilson_interval
 from transformer_lens_taskvec.tokens import encode, encode_answers
 
 

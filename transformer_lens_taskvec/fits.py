@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.decodability import Decodability
 from transformer_lens_taskvec.evaluate import Scores
-from transformer_lens_taskvec.shown import Shown
 
 Interval = tuple[float, float]
 

@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec._utils.statistics import bootstrap_interval
 from transformer_lens_taskvec.collect import collect
 from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
 from transformer_lens_taskvec.interventions import ablate, inject
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.shown import Shown
-from transformer_lens_taskvec.statistics import bootstrap_interval
 
 
 @dataclass(frozen=True, repr=False)

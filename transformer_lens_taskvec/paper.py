@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec.checkpoints import Checkpoint, over_checkpoints
-from transformer_lens_taskvec.files import write_text
 from transformer_lens_taskvec.finetune import LoraSettings, finetuning_study
 from transformer_lens_taskvec.models import load_hf_model, load_model
 from transformer_lens_taskvec.plots import (

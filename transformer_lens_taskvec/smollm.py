@@ -21,7 +21,7 @@ from typing import Any
 import platformdirs
 import torch
 
-from transformer_lens_taskvec.files import replacing
+from transformer_lens_taskvec._utils.atomic_io import replacing
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CACHE_VARIABLE = "TASKVEC_CACHE"

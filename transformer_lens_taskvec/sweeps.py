@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec._utils.statistics import cross_fitted_best, wilson_interval
 from transformer_lens_taskvec.collect import layer_index
 from transformer_lens_taskvec.controls import controls as make_controls
 from transformer_lens_taskvec.engine import Variant
 from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
 from transformer_lens_taskvec.interventions import Mode, inject
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.shown import Shown
-from transformer_lens_taskvec.statistics import cross_fitted_best, wilson_interval
 from transformer_lens_taskvec.vectors import TaskVectors
 
 

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.atomic_io import reading, replacing
+from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.collect import Activations, Source, layer_index
-from transformer_lens_taskvec.files import reading, replacing
 from transformer_lens_taskvec.interventions import InSubspace
 from transformer_lens_taskvec.models import model_name
-from transformer_lens_taskvec.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

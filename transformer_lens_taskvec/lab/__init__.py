@@ -42,12 +42,7 @@ from transformer_lens_taskvec.lab.runs import (
     load_run,
     shipped_run,
 )
-from transformer_lens_taskvec.lab.toy import (
-    ToyConfig,
-    ToyRun,
-    load_toy_run,
-    shipped_toy_run,
-)
+from transformer_lens_taskvec.lab.toy import ToyConfig, ToyRun, load_toy_run, shipped_toy_run
 from transformer_lens_taskvec.lab.toy_lines import toy_tokenizer
 from transformer_lens_taskvec.lab.training import PRESETS, TrainingDiverged, train
 

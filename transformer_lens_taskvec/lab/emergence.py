@@ -19,10 +19,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from transformer_lens_taskvec._utils.atomic_io import write_text
+from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.analyses import PerturbationMatrix, matrix_of_edits
 from transformer_lens_taskvec.collect import collect
 from transformer_lens_taskvec.decodability import task_decodability
-from transformer_lens_taskvec.files import write_text
 from transformer_lens_taskvec.interventions import Intervention, inject
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
 from transformer_lens_taskvec.lab.mixtures import Batch, SparseLinearMixture, balanced_labels
@@ -33,7 +34,6 @@ from transformer_lens_taskvec.lab.oracles import (
     oracle_predictions,
 )
 from transformer_lens_taskvec.lab.runs import Run
-from transformer_lens_taskvec.shown import Shown
 from transformer_lens_taskvec.vectors import task_vectors
 
 if TYPE_CHECKING:

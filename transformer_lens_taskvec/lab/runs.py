@@ -20,7 +20,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from transformer_lens_taskvec.files import read_json, reading, write_text, write_whole
+from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_text, write_whole
+from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.lab import mixtures
 from transformer_lens_taskvec.lab.mixtures import (
     Mixture,
@@ -30,7 +31,6 @@ from transformer_lens_taskvec.lab.mixtures import (
 )
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
 from transformer_lens_taskvec.lab.recipe import Recipe
-from transformer_lens_taskvec.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -38,9 +38,10 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from transformer_lens_taskvec._utils.atomic_io import reading
+from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.collect import Activations, Source
 from transformer_lens_taskvec.decodability import task_decodability
-from transformer_lens_taskvec.files import reading
 from transformer_lens_taskvec.lab.recipe import Recipe
 from transformer_lens_taskvec.lab.runs import (
     checkpoint_path,
@@ -67,7 +68,6 @@ from transformer_lens_taskvec.lab.toy_lines import (
     training_view,
 )
 from transformer_lens_taskvec.models import boot
-from transformer_lens_taskvec.shown import Shown
 
 _EVAL_SEED = 3_000_003
 _SHOTS_OF_TD = 4

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.files import reading, write_text
+from transformer_lens_taskvec._utils.atomic_io import reading, write_text
 from transformer_lens_taskvec.lab.mixtures import SparseLinearMixture
 from transformer_lens_taskvec.lab.optim import Muon
 from transformer_lens_taskvec.lab.recipe import Recipe

@@ -11,7 +11,7 @@ from cycler import cycler
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_taskvec.files import write_whole
+from transformer_lens_taskvec._utils.atomic_io import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from transformer_lens_taskvec.tasks._textfile import line_error, read_lines
+from transformer_lens_taskvec._utils.text import line_error, read_lines
 from transformer_lens_taskvec.tasks.sentences import Sentence
 
 _N_COLUMNS = 10

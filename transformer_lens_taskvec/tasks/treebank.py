@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformer_lens_taskvec.tasks._textfile import line_error, read_lines
+from transformer_lens_taskvec._utils.text import line_error, read_lines
 from transformer_lens_taskvec.tasks.sentences import Sentence, detokenise
 
 _TOKEN = re.compile(r"[()]|[^\s()]+")

@@ -1,0 +1,1 @@
+"""What several rooms need and no reader looks for: tables, atomic files, texts, intervals."""
