@@ -45,15 +45,15 @@ FAULTS = [
     Fault("engine.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
     Fault("engine.py", "answers[:, :-1]], dim=1)", "answers[:, 1:]], dim=1)", ENGINE),
     Fault("engine.py", "logits[:, 1:], answers", "logits[:, :-1], answers", ENGINE),
-    Fault("passes.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool)", ENGINE),
+    Fault("models/forward.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool)", ENGINE),
     Fault(
-        "passes.py",
+        "models/forward.py",
         "prefix_mask.sum(dim=1, keepdim=True) + steps",
         "prefix_mask.shape[1] + steps",
         ENGINE,
     ),
     Fault(
-        "passes.py",
+        "models/forward.py",
         "layer.keys[rows], layer.values[rows]",
         "layer.keys[rows], layer.values[rows * 0]",
         ENGINE,
@@ -68,10 +68,10 @@ FAULTS = [
     Fault("interventions.py", "edited = activation.clone()", "edited = activation", EDITS),
     Fault("interventions.py", "[..., None] * unit", "[..., None] * unit * 2", EDITS),
     Fault(
-        "tokens.py",
+        "models/tokens.py",
         "width - lengths.cpu() + one",
         "torch.full_like(lengths.cpu(), one)",
-        f"tests/test_evaluate.py tests/test_generate.py {PACKAGE}/tokens.py",
+        f"tests/test_evaluate.py tests/test_generate.py {PACKAGE}/models/tokens.py",
     ),
     Fault(
         "evaluate.py",
@@ -101,7 +101,9 @@ FAULTS = [
         TD,
     ),
     Fault("_utils/statistics.py", ".cummax(dim=0).values", "", STATISTICS),
-    Fault("_utils/statistics.py", "tail = (1 - confidence) / 2", "tail = 1 - confidence", STATISTICS),
+    Fault(
+        "_utils/statistics.py", "tail = (1 - confidence) / 2", "tail = 1 - confidence", STATISTICS
+    ),
     Fault(
         "_utils/statistics.py",
         "by_half[1, best[0]] + by_half[0, best[1]]",

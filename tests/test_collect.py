@@ -7,7 +7,7 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.passes import run_until
+from transformer_lens_taskvec.models.forward import run_until
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import engine
-from transformer_lens_taskvec.models import inference
-from transformer_lens_taskvec.tokens import Batch
+from transformer_lens_taskvec.models.protocol import inference
+from transformer_lens_taskvec.models.tokens import Batch
 
 TOKENS = st.integers(3, 49151)
 PROMPTS = st.lists(st.lists(TOKENS, min_size=1, max_size=12), min_size=1, max_size=5)

@@ -8,10 +8,10 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.capabilities import capabilities
 from transformer_lens_taskvec.engine import answer_logits
-from transformer_lens_taskvec.models import inference
-from transformer_lens_taskvec.tokens import encode, encode_answers
+from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.protocol import inference
+from transformer_lens_taskvec.models.tokens import encode, encode_answers
 
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "gpt_neox", "gemma2", "opt"]
 

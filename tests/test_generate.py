@@ -7,7 +7,7 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.capabilities import capabilities
+from transformer_lens_taskvec.models.capabilities import capabilities
 
 PROMPTS = ["example:cat->cats\nexample:dog->", "one two three", "a"]
 

@@ -11,9 +11,9 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec import smollm
-from transformer_lens_taskvec.capabilities import capabilities
-from transformer_lens_taskvec.models import inference
+from transformer_lens_taskvec import _smollm as smollm
+from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.protocol import inference
 
 
 def test_smollm2_loads_in_under_five_seconds_from_a_warm_cache(smollm2: Any) -> None:

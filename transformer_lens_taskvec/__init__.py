@@ -33,7 +33,9 @@ from transformer_lens_taskvec.heads import (
     head_effects,
 )
 from transformer_lens_taskvec.interventions import Intervention, ablate, inject
-from transformer_lens_taskvec.models import HookedModel, boot, load_hf_model, load_model
+from transformer_lens_taskvec.loading import load_hf_model, load_model
+from transformer_lens_taskvec.models.bridge import boot
+from transformer_lens_taskvec.models.protocol import HookedModel
 from transformer_lens_taskvec.plots import (
     explore_embedding,
     plot_checkpoints,

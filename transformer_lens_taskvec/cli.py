@@ -241,7 +241,7 @@ def _run(
 ) -> None:
     with _errors_as_messages():
         from transformer_lens_taskvec.experiment import run_experiment
-        from transformer_lens_taskvec.models import load_model
+        from transformer_lens_taskvec.loading import load_model
         from transformer_lens_taskvec.tasks import find_tasks
 
         chosen = find_tasks(names)

@@ -11,12 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.capabilities import capabilities
-from transformer_lens_taskvec.interventions import hook_name
-from transformer_lens_taskvec.models import check_layers, device_of, inference, model_name
-from transformer_lens_taskvec.passes import run_until
+from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.forward import run_until
+from transformer_lens_taskvec.models.protocol import (
+    check_layers,
+    device_of,
+    hook_name,
+    inference,
+    model_name,
+)
+from transformer_lens_taskvec.models.tokens import batches, encode, pad_id, row_indices
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.tokens import batches, encode, pad_id, row_indices
 
 _TOKENS_PER_BATCH = 4096
 
@@ -74,7 +79,7 @@ class Activations:
         """The hook point within a block."""
         return self.source.hook
 
-    def at(self, layer: int) -> Float[Tensor, example * rest]:
+    def at(self, layer: int) -> Float[Tensor, " example *rest"]:
         """The activations of one layer, by its number in the model.
 
         Raises:

@@ -24,10 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.interventions import Intervention
-from transformer_lens_taskvec.models import check_hook, device_of, model_name
-from transformer_lens_taskvec.passes import (
+from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
+from transformer_lens_taskvec.models.forward import (
     branch_mask,
     branch_positions,
     mask_dtype,
@@ -36,7 +35,8 @@ from transformer_lens_taskvec.passes import (
     run_prefix,
     run_prompts,
 )
-from transformer_lens_taskvec.tokens import Batch, batches, pad_id, row_indices
+from transformer_lens_taskvec.models.protocol import check_hook, device_of, model_name
+from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id, row_indices
 
 Hook = Intervention | tuple[str, Callable[..., Any]]
 """An intervention, or any pair of a hook name and a hook function."""

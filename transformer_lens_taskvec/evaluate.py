@@ -33,9 +33,9 @@ from transformer_lens_taskvec.engine import (
     check_variants,
 )
 from transformer_lens_taskvec.interventions import inject
-from transformer_lens_taskvec.models import check_layers, inference, model_name
+from transformer_lens_taskvec.models.protocol import check_layers, inference, model_name
+from transformer_lens_taskvec.models.tokens import encode, encode_answers
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.tokens import encode, encode_answers
 
 
 @dataclass(frozen=True, repr=False)

@@ -26,7 +26,7 @@ from transformer_lens_taskvec.controls import controls
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.evaluate import Scores, evaluate, evaluate_by_task
 from transformer_lens_taskvec.interventions import inject
-from transformer_lens_taskvec.models import check_layers
+from transformer_lens_taskvec.models.protocol import check_layers
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_splits, zero_shot
 from transformer_lens_taskvec.sweeps import LayerSweep, layer_sweep
 from transformer_lens_taskvec.tasks.base import Task

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities.components_utils import get_act_name
 
-from transformer_lens_taskvec.tokens import Position, row_indices
+from transformer_lens_taskvec.models.protocol import hook_name
+from transformer_lens_taskvec.models.tokens import Position, row_indices
 
 Mode = str | Callable[[Float[Tensor, "row d"], Float[Tensor, " d"]], Float[Tensor, "row d"]]
 
@@ -138,7 +138,7 @@ class Intervention:
             edited[rows, at] = self.edit(activation[rows, at])
         return edited
 
-    def edit(self, rows: Float[Tensor, row * rest]) -> Float[Tensor, row * rest]:
+    def edit(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " row *rest"]:
         """New rows for the given rows of the activation.
 
         Args:
@@ -306,18 +306,6 @@ def ablate(
     if mode == "project" and with_ is not None and not bool(with_.norm() > 0):
         raise ValueError("with_ is the zero vector; a direction to project out has some length")
     return _make(layer, "replace" if mode == "mean" else mode, with_, 1.0, position, hook, head)
-
-
-def hook_name(hook: str, layer: int) -> str:
-    """The full name of a hook point in a block, by TransformerLens' own rule for short names.
-
-    Example:
-        >>> hook_name("resid_post", 3), hook_name("z", 0), hook_name("attn.hook_z", 0)
-        ('blocks.3.hook_resid_post', 'blocks.0.attn.hook_z', 'blocks.0.attn.hook_z')
-    """
-    if "." in hook or hook.startswith("hook_"):
-        return f"blocks.{layer}.{hook}"
-    return str(get_act_name(hook, layer))
 
 
 def _make(

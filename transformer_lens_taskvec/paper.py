@@ -10,7 +10,7 @@ from typing import Any
 from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec.checkpoints import Checkpoint, over_checkpoints
 from transformer_lens_taskvec.finetune import LoraSettings, finetuning_study
-from transformer_lens_taskvec.models import load_hf_model, load_model
+from transformer_lens_taskvec.loading import load_hf_model, load_model
 from transformer_lens_taskvec.plots import (
     figure_of,
     plot_checkpoints,

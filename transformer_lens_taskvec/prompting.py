@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.capabilities import capabilities
 from transformer_lens_taskvec.collect import Activations, Source, label
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate
-from transformer_lens_taskvec.interventions import hook_name
-from transformer_lens_taskvec.models import device_of, inference, model_name
-from transformer_lens_taskvec.passes import run_until
+from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.forward import run_until
+from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference, model_name
+from transformer_lens_taskvec.models.tokens import batches, encode, pad_id
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, Episode, PromptTemplate, sample_episodes
 from transformer_lens_taskvec.tasks.base import Task
-from transformer_lens_taskvec.tokens import batches, encode, pad_id
 
 POS_INSTRUCTIONS: Mapping[str, str] = {
     "Noun": "Find the first noun in the sentence.",

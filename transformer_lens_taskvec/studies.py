@@ -25,7 +25,7 @@ from transformer_lens_taskvec.collect import collect
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate
 from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
-from transformer_lens_taskvec.models import model_name
+from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompting import with_instructions
 from transformer_lens_taskvec.prompts import (
     EXAMPLE_ARROW,

@@ -23,8 +23,8 @@ from sklearn.neighbors import KNeighborsClassifier
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.collect import Source
 from transformer_lens_taskvec.heads import shuffle_labels
-from transformer_lens_taskvec.passes import run_until
-from transformer_lens_taskvec.tokens import batches, encode
+from transformer_lens_taskvec.models.forward import run_until
+from transformer_lens_taskvec.models.tokens import batches, encode
 
 Compare = Callable[..., float]
 TASK = "element_symbol"

@@ -67,7 +67,7 @@ from transformer_lens_taskvec.lab.toy_lines import (
     toy_tokenizer,
     training_view,
 )
-from transformer_lens_taskvec.models import boot
+from transformer_lens_taskvec.models.bridge import boot
 
 _EVAL_SEED = 3_000_003
 _SHOTS_OF_TD = 4

@@ -11,9 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from transformer_lens_taskvec.interventions import hook_name
-from transformer_lens_taskvec.models import device_of, inference
-from transformer_lens_taskvec.passes import (
+from transformer_lens_taskvec.models.forward import (
     branch_mask,
     branch_positions,
     mask_dtype,
@@ -23,6 +21,7 @@ from transformer_lens_taskvec.passes import (
     run_prefix,
     run_prompts,
 )
+from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
 
 
 @dataclass(frozen=True)

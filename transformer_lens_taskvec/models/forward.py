@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from transformer_lens_taskvec.interventions import hook_name
-from transformer_lens_taskvec.models import device_of
+from transformer_lens_taskvec.models.protocol import device_of, hook_name
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 

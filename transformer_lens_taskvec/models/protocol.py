@@ -1,0 +1,113 @@
+"""What the library needs of a model: hook points, layers, a device, a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from transformer_lens.utilities.components_utils import get_act_name
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """The part of TransformerLens' hook API that the library uses.
+
+    ``TransformerBridge``, ``HookedTransformer`` and any other ``HookedRootModule`` with these
+    members serve. Prompts of text need a ``tokenizer`` too, and function vectors
+    ``blocks[l].attn.W_O``.
+
+    Attributes:
+        cfg: The configuration, of which ``n_layers`` and ``d_model`` are read, and ``model_name``
+            and ``device`` where it has them.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> isinstance(model, tv.HookedModel)
+        True
+    """
+
+    cfg: Any
+
+    @property
+    def hook_dict(self) -> dict[str, Any]:
+        """The hook points by name."""
+        ...
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with temporary hooks."""
+        ...
+
+
+def model_name(model: Any) -> str:
+    """The name the model was loaded under."""
+    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def device_of(model: Any) -> torch.device:
+    """The device that tokens go to."""
+    return torch.device(getattr(model.cfg, "device", None) or "cpu")
+
+
+def check_layers(
+    model: Any, layers: Sequence[int] | None, hook: str = "resid_post"
+) -> tuple[int, ...]:
+    """The layers asked for, all of them for None, each with its hook point in the model.
+
+    Raises:
+        ValueError: If a layer is out of range, named twice, or has no such hook point.
+    """
+    n_layers = int(model.cfg.n_layers)
+    chosen = tuple(range(n_layers)) if layers is None else tuple(int(layer) for layer in layers)
+    if not chosen:
+        raise ValueError("layers is empty; name at least one layer, or None for all")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers names a layer twice: {list(chosen)}")
+    for layer in chosen:
+        if not 0 <= layer < n_layers:
+            raise ValueError(
+                f"layer {layer} is out of range: {model_name(model)} has layers 0 to {n_layers - 1}"
+            )
+        check_hook(model, hook_name(hook, layer))
+    return chosen
+
+
+def check_hook(model: Any, name: str) -> None:
+    """Raise ``ValueError`` unless the model has a hook point of that name."""
+    hooks = model.hook_dict
+    if name not in hooks:
+        prefix = name.rsplit(".", 1)[0] + "."
+        near = [other for other in hooks if other.startswith(prefix)]
+        raise ValueError(
+            f"{model_name(model)} has no hook point {name!r}; "
+            f"there: {', '.join(near[:12]) or 'none with that beginning'}"
+        )
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Run without gradients and in evaluation mode, and leave both as they were found."""
+    modules = list(model.modules()) if hasattr(model, "modules") else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def hook_name(hook: str, layer: int) -> str:
+    """The full name of a hook point in a block, by TransformerLens' own rule for short names.
+
+    Example:
+        >>> hook_name("resid_post", 3), hook_name("z", 0), hook_name("attn.hook_z", 0)
+        ('blocks.3.hook_resid_post', 'blocks.0.attn.hook_z', 'blocks.0.attn.hook_z')
+    """
+    if "." in hook or hook.startswith("hook_"):
+        return f"blocks.{layer}.{hook}"
+    return str(get_act_name(hook, layer))
