@@ -37,15 +37,17 @@ EDITS = "tests/test_interventions.py tests/test_properties.py"
 TD = "tests/test_decodability.py"
 STATISTICS = "tests/test_statistics.py tests/test_comparison.py"
 FAULTS = [
-    Fault("engine.py", "(index * length, hook)", "((index + 1) * length % 2, hook)", ENGINE),
+    Fault("interventions/packed.py", "(index * length, hook)", "((index + 1) * length % 2, hook)", ENGINE),
     Fault(
-        "engine.py", "1 + bisect_right(first, layer)", "1 + bisect_right(first, layer - 1)", ENGINE
+        "interventions/packed.py", "1 + bisect_right(first, layer)", "1 + bisect_right(first, layer - 1)", ENGINE
     ),
-    Fault("engine.py", "layer=hook.layer + 1, hook=", "layer=hook.layer, hook=", ENGINE),
-    Fault("engine.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
-    Fault("engine.py", "answers[:, :-1]], dim=1)", "answers[:, 1:]], dim=1)", ENGINE),
-    Fault("engine.py", "logits[:, 1:], answers", "logits[:, :-1], answers", ENGINE),
-    Fault("models/forward.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool)", ENGINE),
+    Fault("interventions/packed.py", "layer=hook.layer + 1, hook=", "layer=hook.layer, hook=", ENGINE),
+    Fault("interventions/packed.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
+    Fault("interventions/packed.py", "answers[:, :-1]], dim=1)", "answers[:, 1:]], dim=1)", ENGINE),
+    Fault("interventions/packed.py", "logits[:, 1:], answers", "logits[:, :-1], answers", ENGINE),
+    Fault(
+        "models/forward.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool)", ENGINE
+    ),
     Fault(
         "models/forward.py",
         "prefix_mask.sum(dim=1, keepdim=True) + steps",
@@ -58,15 +60,15 @@ FAULTS = [
         "layer.keys[rows], layer.values[rows * 0]",
         ENGINE,
     ),
-    Fault("interventions.py", "return rows + vector", "return rows + self.vector", EDITS),
+    Fault("interventions/intervention.py", "return rows + vector", "return rows + self.vector", EDITS),
     Fault(
-        "interventions.py",
+        "interventions/intervention.py",
         "edited[rows, at] = self.edit(",
         "edited[:, -1:][rows, 0] = self.edit(",
         EDITS,
     ),
-    Fault("interventions.py", "edited = activation.clone()", "edited = activation", EDITS),
-    Fault("interventions.py", "[..., None] * unit", "[..., None] * unit * 2", EDITS),
+    Fault("interventions/intervention.py", "edited = activation.clone()", "edited = activation", EDITS),
+    Fault("interventions/intervention.py", "[..., None] * unit", "[..., None] * unit * 2", EDITS),
     Fault(
         "models/tokens.py",
         "width - lengths.cpu() + one",
@@ -74,13 +76,13 @@ FAULTS = [
         f"tests/test_evaluate.py tests/test_generate.py {PACKAGE}/models/tokens.py",
     ),
     Fault(
-        "evaluate.py",
+        "scoring.py",
         "== answers) | behind).all(dim=-1)",
         "== answers) | behind).any(dim=-1)",
         "tests/test_evaluate.py",
     ),
     Fault(
-        "evaluate.py",
+        "scoring.py",
         "masked_fill(behind, 0.0)",
         "masked_fill(behind, 1.0)",
         "tests/test_evaluate.py",

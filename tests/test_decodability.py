@@ -7,7 +7,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.collect import Source
+from transformer_lens_taskvec.activations import Source
 
 SOURCE = Source("made", "resid_post", -1, "{x}->{y}", False)
 

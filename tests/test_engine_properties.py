@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec import engine
+from transformer_lens_taskvec.interventions import packed as engine
 from transformer_lens_taskvec.models.protocol import inference
 from transformer_lens_taskvec.models.tokens import Batch
 

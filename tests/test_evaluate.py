@@ -8,7 +8,7 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.engine import answer_logits
+from transformer_lens_taskvec.interventions.packed import answer_logits
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.protocol import inference
 from transformer_lens_taskvec.models.tokens import encode, encode_answers

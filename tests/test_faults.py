@@ -33,8 +33,8 @@ import torch
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import _smollm as smollm
 from transformer_lens_taskvec import finetune
+from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.checkpoints import over_checkpoints
-from transformer_lens_taskvec.collect import Source
 from transformer_lens_taskvec.lab import toy
 from transformer_lens_taskvec.lab import training as train_module
 from transformer_lens_taskvec.lab.mixtures import SparseLinearMixture

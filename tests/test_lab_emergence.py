@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
+from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.cli import app
-from transformer_lens_taskvec.collect import Source
 from transformer_lens_taskvec.lab.emergence import Emergence
 from transformer_lens_taskvec.lab.runs import Run
 from transformer_lens_taskvec.models.protocol import hook_name

@@ -15,7 +15,7 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.collect import Source
+from transformer_lens_taskvec.activations import Source
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
 HALVES = [torch.bfloat16, torch.float16]

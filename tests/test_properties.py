@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.collect import Source
+from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.prompting import input_embeddings
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}

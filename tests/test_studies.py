@@ -17,8 +17,8 @@ from scipy.stats import linregress
 from typer.testing import CliRunner
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.cli import app
-from transformer_lens_taskvec.collect import Source
 from transformer_lens_taskvec.finetune import same_outside
 from transformer_lens_taskvec.paper import run_paper_study
 from transformer_lens_taskvec.prompting import input_embeddings

@@ -1,5 +1,6 @@
 """Task vectors in TransformerLens: extract, inject, ablate, score, and measure decodability."""
 
+from transformer_lens_taskvec.activations import Activations, collect
 from transformer_lens_taskvec.analyses import (
     PerturbationMatrix,
     SteeringEffect,
@@ -7,7 +8,6 @@ from transformer_lens_taskvec.analyses import (
     steering_effect,
 )
 from transformer_lens_taskvec.checkpoints import OverCheckpoints, over_checkpoints
-from transformer_lens_taskvec.collect import Activations, collect
 from transformer_lens_taskvec.comparison import Comparison, compare
 from transformer_lens_taskvec.controls import controls
 from transformer_lens_taskvec.decodability import (
@@ -16,7 +16,6 @@ from transformer_lens_taskvec.decodability import (
     decodability_sensitivity,
     task_decodability,
 )
-from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate, evaluate, evaluate_many
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
 from transformer_lens_taskvec.finetune import (
     FinetuningStudy,
@@ -25,14 +24,14 @@ from transformer_lens_taskvec.finetune import (
     finetuning_study,
 )
 from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
-from transformer_lens_taskvec.generate import generate
+from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.heads import (
     FunctionVector,
     HeadEffects,
     function_vector,
     head_effects,
 )
-from transformer_lens_taskvec.interventions import Intervention, ablate, inject
+from transformer_lens_taskvec.interventions.intervention import Intervention, ablate, inject
 from transformer_lens_taskvec.loading import load_hf_model, load_model
 from transformer_lens_taskvec.models.bridge import boot
 from transformer_lens_taskvec.models.protocol import HookedModel
@@ -69,6 +68,7 @@ from transformer_lens_taskvec.prompts import (
     sample_splits,
     zero_shot,
 )
+from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate, evaluate, evaluate_many
 from transformer_lens_taskvec.studies import Study, run_study, split_pos_tasks
 from transformer_lens_taskvec.sweeps import LayerSweep, layer_sweep
 from transformer_lens_taskvec.tasks import (

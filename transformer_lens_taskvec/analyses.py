@@ -16,10 +16,11 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
-from transformer_lens_taskvec.engine import Variant
-from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task, evaluate_many
-from transformer_lens_taskvec.interventions import Mode, inject
+from transformer_lens_taskvec.interventions.intervention import inject
+from transformer_lens_taskvec.interventions.modes import Mode
+from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.scoring import Scores, evaluate_by_task, evaluate_many
 from transformer_lens_taskvec.vectors import TaskVectors
 
 

@@ -10,7 +10,7 @@ import torch
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval, holm
-from transformer_lens_taskvec.evaluate import Scores
+from transformer_lens_taskvec.scoring import Scores
 
 
 @dataclass(frozen=True, repr=False)

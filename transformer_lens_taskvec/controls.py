@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from transformer_lens_taskvec.collect import collect
+from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.heads import shuffle_labels
 from transformer_lens_taskvec.prompts import AnyEpisode, Episode, zero_shot
 from transformer_lens_taskvec.vectors import TaskVectors, task_vectors

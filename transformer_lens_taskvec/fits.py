@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.decodability import Decodability
-from transformer_lens_taskvec.evaluate import Scores
+from transformer_lens_taskvec.scoring import Scores
 
 Interval = tuple[float, float]
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
-from transformer_lens_taskvec.collect import collect
-from transformer_lens_taskvec.engine import Variant
-from transformer_lens_taskvec.evaluate import Scores, evaluate_by_task
-from transformer_lens_taskvec.interventions import ablate, inject
+from transformer_lens_taskvec.activations import collect
+from transformer_lens_taskvec.interventions.intervention import ablate, inject
+from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.scoring import Scores, evaluate_by_task
 
 
 @dataclass(frozen=True, repr=False)

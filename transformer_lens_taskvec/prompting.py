@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.collect import Activations, Source, label
+from transformer_lens_taskvec.activations import Activations, Source, label
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
-from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference, model_name
 from transformer_lens_taskvec.models.tokens import batches, encode, pad_id
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, Episode, PromptTemplate, sample_episodes
+from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate
 from transformer_lens_taskvec.tasks.base import Task
 
 POS_INSTRUCTIONS: Mapping[str, str] = {

@@ -20,10 +20,9 @@ import torch
 
 from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.analyses import SteeringEffect, steering_variants
-from transformer_lens_taskvec.collect import collect
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
-from transformer_lens_taskvec.evaluate import Scores, collect_and_evaluate
 from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
 from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompting import with_instructions
@@ -34,6 +33,7 @@ from transformer_lens_taskvec.prompts import (
     sample_episodes,
     sample_splits,
 )
+from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.tasks.pos import pos_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence

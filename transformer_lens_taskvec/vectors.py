@@ -22,8 +22,8 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.atomic_io import reading, replacing
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.collect import Activations, Source, layer_index
-from transformer_lens_taskvec.interventions import InSubspace
+from transformer_lens_taskvec.activations import Activations, Source, layer_index
+from transformer_lens_taskvec.interventions.modes import InSubspace
 from transformer_lens_taskvec.models.protocol import model_name
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.collect import Source
+from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.heads import shuffle_labels
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.tokens import batches, encode

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens_taskvec.collect import collect
+from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.decodability import task_decodability
 from transformer_lens_taskvec.heads import head_effects
 from transformer_lens_taskvec.lab.emergence import Emergence

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_taskvec.collect import Activations
+from transformer_lens_taskvec.activations import Activations
 from transformer_lens_taskvec.decodability import Decodability
 from transformer_lens_taskvec.plots.style import (
     COLOURS,

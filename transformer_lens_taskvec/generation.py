@@ -9,8 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.engine import Variant, check_variants, default_max_tokens
-from transformer_lens_taskvec.interventions import Intervention
+from transformer_lens_taskvec.interventions.intervention import Intervention
+from transformer_lens_taskvec.interventions.packed import (
+    Variant,
+    check_variants,
+    default_max_tokens,
+)
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.forward import new_cache, run_cached, run_prompts
 from transformer_lens_taskvec.models.protocol import device_of, inference

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.interventions import Intervention
+from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.models.forward import (
     branch_mask,

@@ -24,15 +24,15 @@ from tqdm.auto import tqdm
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import wilson_interval
-from transformer_lens_taskvec.collect import Activations, Source, label
-from transformer_lens_taskvec.engine import (
+from transformer_lens_taskvec.activations import Activations, Source, label
+from transformer_lens_taskvec.interventions.intervention import inject
+from transformer_lens_taskvec.interventions.packed import (
     Chunk,
     Variant,
     answer_logits,
     answer_numbers,
     check_variants,
 )
-from transformer_lens_taskvec.interventions import inject
 from transformer_lens_taskvec.models.protocol import check_layers, inference, model_name
 from transformer_lens_taskvec.models.tokens import encode, encode_answers
 from transformer_lens_taskvec.prompts import AnyEpisode

@@ -15,7 +15,7 @@ App. C); adding is how function vectors are used (Todd et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -24,33 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.models.tokens import Position, row_indices
-
-Mode = str | Callable[[Float[Tensor, "row d"], Float[Tensor, " d"]], Float[Tensor, "row d"]]
-
-
-@dataclass(frozen=True, eq=False)
-class InSubspace:
-    """A mode for :func:`inject`: replace within a subspace, and leave the rest as it is.
-
-    ``a' = a + P (v - a)``, with ``P`` the projection onto the subspace.
-    :meth:`TaskVectors.subspace` gives the one in which the tasks' means differ, so that a prompt's
-    task is changed and its query kept.
-
-    Attributes:
-        directions: An orthonormal basis, ``[rank, d]``.
-    """
-
-    directions: Float[Tensor, "rank d"]
-
-    def __call__(
-        self, activation: Float[Tensor, "row d"], vector: Float[Tensor, " d"]
-    ) -> Float[Tensor, "row d"]:
-        """The activation with its part in the subspace replaced by the vector's."""
-        directions = self.directions.to(activation)
-        return activation + (vector - activation) @ directions.T @ directions
-
 
 # TransformerBridge's own names, the only ones that served models know.
 _NATIVE_NAMES = {

@@ -1,0 +1,6 @@
+"""Interventions: values that are hook functions, the modes they write in, and the packed engine."""
+
+from transformer_lens_taskvec.interventions.intervention import Intervention, ablate, inject
+from transformer_lens_taskvec.interventions.modes import InSubspace, Mode
+
+__all__ = ["InSubspace", "Intervention", "Mode", "ablate", "inject"]
