@@ -37,11 +37,21 @@ EDITS = "tests/test_interventions.py tests/test_properties.py"
 TD = "tests/test_decodability.py"
 STATISTICS = "tests/test_statistics.py tests/test_comparison.py"
 FAULTS = [
-    Fault("interventions/packed.py", "(index * length, hook)", "((index + 1) * length % 2, hook)", ENGINE),
     Fault(
-        "interventions/packed.py", "1 + bisect_right(first, layer)", "1 + bisect_right(first, layer - 1)", ENGINE
+        "interventions/packed.py",
+        "(index * length, hook)",
+        "((index + 1) * length % 2, hook)",
+        ENGINE,
     ),
-    Fault("interventions/packed.py", "layer=hook.layer + 1, hook=", "layer=hook.layer, hook=", ENGINE),
+    Fault(
+        "interventions/packed.py",
+        "1 + bisect_right(first, layer)",
+        "1 + bisect_right(first, layer - 1)",
+        ENGINE,
+    ),
+    Fault(
+        "interventions/packed.py", "layer=hook.layer + 1, hook=", "layer=hook.layer, hook=", ENGINE
+    ),
     Fault("interventions/packed.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
     Fault("interventions/packed.py", "answers[:, :-1]], dim=1)", "answers[:, 1:]], dim=1)", ENGINE),
     Fault("interventions/packed.py", "logits[:, 1:], answers", "logits[:, :-1], answers", ENGINE),
@@ -60,14 +70,18 @@ FAULTS = [
         "layer.keys[rows], layer.values[rows * 0]",
         ENGINE,
     ),
-    Fault("interventions/intervention.py", "return rows + vector", "return rows + self.vector", EDITS),
+    Fault(
+        "interventions/intervention.py", "return rows + vector", "return rows + self.vector", EDITS
+    ),
     Fault(
         "interventions/intervention.py",
         "edited[rows, at] = self.edit(",
         "edited[:, -1:][rows, 0] = self.edit(",
         EDITS,
     ),
-    Fault("interventions/intervention.py", "edited = activation.clone()", "edited = activation", EDITS),
+    Fault(
+        "interventions/intervention.py", "edited = activation.clone()", "edited = activation", EDITS
+    ),
     Fault("interventions/intervention.py", "[..., None] * unit", "[..., None] * unit * 2", EDITS),
     Fault(
         "models/tokens.py",
@@ -119,7 +133,7 @@ FAULTS = [
         STATISTICS,
     ),
     Fault(
-        "vectors.py",
+        "vectors/means.py",
         "activations.labels == index]",
         "activations.labels >= index]",
         "tests/test_vectors.py",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.heads import shuffle_labels
+from transformer_lens_taskvec.prompts import shuffle_labels
 
 OPERATORS = tv.bitwise_tasks(null=False)
 

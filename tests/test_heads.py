@@ -8,7 +8,7 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.heads import shuffle_labels
+from transformer_lens_taskvec.prompts import shuffle_labels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 

@@ -20,7 +20,7 @@ from transformer_lens_taskvec.lab.emergence import Emergence
 from transformer_lens_taskvec.lab.runs import Run
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.plots import save_figures
-from transformer_lens_taskvec.vectors import TaskVectors
+from transformer_lens_taskvec.vectors.base import TaskVectors
 
 pytestmark = pytest.mark.model
 MIXTURE = lab.SparseLinearMixture.orthogonal(2, 2, n_points=6)

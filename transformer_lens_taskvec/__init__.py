@@ -25,12 +25,6 @@ from transformer_lens_taskvec.finetune import (
 )
 from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
 from transformer_lens_taskvec.generation import generate
-from transformer_lens_taskvec.heads import (
-    FunctionVector,
-    HeadEffects,
-    function_vector,
-    head_effects,
-)
 from transformer_lens_taskvec.interventions.intervention import Intervention, ablate, inject
 from transformer_lens_taskvec.loading import load_hf_model, load_model
 from transformer_lens_taskvec.models.bridge import boot
@@ -56,7 +50,6 @@ from transformer_lens_taskvec.prompting import (
     POS_INSTRUCTIONS,
     PromptingStudy,
     prompting_study,
-    with_instructions,
 )
 from transformer_lens_taskvec.prompts import (
     ARROW,
@@ -66,6 +59,7 @@ from transformer_lens_taskvec.prompts import (
     PromptTemplate,
     sample_episodes,
     sample_splits,
+    with_instructions,
     zero_shot,
 )
 from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate, evaluate, evaluate_many
@@ -87,7 +81,14 @@ from transformer_lens_taskvec.tasks import (
     pos_tasks,
     translation_tasks,
 )
-from transformer_lens_taskvec.vectors import TaskVectors, task_vectors
+from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.heads import (
+    FunctionVector,
+    HeadEffects,
+    function_vector,
+    head_effects,
+)
+from transformer_lens_taskvec.vectors.means import task_vectors
 
 __version__ = "0.1.0"
 

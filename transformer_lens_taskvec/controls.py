@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from transformer_lens_taskvec.activations import collect
-from transformer_lens_taskvec.heads import shuffle_labels
-from transformer_lens_taskvec.prompts import AnyEpisode, Episode, zero_shot
-from transformer_lens_taskvec.vectors import TaskVectors, task_vectors
+from transformer_lens_taskvec.prompts import AnyEpisode, Episode, shuffle_labels, zero_shot
+from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.means import task_vectors
 
 FROM_VECTORS = ("random", "other task", "mean")
 """Controls that are made of the vectors alone."""

@@ -30,7 +30,8 @@ from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, samp
 from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_by_task
 from transformer_lens_taskvec.sweeps import LayerSweep, layer_sweep
 from transformer_lens_taskvec.tasks.base import Task
-from transformer_lens_taskvec.vectors import TaskVectors, task_vectors
+from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.means import task_vectors
 
 
 @dataclass(frozen=True, repr=False)

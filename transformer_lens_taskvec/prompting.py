@@ -25,7 +25,14 @@ from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference, model_name
 from transformer_lens_taskvec.models.tokens import batches, encode, pad_id
-from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, Episode, PromptTemplate, sample_episodes
+from transformer_lens_taskvec.prompts import (
+    EXAMPLE_ARROW,
+    Episode,
+    PromptTemplate,
+    _instructed,
+    sample_episodes,
+    with_instructions,
+)
 from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate
 from transformer_lens_taskvec.tasks.base import Task
 
@@ -39,6 +46,7 @@ POS_INSTRUCTIONS: Mapping[str, str] = {
     "Null": "Find any word in the sentence.",
 }
 """Instructions that name the part of speech."""
+
 
 BITWISE_INSTRUCTIONS: Mapping[str, str] = {
     "AND": "AND",
@@ -172,31 +180,6 @@ def prompting_study(
     return PromptingStudy(decodability, scores, at_input, task_decodability(by_instruction, k))
 
 
-def with_instructions(
-    episodes: Sequence[Episode], instructions: Mapping[str, str]
-) -> list[Episode]:
-    """The same episodes, each with its task's instruction at the head of the prompt (App. I).
-
-    Args:
-        episodes: The episodes.
-        instructions: For each task a text.
-
-    Returns:
-        New episodes, in the same order.
-
-    Raises:
-        KeyError: If a task has no instruction.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 1, 1, seed=0)
-        >>> told = tv.with_instructions(episodes, tv.BITWISE_INSTRUCTIONS)
-        >>> told[0].prompt.splitlines()[0], told[0].prompt.endswith(episodes[0].prompt)
-        ('AND', True)
-    """
-    return [_instructed(episode, instructions[episode.task]) for episode in episodes]
-
-
 def input_embeddings(
     model: Any, episodes: Sequence[Episode], *, prepend_bos: bool = False
 ) -> Activations:
@@ -232,7 +215,3 @@ def input_embeddings(
     tasks, labels = label(episodes)
     source = Source(model_name(model), "resid_pre", -1, episodes[0].template.example, prepend_bos)
     return Activations(values, labels, tasks, (0,), source)
-
-
-def _instructed(episode: Episode, instruction: str) -> Episode:
-    return replace(episode, template=replace(episode.template, instruction=instruction))

@@ -82,7 +82,11 @@ def _fill(pattern: str, x: str, y: str) -> str:
 
 
 ARROW = PromptTemplate("{x} -> {y}")
+
+
 EXAMPLE_ARROW = PromptTemplate("example:{x}->{y}")
+
+
 QA = PromptTemplate("Q: {x}\nA: {y}", separator="\n\n")
 
 
@@ -344,3 +348,68 @@ def _share_out(
         most = len(pool) - (len(sizes) - len(ends))
         ends.append(min(max(round(len(pool) * asked / wanted), least), most))
     return {name: pool[start:end] for name, start, end in zip(sizes, ends, ends[1:], strict=False)}
+
+
+def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode]:
+    """The same episodes with each one's demonstration answers shuffled; none stays in its place.
+
+    Args:
+        episodes: Episodes of at least two demonstrations with different answers.
+        seed: Seed of the shuffling.
+
+    Returns:
+        Episodes that no longer show their task.
+
+    Raises:
+        ValueError: If an episode has fewer than two demonstrations.
+
+    Example:
+        >>> from transformer_lens_taskvec import Episode, Example
+        >>> episode = Episode("t", (Example("a", "1"), Example("b", "2")), Example("c", "3"))
+        >>> shuffle_labels([episode], seed=0)[0].demos
+        (Example(x='a', y='2'), Example(x='b', y='1'))
+    """
+    rng = random.Random(seed)
+    shuffled = []
+    for episode in episodes:
+        n = episode.n_shots
+        if n < 2:
+            raise ValueError(
+                f"an episode of {episode.task!r} has {n} demonstration(s); shuffling labels needs "
+                "two or more"
+            )
+        order = list(range(n))
+        for last in range(n - 1, 0, -1):  # Sattolo's shuffle: one cycle, nothing keeps its place
+            other = rng.randrange(last)
+            order[last], order[other] = order[other], order[last]
+        shuffled.append(episode.with_answers(order))
+    return shuffled
+
+
+def with_instructions(
+    episodes: Sequence[Episode], instructions: Mapping[str, str]
+) -> list[Episode]:
+    """The same episodes, each with its task's instruction at the head of the prompt (App. I).
+
+    Args:
+        episodes: The episodes.
+        instructions: For each task a text.
+
+    Returns:
+        New episodes, in the same order.
+
+    Raises:
+        KeyError: If a task has no instruction.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 1, 1, seed=0)
+        >>> told = tv.with_instructions(episodes, tv.BITWISE_INSTRUCTIONS)
+        >>> told[0].prompt.splitlines()[0], told[0].prompt.endswith(episodes[0].prompt)
+        ('AND', True)
+    """
+    return [_instructed(episode, instructions[episode.task]) for episode in episodes]
+
+
+def _instructed(episode: Episode, instruction: str) -> Episode:
+    return replace(episode, template=replace(episode.template, instruction=instruction))

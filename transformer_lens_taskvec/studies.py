@@ -25,19 +25,19 @@ from transformer_lens_taskvec.analyses import SteeringEffect, steering_variants
 from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
 from transformer_lens_taskvec.models.protocol import model_name
-from transformer_lens_taskvec.prompting import with_instructions
 from transformer_lens_taskvec.prompts import (
     EXAMPLE_ARROW,
     Episode,
     PromptTemplate,
     sample_episodes,
     sample_splits,
+    with_instructions,
 )
 from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.tasks.pos import pos_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence
-from transformer_lens_taskvec.vectors import task_vectors
+from transformer_lens_taskvec.vectors.means import task_vectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

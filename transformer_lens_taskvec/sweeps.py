@@ -23,7 +23,7 @@ from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import Scores, evaluate_by_task
-from transformer_lens_taskvec.vectors import TaskVectors
+from transformer_lens_taskvec.vectors.base import TaskVectors
 
 
 @dataclass(frozen=True, repr=False)

@@ -56,7 +56,7 @@ sets = tv.sample_splits(tv.find_tasks(TASKS), SIZES, n_shots=N_SHOTS, seed=0)
 # `head_effects` makes these by itself; here is one to look at.
 
 # %%
-from transformer_lens_taskvec.heads import shuffle_labels
+from transformer_lens_taskvec.prompts import shuffle_labels
 
 clean, shuffled = sets["clean"][0], shuffle_labels(sets["clean"][:1], seed=0)[0]
 pd.DataFrame({"clean": clean.prompt.split("\n"), "shuffled": shuffled.prompt.split("\n")})

@@ -22,9 +22,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
-from transformer_lens_taskvec.heads import shuffle_labels
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.tokens import batches, encode
+from transformer_lens_taskvec.prompts import shuffle_labels
 
 Compare = Callable[..., float]
 TASK = "element_symbol"

@@ -34,7 +34,7 @@ from transformer_lens_taskvec.lab.oracles import (
     oracle_predictions,
 )
 from transformer_lens_taskvec.lab.runs import Run
-from transformer_lens_taskvec.vectors import task_vectors
+from transformer_lens_taskvec.vectors.means import task_vectors
 
 if TYPE_CHECKING:
     import pandas as pd

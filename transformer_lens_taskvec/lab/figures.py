@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.decodability import task_decodability
-from transformer_lens_taskvec.heads import head_effects
 from transformer_lens_taskvec.lab.emergence import Emergence
 from transformer_lens_taskvec.lab.episodes import regression_episodes
 from transformer_lens_taskvec.lab.runs import Run
@@ -21,6 +20,7 @@ from transformer_lens_taskvec.plots import (
     plot_training,
     styled,
 )
+from transformer_lens_taskvec.vectors.heads import head_effects
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

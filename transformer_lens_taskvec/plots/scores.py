@@ -9,7 +9,6 @@ import torch
 
 from transformer_lens_taskvec.analyses import PerturbationMatrix, SteeringEffect
 from transformer_lens_taskvec.fits import Fit
-from transformer_lens_taskvec.heads import HeadEffects
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
     GREY,
@@ -23,6 +22,7 @@ from transformer_lens_taskvec.plots.style import (
     whole_numbers,
 )
 from transformer_lens_taskvec.sweeps import LayerSweep
+from transformer_lens_taskvec.vectors.heads import HeadEffects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

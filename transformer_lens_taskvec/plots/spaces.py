@@ -24,7 +24,7 @@ from transformer_lens_taskvec.plots.style import (
     whole_numbers,
 )
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.vectors import TaskVectors
+from transformer_lens_taskvec.vectors.base import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,6 @@ zero-shot prompt (Todd et al. 2023).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from transformer_lens_taskvec._utils.statistics import bootstrap_interval
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
-from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
 from transformer_lens_taskvec.scoring import Scores, evaluate_by_task
 
 
@@ -174,42 +173,6 @@ class FunctionVector(Shown):
     def __repr__(self) -> str:
         heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads)
         return f"FunctionVector({', '.join(self.tasks)}; heads {heads})"
-
-
-def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode]:
-    """The same episodes with each one's demonstration answers shuffled; none stays in its place.
-
-    Args:
-        episodes: Episodes of at least two demonstrations with different answers.
-        seed: Seed of the shuffling.
-
-    Returns:
-        Episodes that no longer show their task.
-
-    Raises:
-        ValueError: If an episode has fewer than two demonstrations.
-
-    Example:
-        >>> from transformer_lens_taskvec import Episode, Example
-        >>> episode = Episode("t", (Example("a", "1"), Example("b", "2")), Example("c", "3"))
-        >>> shuffle_labels([episode], seed=0)[0].demos
-        (Example(x='a', y='2'), Example(x='b', y='1'))
-    """
-    rng = random.Random(seed)
-    shuffled = []
-    for episode in episodes:
-        n = episode.n_shots
-        if n < 2:
-            raise ValueError(
-                f"an episode of {episode.task!r} has {n} demonstration(s); shuffling labels needs "
-                "two or more"
-            )
-        order = list(range(n))
-        for last in range(n - 1, 0, -1):  # Sattolo's shuffle: one cycle, nothing keeps its place
-            other = rng.randrange(last)
-            order[last], order[other] = order[other], order[last]
-        shuffled.append(episode.with_answers(order))
-    return shuffled
 
 
 def head_effects(

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.atomic_io import reading, replacing
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.activations import Activations, Source, layer_index
+from transformer_lens_taskvec.activations import Source, layer_index
 from transformer_lens_taskvec.interventions.modes import InSubspace
 from transformer_lens_taskvec.models.protocol import model_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 _FORMAT = "taskvec-1"
 
@@ -200,36 +201,3 @@ class TaskVectors(Shown):
             f"TaskVectors({len(self.tasks)} tasks x {len(self.layers)} layers x {width}, "
             f"{self.source.hook} of {self.source.model}: {', '.join(self.tasks)})"
         )
-
-
-def task_vectors(activations: Activations) -> TaskVectors:
-    """The mean activation of each task at each layer (Han et al. 2025, App. C), summed in float64.
-
-    Args:
-        activations: Activations of episodes other than those that the vectors will be tested on.
-
-    Returns:
-        The vectors; ``vectors["AND"]`` is ``[layer, d_model]``.
-
-    Raises:
-        ValueError: If an activation is NaN or infinite.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> activations = tv.collect(model, episodes)
-        >>> vectors = tv.task_vectors(activations)
-        >>> mean = activations.values[activations.labels == 0].mean(dim=0)
-        >>> bool((vectors["AND"] - mean).abs().max() < 1e-5)
-        True
-    """
-    if not bool(torch.isfinite(activations.values).all()):
-        raise ValueError("activations hold NaN or infinite values; their mean means nothing")
-    means = [
-        activations.values[activations.labels == index].double().mean(dim=0)
-        for index in range(len(activations.tasks))
-    ]
-    return TaskVectors(
-        torch.stack(means).float(), activations.tasks, activations.layers, activations.source
-    )
