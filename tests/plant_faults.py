@@ -101,17 +101,17 @@ FAULTS = [
         "masked_fill(behind, 1.0)",
         "tests/test_evaluate.py",
     ),
-    Fault("readouts.py", '.fill_diagonal_(float("inf"))', "", TD),
-    Fault("readouts.py", "1 - nearest / (2 *", "1 + nearest / (2 *", TD),
-    Fault("readouts.py", "(counts / (counts - 1))[labels]", "(counts / counts)[labels]", TD),
+    Fault("analysis/classifiers.py", '.fill_diagonal_(float("inf"))', "", TD),
+    Fault("analysis/classifiers.py", "1 - nearest / (2 *", "1 + nearest / (2 *", TD),
+    Fault("analysis/classifiers.py", "(counts / (counts - 1))[labels]", "(counts / counts)[labels]", TD),
     Fault(
-        "decodability.py",
+        "analysis/decodability.py",
         "matrix[second, first] = hits[pair == 1]",
         "matrix[second, first] = hits[pair == 0]",
         TD,
     ),
     Fault(
-        "decodability.py",
+        "analysis/decodability.py",
         "return (1 + as_high)",
         "return as_high",
         TD,
@@ -127,7 +127,7 @@ FAULTS = [
         STATISTICS,
     ),
     Fault(
-        "comparison.py",
+        "analysis/comparison.py",
         "binomtest(better, better + worse)",
         "binomtest(better, len(own))",
         STATISTICS,
@@ -141,7 +141,7 @@ FAULTS = [
     Fault(
         "controls.py", "values.roll(1, dims=0)", "values.roll(0, dims=0)", "tests/test_controls.py"
     ),
-    Fault("analyses.py", " - before.nll.double()", "", "tests/test_analyses.py"),
+    Fault("analysis/perturbation.py", " - before.nll.double()", "", "tests/test_analyses.py"),
 ]
 
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
+from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.finetune import same_outside
 from transformer_lens_taskvec.paper import run_paper_study
-from transformer_lens_taskvec.prompting import input_embeddings
 from transformer_lens_taskvec.studies import _peak
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}

@@ -1,21 +1,19 @@
 """Task vectors in TransformerLens: extract, inject, ablate, score, and measure decodability."""
 
 from transformer_lens_taskvec.activations import Activations, collect
-from transformer_lens_taskvec.analyses import (
-    PerturbationMatrix,
-    SteeringEffect,
-    perturbation_matrix,
-    steering_effect,
-)
-from transformer_lens_taskvec.checkpoints import OverCheckpoints, over_checkpoints
-from transformer_lens_taskvec.comparison import Comparison, compare
-from transformer_lens_taskvec.controls import controls
-from transformer_lens_taskvec.decodability import (
+from transformer_lens_taskvec.analysis.comparison import Comparison, compare
+from transformer_lens_taskvec.analysis.decodability import (
     Decodability,
     DecodabilityNull,
     decodability_sensitivity,
     task_decodability,
 )
+from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_sweep
+from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
+from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_effect
+from transformer_lens_taskvec.analysis.td_accuracy import Fit, td_vs_accuracy
+from transformer_lens_taskvec.checkpoints import OverCheckpoints, over_checkpoints
+from transformer_lens_taskvec.controls import controls
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
 from transformer_lens_taskvec.finetune import (
     FinetuningStudy,
@@ -23,7 +21,6 @@ from transformer_lens_taskvec.finetune import (
     finetune_layers,
     finetuning_study,
 )
-from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
 from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.interventions.intervention import Intervention, ablate, inject
 from transformer_lens_taskvec.loading import load_hf_model, load_model
@@ -64,7 +61,6 @@ from transformer_lens_taskvec.prompts import (
 )
 from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate, evaluate, evaluate_many
 from transformer_lens_taskvec.studies import Study, run_study, split_pos_tasks
-from transformer_lens_taskvec.sweeps import LayerSweep, layer_sweep
 from transformer_lens_taskvec.tasks import (
     Example,
     Task,

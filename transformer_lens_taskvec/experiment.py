@@ -21,14 +21,14 @@ import pandas as pd
 from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, collect
-from transformer_lens_taskvec.comparison import Comparison, compare
+from transformer_lens_taskvec.analysis.comparison import Comparison, compare
+from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
+from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_sweep
 from transformer_lens_taskvec.controls import controls
-from transformer_lens_taskvec.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.models.protocol import check_layers
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_splits, zero_shot
 from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_by_task
-from transformer_lens_taskvec.sweeps import LayerSweep, layer_sweep
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors.base import TaskVectors
 from transformer_lens_taskvec.vectors.means import task_vectors

@@ -21,9 +21,9 @@ import torch
 from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import collect
-from transformer_lens_taskvec.analyses import SteeringEffect, steering_variants
-from transformer_lens_taskvec.decodability import Decodability, task_decodability
-from transformer_lens_taskvec.fits import Fit, td_vs_accuracy
+from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
+from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_variants
+from transformer_lens_taskvec.analysis.td_accuracy import Fit, td_vs_accuracy
 from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompts import (
     EXAMPLE_ARROW,

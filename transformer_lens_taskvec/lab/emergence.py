@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import collect
-from transformer_lens_taskvec.analyses import PerturbationMatrix, matrix_of_edits
-from transformer_lens_taskvec.decodability import task_decodability
+from transformer_lens_taskvec.analysis.decodability import task_decodability
+from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, matrix_of_edits
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
 from transformer_lens_taskvec.lab.mixtures import Batch, SparseLinearMixture, balanced_labels

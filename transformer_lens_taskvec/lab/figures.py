@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens_taskvec.activations import collect
-from transformer_lens_taskvec.decodability import task_decodability
+from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.emergence import Emergence
 from transformer_lens_taskvec.lab.episodes import regression_episodes
 from transformer_lens_taskvec.lab.runs import Run

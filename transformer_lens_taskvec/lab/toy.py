@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from transformer_lens_taskvec._utils.atomic_io import reading
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, Source
-from transformer_lens_taskvec.decodability import task_decodability
+from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.recipe import Recipe
 from transformer_lens_taskvec.lab.runs import (
     checkpoint_path,

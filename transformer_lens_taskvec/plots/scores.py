@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transformer_lens_taskvec.analyses import PerturbationMatrix, SteeringEffect
-from transformer_lens_taskvec.fits import Fit
+from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep
+from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix
+from transformer_lens_taskvec.analysis.steering import SteeringEffect
+from transformer_lens_taskvec.analysis.td_accuracy import Fit
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
     GREY,
@@ -21,7 +23,6 @@ from transformer_lens_taskvec.plots.style import (
     two_axes,
     whole_numbers,
 )
-from transformer_lens_taskvec.sweeps import LayerSweep
 from transformer_lens_taskvec.vectors.heads import HeadEffects
 
 if TYPE_CHECKING:

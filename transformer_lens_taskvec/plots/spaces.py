@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.activations import Activations
-from transformer_lens_taskvec.decodability import Decodability
+from transformer_lens_taskvec.analysis.decodability import Decodability
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
     GREY,

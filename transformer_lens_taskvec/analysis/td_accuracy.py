@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.decodability import Decodability
+from transformer_lens_taskvec.analysis.decodability import Decodability
 from transformer_lens_taskvec.scoring import Scores
 
 Interval = tuple[float, float]

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval, cross_fitted_best
 from transformer_lens_taskvec.activations import Activations, layer_index
-from transformer_lens_taskvec.readouts import (
+from transformer_lens_taskvec.analysis.classifiers import (
     WITH_NEIGHBOURS,
     Method,
     distances,

@@ -1,0 +1,32 @@
+"""Analyses: one file each; a function that measures, and the result it returns."""
+
+from transformer_lens_taskvec.analysis.comparison import Comparison, compare
+from transformer_lens_taskvec.analysis.decodability import (
+    Decodability,
+    DecodabilityNull,
+    decodability_sensitivity,
+    task_decodability,
+)
+from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_sweep
+from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
+from transformer_lens_taskvec.analysis.pooling import input_embeddings
+from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_effect
+from transformer_lens_taskvec.analysis.td_accuracy import Fit, td_vs_accuracy
+
+__all__ = [
+    "Comparison",
+    "Decodability",
+    "DecodabilityNull",
+    "Fit",
+    "LayerSweep",
+    "PerturbationMatrix",
+    "SteeringEffect",
+    "compare",
+    "decodability_sensitivity",
+    "input_embeddings",
+    "layer_sweep",
+    "perturbation_matrix",
+    "steering_effect",
+    "task_decodability",
+    "td_vs_accuracy",
+]
