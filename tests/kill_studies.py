@@ -242,8 +242,9 @@ def import_everything() -> None:
     import transformers.models.llama.modeling_llama
     from transformer_lens.model_bridge import TransformerBridge
 
-    from transformer_lens_taskvec import cli, experiment, lab, paper, plots
+    from transformer_lens_taskvec import cli, experiment, lab, plots
     from transformer_lens_taskvec.analysis import perturbation as analyses
+    from transformer_lens_taskvec.paper import runner as paper
 
     del matplotlib, transformers, TransformerBridge, analyses, cli, experiment, lab, paper, plots
 

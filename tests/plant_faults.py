@@ -103,7 +103,12 @@ FAULTS = [
     ),
     Fault("analysis/classifiers.py", '.fill_diagonal_(float("inf"))', "", TD),
     Fault("analysis/classifiers.py", "1 - nearest / (2 *", "1 + nearest / (2 *", TD),
-    Fault("analysis/classifiers.py", "(counts / (counts - 1))[labels]", "(counts / counts)[labels]", TD),
+    Fault(
+        "analysis/classifiers.py",
+        "(counts / (counts - 1))[labels]",
+        "(counts / counts)[labels]",
+        TD,
+    ),
     Fault(
         "analysis/decodability.py",
         "matrix[second, first] = hits[pair == 1]",

@@ -20,9 +20,9 @@ import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.cli import app
-from transformer_lens_taskvec.finetune import same_outside
-from transformer_lens_taskvec.paper import run_paper_study
-from transformer_lens_taskvec.studies import _peak
+from transformer_lens_taskvec.paper.finetune import same_outside
+from transformer_lens_taskvec.paper.runner import run_paper_study
+from transformer_lens_taskvec.paper.shots import _peak
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
 SOURCE = Source("made", "resid_post", -1, "{x}->{y}", False)

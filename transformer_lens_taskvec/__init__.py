@@ -12,20 +12,27 @@ from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_swee
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_effect
 from transformer_lens_taskvec.analysis.td_accuracy import Fit, td_vs_accuracy
-from transformer_lens_taskvec.checkpoints import OverCheckpoints, over_checkpoints
 from transformer_lens_taskvec.controls import controls
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
-from transformer_lens_taskvec.finetune import (
-    FinetuningStudy,
-    LoraSettings,
-    finetune_layers,
-    finetuning_study,
-)
 from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.interventions.intervention import Intervention, ablate, inject
 from transformer_lens_taskvec.loading import load_hf_model, load_model
 from transformer_lens_taskvec.models.bridge import boot
 from transformer_lens_taskvec.models.protocol import HookedModel
+from transformer_lens_taskvec.paper.checkpoints import OverCheckpoints, over_checkpoints
+from transformer_lens_taskvec.paper.finetune import (
+    FinetuningStudy,
+    LoraSettings,
+    finetune_layers,
+    finetuning_study,
+)
+from transformer_lens_taskvec.paper.instructions import (
+    BITWISE_INSTRUCTIONS,
+    POS_INSTRUCTIONS,
+    PromptingStudy,
+    prompting_study,
+)
+from transformer_lens_taskvec.paper.shots import Study, run_study
 from transformer_lens_taskvec.plots import (
     explore_embedding,
     plot_checkpoints,
@@ -42,12 +49,6 @@ from transformer_lens_taskvec.plots import (
     plot_training,
     plot_vectors,
 )
-from transformer_lens_taskvec.prompting import (
-    BITWISE_INSTRUCTIONS,
-    POS_INSTRUCTIONS,
-    PromptingStudy,
-    prompting_study,
-)
 from transformer_lens_taskvec.prompts import (
     ARROW,
     EXAMPLE_ARROW,
@@ -60,7 +61,6 @@ from transformer_lens_taskvec.prompts import (
     zero_shot,
 )
 from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate, evaluate, evaluate_many
-from transformer_lens_taskvec.studies import Study, run_study, split_pos_tasks
 from transformer_lens_taskvec.tasks import (
     Example,
     Task,
@@ -77,6 +77,7 @@ from transformer_lens_taskvec.tasks import (
     pos_tasks,
     translation_tasks,
 )
+from transformer_lens_taskvec.tasks.pos import split_pos_tasks
 from transformer_lens_taskvec.vectors.base import TaskVectors
 from transformer_lens_taskvec.vectors.heads import (
     FunctionVector,

@@ -150,7 +150,7 @@ def study(
     Example: taskvec study bitwise --model smollm2 --quick --out bitwise
     """
     with _errors_as_messages():
-        from transformer_lens_taskvec.paper import run_paper_study
+        from transformer_lens_taskvec.paper.runner import run_paper_study
 
         parts = [part.strip() for part in checkpoints.split(",") if part.strip()]
         steps = [int(part) if part.isdigit() else part for part in parts]

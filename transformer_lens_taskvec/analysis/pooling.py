@@ -13,9 +13,7 @@ from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference, model_name
 from transformer_lens_taskvec.models.tokens import batches, encode, pad_id
-from transformer_lens_taskvec.prompts import (
-    Episode,
-)
+from transformer_lens_taskvec.prompts import Episode
 
 
 def input_embeddings(

@@ -28,8 +28,8 @@ from transformer_lens_taskvec.vectors.heads import HeadEffects
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from transformer_lens_taskvec.checkpoints import OverCheckpoints
-    from transformer_lens_taskvec.prompting import PromptingStudy
+    from transformer_lens_taskvec.paper.checkpoints import OverCheckpoints
+    from transformer_lens_taskvec.paper.instructions import PromptingStudy
 
 
 @styled

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from transformer_lens_taskvec.tasks.base import Example, Task, by_name, check_sample_size
 from transformer_lens_taskvec.tasks.sentences import Sentence, generate_sentences
 
+if TYPE_CHECKING:
+    pass
+
+
 __all__ = ["POS_TAGS", "PosTask", "Sentence", "pos_tasks"]
+
 
 POS_TAGS: Mapping[str, str] = MappingProxyType(
     {
@@ -23,8 +29,14 @@ POS_TAGS: Mapping[str, str] = MappingProxyType(
         "Pronoun": "PRON",
     }
 )
+
+
 _NULL = "Null"
+
+
 _NOT_WORDS = frozenset(["PUNCT", "SYM"])
+
+
 _WORD_CHARACTER = re.compile(r"\w")
 
 
@@ -145,3 +157,35 @@ def _stands_alone(word: str, text: str) -> bool:
             return True
         start = text.find(word, start + 1)
     return False
+
+
+def split_pos_tasks(
+    sentences: Sequence[Sentence] | None = None, *, test_share: float = 0.2, seed: int = 0
+) -> tuple[dict[str, Task], dict[str, Task]]:
+    """Part-of-speech tasks on disjoint train and test sentences (80/20 in the paper, App. G).
+
+    Args:
+        sentences: Tagged sentences; by default those that the package makes itself.
+        test_share: The share of the sentences that go to the test tasks.
+        seed: Seed of the split.
+
+    Returns:
+        The train tasks and the test tasks, by name, Null last.
+
+    Raises:
+        ValueError: If ``test_share`` is not between 0 and 1, or a part has no usable sentence.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> train, test = tv.split_pos_tasks()
+        >>> list(train)
+        ['Noun', 'Adjective', 'Verb', 'Adverb', 'Preposition', 'Pronoun', 'Null']
+        >>> set(train["Noun"].sentences) & set(test["Noun"].sentences)
+        set()
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share}; it must be between 0 and 1")
+    pool = list(next(iter(pos_tasks(sentences).values())).sentences)  # type: ignore[attr-defined]
+    random.Random(seed).shuffle(pool)
+    n_test = round(test_share * len(pool))
+    return pos_tasks(pool[n_test:]), pos_tasks(pool[:n_test])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,32 +34,12 @@ from transformer_lens_taskvec.prompts import (
 )
 from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate
 from transformer_lens_taskvec.tasks.base import Task
-from transformer_lens_taskvec.tasks.pos import pos_tasks
-from transformer_lens_taskvec.tasks.sentences import Sentence
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PUBLISHED_R2: Mapping[str, Mapping[str, float]] = {
-    "pos": {
-        "Llama-3.1-8B": 0.781,
-        "Gemma-2-2B": 0.422,
-        "Gemma-2-9B": 0.531,
-        "Gemma-2-27B": 0.822,
-        "Llama-3.1-70B": 0.844,
-        "Mamba-2-8B": 0.596,
-    },
-    "bitwise": {
-        "Llama-3.1-8B": 0.528,
-        "Gemma-2-2B": 0.776,
-        "Gemma-2-9B": 0.452,
-        "Gemma-2-27B": 0.590,
-        "Llama-3.1-70B": 0.324,
-        "Mamba-2-8B": 0.468,
-    },
-}
-"""The paper's R^2 of accuracy on TD over tasks and shots (Figures 4, 21, 22; App. G)."""
+from transformer_lens_taskvec.paper.published import PUBLISHED_R2
 
 
 @dataclass(frozen=True, repr=False)
@@ -319,38 +298,6 @@ def run_study(
     }
     fit = td_vs_accuracy(decodability, scores, layer=layer, leave_out=(null,))
     return Study(model_name(model), decodability, scores, steering, layer, fit, settings)
-
-
-def split_pos_tasks(
-    sentences: Sequence[Sentence] | None = None, *, test_share: float = 0.2, seed: int = 0
-) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Part-of-speech tasks on disjoint train and test sentences (80/20 in the paper, App. G).
-
-    Args:
-        sentences: Tagged sentences; by default those that the package makes itself.
-        test_share: The share of the sentences that go to the test tasks.
-        seed: Seed of the split.
-
-    Returns:
-        The train tasks and the test tasks, by name, Null last.
-
-    Raises:
-        ValueError: If ``test_share`` is not between 0 and 1, or a part has no usable sentence.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> train, test = tv.split_pos_tasks()
-        >>> list(train)
-        ['Noun', 'Adjective', 'Verb', 'Adverb', 'Preposition', 'Pronoun', 'Null']
-        >>> set(train["Noun"].sentences) & set(test["Noun"].sentences)
-        set()
-    """
-    if not 0 < test_share < 1:
-        raise ValueError(f"test_share is {test_share}; it must be between 0 and 1")
-    pool = list(next(iter(pos_tasks(sentences).values())).sentences)  # type: ignore[attr-defined]
-    random.Random(seed).shuffle(pool)
-    n_test = round(test_share * len(pool))
-    return pos_tasks(pool[n_test:]), pos_tasks(pool[:n_test])
 
 
 def _episodes(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.loading import load_model
-from transformer_lens_taskvec.studies import Study
+from transformer_lens_taskvec.paper.shots import Study
 
 Checkpoint = int | str
 

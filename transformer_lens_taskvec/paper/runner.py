@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformer_lens_taskvec._utils.atomic_io import write_text
-from transformer_lens_taskvec.checkpoints import Checkpoint, over_checkpoints
-from transformer_lens_taskvec.finetune import LoraSettings, finetuning_study
 from transformer_lens_taskvec.loading import load_hf_model, load_model
+from transformer_lens_taskvec.paper.checkpoints import Checkpoint, over_checkpoints
+from transformer_lens_taskvec.paper.finetune import LoraSettings, finetuning_study
+from transformer_lens_taskvec.paper.instructions import (
+    BITWISE_INSTRUCTIONS,
+    POS_INSTRUCTIONS,
+    prompting_study,
+)
+from transformer_lens_taskvec.paper.published import PUBLISHED_TABLE_1
+from transformer_lens_taskvec.paper.shots import Study, markdown, run_study
 from transformer_lens_taskvec.plots import (
     figure_of,
     plot_checkpoints,
@@ -18,22 +25,11 @@ from transformer_lens_taskvec.plots import (
     plot_prompting,
     save_figures,
 )
-from transformer_lens_taskvec.prompting import (
-    BITWISE_INSTRUCTIONS,
-    POS_INSTRUCTIONS,
-    prompting_study,
-)
-from transformer_lens_taskvec.studies import Study, markdown, run_study, split_pos_tasks
 from transformer_lens_taskvec.tasks import bitwise_tasks, load_conllu, load_treebank, pos_tasks
+from transformer_lens_taskvec.tasks.pos import split_pos_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence
 
 KINDS = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
-PUBLISHED_TABLE_1: Mapping[str, tuple[float, float]] = {
-    "pretrained": (0.43, 0.262),
-    "first 10": (0.85, 0.902),
-    "last 10": (0.43, 0.663),
-}
-"""TD and accuracy on bitwise tasks of Llama-3.1-8B in the paper's Table 1."""
 
 
 def run_paper_study(

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.atomic_io import reading, write_whole
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.models.bridge import boot
+from transformer_lens_taskvec.paper.shots import Study
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
-from transformer_lens_taskvec.studies import Study
 from transformer_lens_taskvec.tasks.base import Task
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
