@@ -33,11 +33,11 @@ import torch
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import _smollm as smollm
 from transformer_lens_taskvec.activations import Source
-from transformer_lens_taskvec.lab import toy
-from transformer_lens_taskvec.lab import training as train_module
-from transformer_lens_taskvec.lab.mixtures import SparseLinearMixture
-from transformer_lens_taskvec.lab.runs import load_run
-from transformer_lens_taskvec.lab.training import PRESETS, train
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.toy import model as toy
+from transformer_lens_taskvec.lab.training import loop as train_module
+from transformer_lens_taskvec.lab.training.loop import PRESETS, train
+from transformer_lens_taskvec.lab.training.runs import load_run
 from transformer_lens_taskvec.paper import finetune
 from transformer_lens_taskvec.paper.checkpoints import over_checkpoints
 

@@ -17,7 +17,7 @@ from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.lab.emergence import Emergence
-from transformer_lens_taskvec.lab.runs import Run
+from transformer_lens_taskvec.lab.training.runs import Run
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.plots import save_figures
 from transformer_lens_taskvec.vectors.base import TaskVectors

@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer_lens_taskvec.lab.mixtures import (
+from transformer_lens_taskvec.lab.problems.base import Mixture, balanced_labels
+from transformer_lens_taskvec.lab.problems.families import (
     LeakyReLU,
     LinearOnRepresentation,
-    Mixture,
     RegressionFamilies,
     SparseLinear,
-    SparseLinearMixture,
-    balanced_labels,
     linear,
     quadratic,
 )
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 
 SPARSE = [
     SparseLinearMixture(),

@@ -10,7 +10,6 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import Lasso, Ridge
 
-from transformer_lens_taskvec.lab.mixtures import Batch, RegressionFamilies, SparseLinearMixture
 from transformer_lens_taskvec.lab.oracles import (
     bayes_mixture,
     lasso,
@@ -19,6 +18,9 @@ from transformer_lens_taskvec.lab.oracles import (
     ridge,
     true_basis_ridge,
 )
+from transformer_lens_taskvec.lab.problems.base import Batch
+from transformer_lens_taskvec.lab.problems.families import RegressionFamilies
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 
 MIXTURES = {
     "default": SparseLinearMixture(),

@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from transformer_lens_taskvec.lab import training as train_module
-from transformer_lens_taskvec.lab.mixtures import Batch, RegressionFamilies, SparseLinearMixture
-from transformer_lens_taskvec.lab.optim import Muon, orthogonalized
-from transformer_lens_taskvec.lab.runs import TrainConfig, evaluate_mixture, load_run
-from transformer_lens_taskvec.lab.training import PRESETS, TrainingDiverged, train
+from transformer_lens_taskvec.lab.problems.base import Batch
+from transformer_lens_taskvec.lab.problems.families import RegressionFamilies
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.training import loop as train_module
+from transformer_lens_taskvec.lab.training.loop import PRESETS, TrainingDiverged, train
+from transformer_lens_taskvec.lab.training.muon import Muon, orthogonalized
+from transformer_lens_taskvec.lab.training.runs import TrainConfig, evaluate_mixture, load_run
 
 TINY = dataclasses.replace(
     PRESETS["small"],
@@ -117,7 +119,7 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(straight: Path, tmp_p
         "import sys, time, torch; sys.path.insert(0, 'tests')\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
         "import test_lab_train as t\n"
-        "from transformer_lens_taskvec.lab import training as module\n"
+        "from transformer_lens_taskvec.lab.training import loop as module\n"
         "take = module._take_step\n"
         "module._take_step = lambda *args: (time.sleep(0.02), take(*args))\n"
         f"t.train(t.TINY, {str(folder)!r}, seed=3, progress=False, device='cpu')\n"

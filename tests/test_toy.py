@@ -12,11 +12,12 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec.lab import toy, toy_lines
-from transformer_lens_taskvec.lab import training as train_module
-from transformer_lens_taskvec.lab.runs import load_run, shipped_run
-from transformer_lens_taskvec.lab.toy import ToyConfig, load_toy_run, shipped_toy_run
-from transformer_lens_taskvec.lab.toy_lines import ARROW, LINE, LINES, TASKS, bitwise_lines
+from transformer_lens_taskvec.lab.toy import lines as toy_lines
+from transformer_lens_taskvec.lab.toy import model as toy
+from transformer_lens_taskvec.lab.toy.lines import ARROW, LINE, LINES, TASKS, bitwise_lines
+from transformer_lens_taskvec.lab.toy.model import ToyConfig, load_toy_run, shipped_toy_run
+from transformer_lens_taskvec.lab.training import loop as train_module
+from transformer_lens_taskvec.lab.training.runs import load_run, shipped_run
 from transformer_lens_taskvec.prompts import ARROW as ARROW_TEMPLATE
 from transformer_lens_taskvec.prompts import QA
 

@@ -39,7 +39,7 @@ def load_model(name: str, **kwargs: Any) -> Any:
         hf_model, tokenizer = load_hf_model(name, dtype=dtype)
         return boot(hf_model, kwargs.pop("tokenizer", tokenizer), **kwargs)
     if name == "toy":
-        from transformer_lens_taskvec.lab.toy import shipped_toy_run
+        from transformer_lens_taskvec.lab.toy.model import shipped_toy_run
 
         return shipped_toy_run().model(**kwargs)
     try:

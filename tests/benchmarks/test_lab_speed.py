@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 from transformer_lens_taskvec.lab import PRESETS, TrainConfig, interleave
-from transformer_lens_taskvec.lab.training import _optimizers
+from transformer_lens_taskvec.lab.training.loop import _optimizers
 
 BATCH = 32
 

@@ -9,19 +9,6 @@ from transformer_lens_taskvec.lab.emergence import (
 )
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
 from transformer_lens_taskvec.lab.figures import emergence_figures
-from transformer_lens_taskvec.lab.mixtures import (
-    Batch,
-    Family,
-    LeakyReLU,
-    LinearOnRepresentation,
-    Mixture,
-    RegressionFamilies,
-    SparseLinear,
-    SparseLinearMixture,
-    balanced_labels,
-    linear,
-    quadratic,
-)
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer, interleave
 from transformer_lens_taskvec.lab.oracles import (
     MixturePosterior,
@@ -34,17 +21,32 @@ from transformer_lens_taskvec.lab.oracles import (
     ridge,
     true_basis_ridge,
 )
-from transformer_lens_taskvec.lab.recipe import Recipe
-from transformer_lens_taskvec.lab.runs import (
+from transformer_lens_taskvec.lab.problems.base import Batch, Family, Mixture, balanced_labels
+from transformer_lens_taskvec.lab.problems.families import (
+    LeakyReLU,
+    LinearOnRepresentation,
+    RegressionFamilies,
+    SparseLinear,
+    linear,
+    quadratic,
+)
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.toy.lines import toy_tokenizer
+from transformer_lens_taskvec.lab.toy.model import (
+    ToyConfig,
+    ToyRun,
+    load_toy_run,
+    shipped_toy_run,
+)
+from transformer_lens_taskvec.lab.training.loop import PRESETS, TrainingDiverged, train
+from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.runs import (
     Run,
     TrainConfig,
     evaluate_mixture,
     load_run,
     shipped_run,
 )
-from transformer_lens_taskvec.lab.toy import ToyConfig, ToyRun, load_toy_run, shipped_toy_run
-from transformer_lens_taskvec.lab.toy_lines import toy_tokenizer
-from transformer_lens_taskvec.lab.training import PRESETS, TrainingDiverged, train
 
 __all__ = [
     "PRESETS",

@@ -26,14 +26,15 @@ from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, matrix_of_edits
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
-from transformer_lens_taskvec.lab.mixtures import Batch, SparseLinearMixture, balanced_labels
 from transformer_lens_taskvec.lab.oracles import (
     OracleErrors,
     bayes_mixture,
     oracle_errors,
     oracle_predictions,
 )
-from transformer_lens_taskvec.lab.runs import Run
+from transformer_lens_taskvec.lab.problems.base import Batch, balanced_labels
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.training.runs import Run
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 if TYPE_CHECKING:

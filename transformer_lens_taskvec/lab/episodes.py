@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_taskvec.lab.mixtures import Mixture, balanced_labels
 from transformer_lens_taskvec.lab.model import interleave
+from transformer_lens_taskvec.lab.problems.base import Mixture, balanced_labels
 from transformer_lens_taskvec.prompts import PromptTemplate
 
 _INTERLEAVED = PromptTemplate("{x} {y}", separator=" ")

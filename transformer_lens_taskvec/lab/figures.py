@@ -9,7 +9,7 @@ from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.emergence import Emergence
 from transformer_lens_taskvec.lab.episodes import regression_episodes
-from transformer_lens_taskvec.lab.runs import Run
+from transformer_lens_taskvec.lab.training.runs import Run
 from transformer_lens_taskvec.plots import (
     figure_of,
     plot_decodability,

@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.lab.mixtures import Batch, Mixture, SparseLinearMixture
+from transformer_lens_taskvec.lab.problems.base import Batch, Mixture
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 
 _SEQUENCES_AT_ONCE = 1000
 

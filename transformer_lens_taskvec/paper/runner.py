@@ -118,7 +118,7 @@ def _over_checkpoints(
     load: Callable[[Checkpoint], Any] | None = None
     shots: tuple[int, ...] = (1, 4, 10)
     if model == "toy":
-        from transformer_lens_taskvec.lab.toy import shipped_toy_run
+        from transformer_lens_taskvec.lab.toy.model import shipped_toy_run
 
         run, shots = shipped_toy_run(), (1, 4, 8)  # it has seen eight demonstrations at most
         checkpoints = checkpoints or run.steps

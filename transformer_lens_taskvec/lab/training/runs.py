@@ -22,15 +22,12 @@ from torch import Tensor, nn
 
 from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_text, write_whole
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.lab import mixtures
-from transformer_lens_taskvec.lab.mixtures import (
-    Mixture,
-    RegressionFamilies,
-    SparseLinearMixture,
-    balanced_labels,
-)
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
-from transformer_lens_taskvec.lab.recipe import Recipe
+from transformer_lens_taskvec.lab.problems import families
+from transformer_lens_taskvec.lab.problems.base import Family, Mixture, balanced_labels
+from transformer_lens_taskvec.lab.problems.families import RegressionFamilies
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.training.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,7 +279,7 @@ def shipped_run() -> Run:
         >>> run.steps[0], run.steps[-1], run.seed
         (0, 26000, 0)
     """
-    return load_run(Path(__file__).parent / "shipped" / "small")
+    return load_run(Path(__file__).parents[1] / "shipped" / "small")
 
 
 def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Run:
@@ -437,18 +434,18 @@ def _mixture_from(description: dict[str, Any]) -> Mixture:
     raise ValueError(f"this run's mixture is a {kind} of its author's; give it as mixture=")
 
 
-_FUNCTIONS: Mapping[str, mixtures.Family] = {
-    "linear": mixtures.linear,
-    "quadratic": mixtures.quadratic,
+_FUNCTIONS: Mapping[str, Family] = {
+    "linear": families.linear,
+    "quadratic": families.quadratic,
 }
 _CLASSES: Mapping[str, Any] = {
-    "SparseLinear": mixtures.SparseLinear,
-    "LeakyReLU": mixtures.LeakyReLU,
-    "LinearOnRepresentation": mixtures.LinearOnRepresentation,
+    "SparseLinear": families.SparseLinear,
+    "LeakyReLU": families.LeakyReLU,
+    "LinearOnRepresentation": families.LinearOnRepresentation,
 }
 
 
-def _family_to(family: mixtures.Family) -> dict[str, Any]:
+def _family_to(family: Family) -> dict[str, Any]:
     for name, function in _FUNCTIONS.items():
         if family is function:
             return {"function": name}
@@ -457,12 +454,12 @@ def _family_to(family: mixtures.Family) -> dict[str, Any]:
     return {"own": getattr(family, "__qualname__", type(family).__qualname__)}
 
 
-def _family_from(name: str, description: dict[str, Any]) -> mixtures.Family:
+def _family_from(name: str, description: dict[str, Any]) -> Family:
     fields = dict(description)
     if "function" in fields:
         return _FUNCTIONS[fields["function"]]
     if "class" in fields:
-        family: mixtures.Family = _CLASSES[fields.pop("class")](**fields)
+        family: Family = _CLASSES[fields.pop("class")](**fields)
         return family
     raise ValueError(
         f"the family {name!r} is a function of its author's ({fields['own']}); give the run's "

@@ -42,14 +42,7 @@ from transformer_lens_taskvec._utils.atomic_io import reading
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
-from transformer_lens_taskvec.lab.recipe import Recipe
-from transformer_lens_taskvec.lab.runs import (
-    checkpoint_path,
-    export_checkpoints,
-    read_metrics,
-    read_settings,
-)
-from transformer_lens_taskvec.lab.toy_lines import (
+from transformer_lens_taskvec.lab.toy.lines import (
     ARROW,
     BOS,
     LINE,
@@ -66,6 +59,13 @@ from transformer_lens_taskvec.lab.toy_lines import (
     exact_match,
     toy_tokenizer,
     training_view,
+)
+from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.runs import (
+    checkpoint_path,
+    export_checkpoints,
+    read_metrics,
+    read_settings,
 )
 from transformer_lens_taskvec.models.bridge import boot
 
@@ -400,7 +400,7 @@ def shipped_toy_run() -> ToyRun:
         >>> lab.shipped_toy_run().model().cfg.n_layers  # the same as load_model("toy")
         4
     """
-    return load_toy_run(Path(__file__).parent / "shipped" / "toy")
+    return load_toy_run(Path(__file__).parents[1] / "shipped" / "toy")
 
 
 @dataclass(frozen=True)

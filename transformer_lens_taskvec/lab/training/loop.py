@@ -27,17 +27,17 @@ from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
 from transformer_lens_taskvec._utils.atomic_io import reading, write_text
-from transformer_lens_taskvec.lab.mixtures import SparseLinearMixture
-from transformer_lens_taskvec.lab.optim import Muon
-from transformer_lens_taskvec.lab.recipe import Recipe
-from transformer_lens_taskvec.lab.runs import (
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.toy.model import ToyConfig
+from transformer_lens_taskvec.lab.training.muon import Muon
+from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.runs import (
     TrainConfig,
     checkpoint_path,
     read_metrics,
     read_settings,
     write_tensors,
 )
-from transformer_lens_taskvec.lab.toy import ToyConfig
 
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {

@@ -1,0 +1,243 @@
+"""Mixtures of families of functions (Han et al. 2025, App. F)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens_taskvec.lab.problems.base import (
+    Batch,
+    Family,
+    _check_sizes,
+    _labels,
+    _normal,
+    _with_noise,
+)
+
+
+def linear(
+    xs: Float[Tensor, "batch point dim"], generator: torch.Generator
+) -> Float[Tensor, "batch point"]:
+    """``w.x`` with ``w ~ N(0, I)``.
+
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        generator: Source of randomness, on the device of ``xs``.
+
+    Returns:
+        Outputs without noise, ``[batch, point]``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> lab.linear(xs, torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 5])
+    """
+    weights = _normal(generator, xs.shape[0], xs.shape[2])
+    return torch.einsum("bpd,bd->bp", xs, weights)
+
+
+@dataclass(frozen=True)
+class SparseLinear:
+    """``w.x`` with all but ``rank`` coordinates of ``w``, chosen anew each time, set to zero.
+
+    Attributes:
+        rank: How many coordinates are kept.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> lab.SparseLinear(rank=2)(xs, torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 5])
+    """
+
+    rank: int = 4
+
+    def __call__(
+        self, xs: Float[Tensor, "batch point dim"], generator: torch.Generator
+    ) -> Float[Tensor, "batch point"]:
+        """Draw functions and apply them."""
+        if not 1 <= self.rank <= xs.shape[2]:
+            raise ValueError(
+                f"rank must be in [1, {xs.shape[2]}], the inputs' dim; got {self.rank}"
+            )
+        weights = _normal(generator, xs.shape[0], xs.shape[2])
+        order = torch.rand(weights.shape, generator=generator, device=generator.device)
+        kept = order.argsort(-1).argsort(-1) < self.rank
+        return torch.einsum("bpd,bd->bp", xs, weights * kept)
+
+
+@dataclass(frozen=True)
+class LeakyReLU:
+    """``leaky_relu(w.x)`` with ``w ~ N(0, I)``.
+
+    Attributes:
+        slope: Of the negative part.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> ys = lab.LeakyReLU(slope=0.0)(xs, torch.Generator().manual_seed(0))
+        >>> bool((ys >= 0).all())
+        True
+    """
+
+    slope: float = 0.5
+
+    def __call__(
+        self, xs: Float[Tensor, "batch point dim"], generator: torch.Generator
+    ) -> Float[Tensor, "batch point"]:
+        """Draw functions and apply them."""
+        return torch.nn.functional.leaky_relu(linear(xs, generator), self.slope)
+
+
+def quadratic(
+    xs: Float[Tensor, "batch point dim"], generator: torch.Generator
+) -> Float[Tensor, "batch point"]:
+    """``(w.x)^2 / sqrt(2 dim)`` with ``w ~ N(0, I)``: about the variance of :func:`linear`.
+
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        generator: Source of randomness, on the device of ``xs``.
+
+    Returns:
+        Outputs without noise, ``[batch, point]``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        >>> bool((lab.quadratic(xs, torch.Generator().manual_seed(0)) >= 0).all())
+        True
+    """
+    return linear(xs, generator).square() / math.sqrt(2 * xs.shape[2])
+
+
+@dataclass(frozen=True)
+class LinearOnRepresentation:
+    """``w.phi(x)``: linear on a random two-layer network that is the same in every sequence.
+
+    ``phi(x) = tanh(B leaky_relu(A x / sqrt(dim)))`` with Gaussian ``A`` and ``B``, drawn once from
+    ``seed``; ``w ~ N(0, I)`` is drawn for every sequence.
+
+    Attributes:
+        width: Units of each layer; None for as many as the inputs have dimensions.
+        seed: Seed of ``A`` and ``B``.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> family = lab.LinearOnRepresentation()
+        >>> mixture = lab.RegressionFamilies({"representation": family}, dim=4)
+        >>> mixture.sample(2, torch.Generator().manual_seed(0)).ys.shape
+        torch.Size([2, 20])
+    """
+
+    width: int | None = None
+    seed: int = 0
+
+    def __call__(
+        self, xs: Float[Tensor, "batch point dim"], generator: torch.Generator
+    ) -> Float[Tensor, "batch point"]:
+        """Draw functions and apply them."""
+        return linear(self.represent(xs), generator)
+
+    def represent(self, xs: Float[Tensor, "batch point dim"]) -> Float[Tensor, "batch point width"]:
+        """``phi(x)``."""
+        dim = xs.shape[-1]
+        width = self.width or dim
+        fixed = torch.Generator().manual_seed(self.seed)
+        first = torch.randn(dim, width, generator=fixed).to(xs.device) / math.sqrt(dim)
+        second = torch.randn(width, width, generator=fixed).to(xs.device) / math.sqrt(width)
+        return torch.tanh(torch.nn.functional.leaky_relu(xs @ first) @ second * 2.0)
+
+
+def default_families() -> dict[str, Family]:
+    """The families of App. F, in equal shares."""
+    return {
+        "linear": linear,
+        "sparse linear": SparseLinear(),
+        "leaky ReLU": LeakyReLU(),
+        "quadratic": quadratic,
+    }
+
+
+@dataclass(frozen=True)
+class RegressionFamilies:
+    """A mixture of any families of functions, in equal shares (App. F).
+
+    The default has the four families of the paper; ``{"linear": linear, "representation":
+    LinearOnRepresentation()}`` is the pair of linear regression and linear regression on a fixed
+    random representation.
+
+    >>> mixture = RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3)
+    >>> mixture.sample(2, torch.Generator().manual_seed(0)).ys.shape
+    torch.Size([2, 20])
+
+    Attributes:
+        families: The functions that draw and apply each family, by name.
+        dim: The dimension of an input.
+        noise_variance: The variance of the noise on ``y``.
+        n_points: Pairs in a sequence.
+    """
+
+    families: Mapping[str, Family] = field(default_factory=default_families)
+    dim: int = 16
+    noise_variance: float = 0.01
+    n_points: int = 20
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.dim, self.n_points, self.noise_variance)
+        if not self.families:
+            raise ValueError("families is empty; give at least one family")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the families."""
+        return tuple(self.families)
+
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        labels: Int[Tensor, " batch"] | None = None,
+    ) -> Batch:
+        """Draw sequences.
+
+        Every family is applied to every sequence and the one that is wanted is kept: it costs
+        little beside a training step, and nothing has to wait for the device.
+
+        Args:
+            batch_size: Number of sequences.
+            generator: Source of randomness; the batch is made on its device.
+            labels: The family of each sequence; drawn uniformly by default.
+
+        Returns:
+            The sequences.
+
+        Raises:
+            ValueError: If ``labels`` does not have ``batch_size`` entries, or a family returns
+                outputs of the wrong shape.
+        """
+        labels = _labels(batch_size, len(self.families), generator, labels)
+        xs = _normal(generator, batch_size, self.n_points, self.dim)
+        outputs = []
+        for name, family in self.families.items():
+            ys = family(xs, generator)
+            if ys.shape != xs.shape[:2]:
+                raise ValueError(
+                    f"family {name!r} returned shape {tuple(ys.shape)}; "
+                    f"expected [batch, point], {tuple(xs.shape[:2])}"
+                )
+            outputs.append(ys)
+        clean = torch.stack(outputs)[labels, torch.arange(batch_size, device=xs.device)]
+        return Batch(xs, _with_noise(clean, self.noise_variance, generator), labels)

@@ -1,0 +1,121 @@
+"""Sparse linear regression whose support is one of several bases (Han et al. 2025, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens_taskvec.lab.problems.base import (
+    Batch,
+    _check_sizes,
+    _labels,
+    _normal,
+    _with_noise,
+)
+
+
+def _blocks(n_bases: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """The first ``rank`` coordinates, the next ``rank``, and so on."""
+    return tuple(tuple(range(k * rank, (k + 1) * rank)) for k in range(n_bases))
+
+
+@dataclass(frozen=True)
+class SparseLinearMixture:
+    """Sparse linear regression whose support is one of several bases (section 3.3).
+
+    ``y = w.x + e``, with ``w ~ N(0, I)`` zeroed outside the basis of the sequence and
+    ``e ~ N(0, noise_variance)``. The default is the paper's main setting: four orthogonal bases of
+    rank 4 in 16 dimensions.
+
+    >>> SparseLinearMixture().tasks
+    ('B1', 'B2', 'B3', 'B4')
+    >>> SparseLinearMixture.small().bases
+    ((0, 1), (2, 3), (4, 5), (6, 7))
+
+    Attributes:
+        dim: The dimension of an input.
+        bases: The coordinates of each basis; bases may overlap and may differ in rank.
+        noise_variance: The variance of ``e``.
+        n_points: Pairs in a sequence: the paper's number of demonstrations, the last of which is
+            the query.
+    """
+
+    dim: int = 16
+    bases: tuple[tuple[int, ...], ...] = _blocks(4, 4)
+    noise_variance: float = 0.01
+    n_points: int = 20
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.dim, self.n_points, self.noise_variance)
+        if not self.bases:
+            raise ValueError("bases is empty; give at least one basis")
+        for basis in self.bases:
+            if not basis or len(set(basis)) < len(basis):
+                raise ValueError(f"basis {basis} must name at least one coordinate, each once")
+            if not all(0 <= coordinate < self.dim for coordinate in basis):
+                raise ValueError(f"basis {basis} leaves the {self.dim} dimensions of dim")
+
+    @classmethod
+    def orthogonal(
+        cls, n_bases: int, rank: int, *, noise_variance: float = 0.01, n_points: int = 20
+    ) -> SparseLinearMixture:
+        """``n_bases`` bases of one rank that share no coordinate; ``orthogonal(6, 4)`` is D 24."""
+        return cls(n_bases * rank, _blocks(n_bases, rank), noise_variance, n_points)
+
+    @classmethod
+    def overlapping(
+        cls, *, noise_variance: float = 0.01, n_points: int = 20
+    ) -> SparseLinearMixture:
+        """Eight bases in two groups of four: within dimensions 0-7 and within 8-15 (App. E).
+
+        In a group, each basis shares half of its coordinates with the next.
+        """
+        group = [tuple(sorted((2 * k + j) % 8 for j in range(4))) for k in range(4)]
+        other = [tuple(8 + coordinate for coordinate in basis) for basis in group]
+        return cls(16, tuple(group + other), noise_variance, n_points)
+
+    @classmethod
+    def small(cls, *, noise_variance: float = 0.01, n_points: int = 16) -> SparseLinearMixture:
+        """Four orthogonal bases of rank 2 in 8 dimensions, which a laptop can learn."""
+        return cls.orthogonal(4, 2, noise_variance=noise_variance, n_points=n_points)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """``("B1", "B2", ...)``."""
+        return tuple(f"B{k + 1}" for k in range(len(self.bases)))
+
+    def masks(self, device: torch.device | str = "cpu") -> Float[Tensor, "task dim"]:
+        """One where a coordinate belongs to a basis, zero elsewhere."""
+        masks = torch.zeros(len(self.bases), self.dim)
+        for k, basis in enumerate(self.bases):
+            masks[k, list(basis)] = 1.0
+        return masks.to(device)
+
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        labels: Int[Tensor, " batch"] | None = None,
+    ) -> Batch:
+        """Draw sequences.
+
+        Args:
+            batch_size: Number of sequences.
+            generator: Source of randomness; the batch is made on its device.
+            labels: The basis of each sequence; drawn uniformly by default.
+
+        Returns:
+            The sequences.
+
+        Raises:
+            ValueError: If ``labels`` does not have ``batch_size`` entries.
+        """
+        labels = _labels(batch_size, len(self.bases), generator, labels)
+        xs = _normal(generator, batch_size, self.n_points, self.dim)
+        weights = _normal(generator, batch_size, self.dim) * self.masks(xs.device)[labels]
+        clean = torch.einsum("bpd,bd->bp", xs, weights)
+        return Batch(xs, _with_noise(clean, self.noise_variance, generator), labels)

@@ -1,0 +1,1 @@
+"""The toy model: a small language model of bitwise tasks that ships with the package."""
