@@ -120,7 +120,7 @@ def planted() -> Any:
             parameter.fill_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
         _set_weights(model, vocabulary)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", pad_token="?")
-    return tv.boot(model, wrapped, device="cpu")
+    return tv.bridge_from_hf(model, wrapped, device="cpu")
 
 
 def _set_weights(model: Any, vocabulary: dict[str, int]) -> None:

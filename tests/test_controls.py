@@ -33,7 +33,7 @@ def vectors(toy: Any, episodes: list[tv.Episode]) -> tv.TaskVectors:
 def made(
     toy: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> dict[str, tv.TaskVectors]:
-    return tv.controls(vectors, toy, episodes, seed=3)
+    return tv.control_vectors(vectors, toy, episodes, seed=3)
 
 
 def test_controls_are_as_long_as_the_vectors(
@@ -85,26 +85,26 @@ def test_a_model_is_left_as_it_was(
     toy: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
     before = [parameter.clone() for parameter in toy.parameters()]
-    tv.controls(vectors, toy, episodes[:20] + episodes[20:], kinds=["reinitialised"])
+    tv.control_vectors(vectors, toy, episodes[:20] + episodes[20:], kinds=["reinitialised"])
     assert all(map(torch.equal, before, toy.parameters()))
 
 
 def test_what_cannot_be_made_is_said(vectors: tv.TaskVectors) -> None:
     with pytest.raises(ValueError, match="no control 'noise'"):
-        tv.controls(vectors, kinds=["noise"])
+        tv.control_vectors(vectors, kinds=["noise"])
     with pytest.raises(ValueError, match="needs model= and episodes="):
-        tv.controls(vectors, kinds=["zero-shot"])
+        tv.control_vectors(vectors, kinds=["zero-shot"])
     one = tv.TaskVectors(vectors.values[:1], ("AND",), vectors.layers, vectors.source)
     with pytest.raises(ValueError, match="one task only"):
-        tv.controls(one)
-    assert set(tv.controls(one, kinds=["random"])) == {"random"}
+        tv.control_vectors(one)
+    assert set(tv.control_vectors(one, kinds=["random"])) == {"random"}
 
 
 def test_prompts_too_short_for_a_control_go_without_it(toy: Any) -> None:
     one = tv.sample_episodes(OPERATORS, 3, 1, seed=0)
     vectors = tv.task_vectors(tv.collect(toy, one))
-    assert "shuffled labels" not in tv.controls(vectors, toy, one)
-    assert set(tv.controls(vectors, toy, tv.zero_shot(one))) == {
+    assert "shuffled labels" not in tv.control_vectors(vectors, toy, one)
+    assert set(tv.control_vectors(vectors, toy, tv.zero_shot(one))) == {
         "random",
         "other task",
         "mean",

@@ -214,11 +214,11 @@ def test_a_method_of_ones_own() -> None:
 
 def test_sensitivity_in_one_call() -> None:
     found = activations(120, 3, spread=0.7)
-    frame = tv.decodability_sensitivity(found, ks=(1, 5, 40), ns=(10, 40), layer=1)
+    frame = tv.analysis.decodability_sensitivity(found, ks=(1, 5, 40), ns=(10, 40), layer=1)
     assert set(frame.method) == {"knn", "centroid", "cosine"}
     whole = frame[(frame.method == "knn") & (frame.k == 5) & (frame.n == 40)].td.item()
     assert whole == pytest.approx(float(tv.task_decodability(found, 5).at(1).mean()))
     # Ten points a task are too few for 40 neighbours; the nearest mean has none to count.
     assert len(frame) == 2 * 2 + 1 + 2 * 3 + 1
     with pytest.raises(ValueError, match="between 2 and 40"):
-        tv.decodability_sensitivity(found, ns=(41,))
+        tv.analysis.decodability_sensitivity(found, ns=(41,))

@@ -49,7 +49,7 @@ def test_controls_stand_beside_the_task_vectors(smollm2: Any, experiment: tv.Exp
     sets = tv.sample_splits(
         tv.find_tasks(TASKS), {"train": 8, "dev": 8, "test": 8}, n_shots=4, seed=1
     )
-    made = tv.controls(experiment.vectors, smollm2, sets["train"], seed=1)
+    made = tv.control_vectors(experiment.vectors, smollm2, sets["train"], seed=1)
     assert list(experiment.controls) == list(made) and len(made) == 6
     task = "next_letter"
     layer = experiment.layers[task]
@@ -65,7 +65,9 @@ def test_controls_stand_beside_the_task_vectors(smollm2: Any, experiment: tv.Exp
 
 
 def test_results_are_written_whole(experiment: tv.Experiment, tmp_path: Path) -> None:
-    written = experiment.save(tmp_path / "out")
+    out = tmp_path / "out"
+    figures = tv.plots.experiment_figures(experiment)
+    written = [*experiment.save(out), *tv.plots.save_figures(figures, out)]
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert (
         names
@@ -146,4 +148,4 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_tasks_are_listed_with_an_example() -> None:
     outcome = CliRunner().invoke(app, ["tasks"])
     assert outcome.exit_code == 0
-    assert len(outcome.output.splitlines()) == len(tv.all_tasks())
+    assert len(outcome.output.splitlines()) == len(tv.tasks.all_tasks())

@@ -337,11 +337,11 @@ LOADERS = [
     Loader(
         "load_conllu",
         lambda folder: (folder / "s.conllu").write_text(CONLLU),
-        lambda folder: tv.load_conllu(folder / "s.conllu"),
+        lambda folder: tv.tasks.load_conllu(folder / "s.conllu"),
         {"s.conllu": damaged_bytes},
         LINES,
     ),
-    Loader("load_treebank", make_treebank, tv.load_treebank, {"b.mrg": damaged_bytes}, LINES),
+    Loader("load_treebank", make_treebank, tv.tasks.load_treebank, {"b.mrg": damaged_bytes}, LINES),
     Loader("SmolLM2's cache", make_cache, smollm._is_intact, {"manifest.json": damaged_json}),
     Loader(
         "load_toy_run",
@@ -411,7 +411,7 @@ def complaints(loader: Loader, folder: Path, seeds: range) -> list[str]:
 
 
 def check(loader: Loader, folder: Path, monkeypatch: pytest.MonkeyPatch, seeds: range) -> None:
-    monkeypatch.setattr(toy, "boot", lambda *args, **kwargs: None)
+    monkeypatch.setattr(toy, "bridge_from_hf", lambda *args, **kwargs: None)
     started = time.perf_counter()
     with little_memory():
         found = complaints(loader, folder, seeds)
@@ -519,9 +519,9 @@ def experiment() -> tv.Experiment:
 
 
 @pytest.fixture(scope="module")
-def study() -> tv.Study:
+def study() -> tv.paper.ShotStudy:
     model = tv.load_model("toy", device="cpu")
-    return tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), steer_shots=(1,), n=3, k=3)
+    return tv.paper.run_study(model, tv.bitwise_tasks(), shots=(1, 2), steer_shots=(1,), n=3, k=3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ def run() -> Run:
 
 @pytest.fixture(scope="module")
 def found(run: Run) -> Emergence:
-    return lab.emergence(run, n=60, n_oracle=500, progress=False)
+    return lab.measure_emergence(run, n=60, n_oracle=500, progress=False)
 
 
 def episodes(n: int = 12, n_shots: int | None = None, seed: int = 0) -> list[Any]:
@@ -184,7 +184,7 @@ def test_emergence_is_recorded_and_drawn(found: Emergence, run: Run, tmp_path: P
     paths = save_figures(figures, tmp_path / "figures")
     assert all(path.stat().st_size > 5_000 for path in paths) and not plt.get_fignums()
     with pytest.raises(ValueError, match="no checkpoint at step 5"):
-        tv.plot_oracles(found, [5])
+        tv.lab.plot_oracles(found, [5])
 
 
 def test_the_posterior_is_held_against_neighbours(run: Run) -> None:

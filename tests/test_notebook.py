@@ -95,7 +95,7 @@ def test_memory_is_freed_when_the_results_are() -> None:
         tv.perturbation_matrix(toy, test, vectors, 1)
         tv.head_effects(toy, train, on=test)
         tv.generate(toy, [episode.prompt for episode in test], max_new_tokens=2)
-        tv.run_study(toy, tasks, shots=(1, 2), n=6, k=3)
+        tv.paper.run_study(toy, tasks, shots=(1, 2), n=6, k=3)
 
     def tensors() -> int:
         gc.collect()
@@ -117,9 +117,11 @@ def test_progress_bars_clean_up_after_themselves(
         lambda: tv.collect(toy, episodes, progress=True),
         lambda: tv.evaluate(toy, episodes, progress=True),
         lambda: tv.head_effects(toy, episodes, progress=True),
-        lambda: tv.run_study(toy, tv.bitwise_tasks(), shots=(1, 2), n=12, progress=True),
+        lambda: tv.paper.run_study(toy, tv.bitwise_tasks(), shots=(1, 2), n=12, progress=True),
         lambda: lab.train(config, tmp_path / "run", steps=4, progress=True),
-        lambda: lab.emergence(lab.load_run(tmp_path / "run"), n=11, n_oracle=20, progress=True),
+        lambda: lab.measure_emergence(
+            lab.load_run(tmp_path / "run"), n=11, n_oracle=20, progress=True
+        ),
     ]
     for call in calls:
         call()

@@ -207,7 +207,7 @@ def test_a_function_vector_of_one_head_is_the_planted_direction(
 def test_controls_do_nothing_here(
     model: Any, train: list[tv.Episode], test: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
-    made = tv.controls(vectors, model, train)
+    made = tv.control_vectors(vectors, model, train)
     sweep = tv.layer_sweep(model, tv.zero_shot(test), vectors, controls=made)
     found = tv.compare(
         sweep.scores_at(1), {kind: one.scores_at(1) for kind, one in sweep.controls.items()}

@@ -26,19 +26,19 @@ def toy() -> Any:
 
 
 @pytest.fixture(scope="module")
-def study(toy: Any) -> tv.Study:
-    return tv.run_study(toy, tv.bitwise_tasks(), shots=(1, 2), n=12, n_vectors=12)
+def study(toy: Any) -> tv.paper.ShotStudy:
+    return tv.paper.run_study(toy, tv.bitwise_tasks(), shots=(1, 2), n=12, n_vectors=12)
 
 
 @pytest.fixture(scope="module")
-def axes(toy: Any, study: tv.Study) -> Iterator[dict[str, Any]]:
+def axes(toy: Any, study: tv.paper.ShotStudy) -> Iterator[dict[str, Any]]:
     """A figure of every kind that a language model gives, with what it draws from its own."""
     found = study.decodability[2]
     vectors = tv.task_vectors(found.activations)
     episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 2, seed=3)
     sweep = tv.layer_sweep(toy, tv.zero_shot(episodes), vectors, controls=True)
     told = {task: f"This is {task}: " for task in tv.bitwise_tasks()}
-    prompting = tv.prompting_study(toy, tv.bitwise_tasks(), told, n_shots=2, n=12)
+    prompting = tv.paper.prompting_study(toy, tv.bitwise_tasks(), told, n_shots=2, n=12)
     effects = tv.head_effects(toy, episodes, on=episodes, ablation="zero")
     drawn = {
         "sweep": tv.plot_layer_sweep(sweep),
@@ -51,13 +51,13 @@ def axes(toy: Any, study: tv.Study) -> Iterator[dict[str, Any]]:
         "heads": tv.plot_head_effects(effects, task="AND"),
         "vectors": tv.plot_vectors(vectors, 1),
         "embedding": tv.plot_embedding(found.activations, 1, method="pca"),
-        "prompting": tv.plot_prompting(prompting),
+        "prompting": tv.paper.plot_prompting(prompting),
     }
     yield drawn
     plt.close("all")
 
 
-def test_matplotlibs_settings_are_as_they_were(study: tv.Study) -> None:
+def test_matplotlibs_settings_are_as_they_were(study: tv.paper.ShotStudy) -> None:
     before = dict(mpl.rcParams)
     ax = tv.plot_decodability(study.decodability[1])
     assert dict(mpl.rcParams) == before
@@ -97,7 +97,7 @@ def test_text_is_readable_at_column_width_and_nothing_is_cut(axes: dict[str, Any
 
 
 def test_figures_are_saved_as_png_and_as_svg_with_text_and_the_same_each_time(
-    study: tv.Study, tmp_path: Path
+    study: tv.paper.ShotStudy, tmp_path: Path
 ) -> None:
     for folder in ("one", "two"):
         figure = figure_of(tv.plot_decodability(study.decodability[1]))
@@ -129,7 +129,7 @@ def test_the_interactive_map_shows_every_prompt_at_every_layer(toy: Any) -> None
 
 
 def test_without_plotly_the_error_says_what_to_install(
-    study: tv.Study, monkeypatch: pytest.MonkeyPatch
+    study: tv.paper.ShotStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__
 

@@ -28,12 +28,12 @@ def few() -> list[tv.Episode]:
 
 @pytest.fixture(scope="module", params=HALVES, ids=["bfloat16", "float16"])
 def half(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
-    return tv.boot(zoo.hf_model("llama"), tokenizer, device="cpu", dtype=request.param)
+    return tv.bridge_from_hf(zoo.hf_model("llama"), tokenizer, device="cpu", dtype=request.param)
 
 
 @pytest.fixture(scope="module")
 def full(tokenizer: Any) -> Any:
-    return tv.boot(zoo.hf_model("llama"), tokenizer, device="cpu")
+    return tv.bridge_from_hf(zoo.hf_model("llama"), tokenizer, device="cpu")
 
 
 def test_activations_and_vectors_are_in_full_precision(

@@ -179,12 +179,12 @@ def public(model: Any, few: list[tv.Episode], vectors: tv.TaskVectors) -> dict[s
         "steering_effect": lambda: tv.steering_effect(model, few, vectors, 1),
         "head_effects": lambda: tv.head_effects(model, few),
         "function_vector": lambda: tv.function_vector(model, few, n_heads=2),
-        "controls": lambda: tv.controls(vectors, model, few),
+        "controls": lambda: tv.control_vectors(vectors, model, few),
         "input_embeddings": lambda: input_embeddings(model, few),
-        "run_study": lambda: tv.run_study(model, TASKS, shots=(1, 2), **study),
+        "run_study": lambda: tv.paper.run_study(model, TASKS, shots=(1, 2), **study),
         "run_experiment": lambda: tv.run_experiment(model, TASKS, n_shots=1, **study),
-        "prompting_study": lambda: tv.prompting_study(
-            model, TASKS, tv.BITWISE_INSTRUCTIONS, n_shots=1, **study
+        "prompting_study": lambda: tv.paper.prompting_study(
+            model, TASKS, tv.paper.BITWISE_INSTRUCTIONS, n_shots=1, **study
         ),
     }
 

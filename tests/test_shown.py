@@ -36,7 +36,7 @@ def found(toy: Any) -> dict[str, Any]:
         "function vector": tv.function_vector(toy, test, 3),
         "run": lab.shipped_run(),
         "toy run": lab.shipped_toy_run(),
-        "study": tv.run_study(toy, tasks, shots=(1, 2), n=6, k=3),
+        "study": tv.paper.run_study(toy, tasks, shots=(1, 2), n=6, k=3),
     }
 
 

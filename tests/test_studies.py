@@ -21,7 +21,7 @@ from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.paper.finetune import same_outside
-from transformer_lens_taskvec.paper.runner import run_paper_study
+from transformer_lens_taskvec.paper.runner import write_instruction_study, write_shot_study
 from transformer_lens_taskvec.paper.shots import _peak
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
@@ -68,7 +68,7 @@ def test_one_pass_gives_what_two_give(model: Any, max_tokens: int | None) -> Non
 @pytest.mark.model
 @pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 def test_a_study_measures_and_writes(model: Any, tmp_path: Path) -> None:
-    study = tv.run_study(model, TASKS, **SMALL)
+    study = tv.paper.run_study(model, TASKS, **SMALL)
     frame = study.to_frame()
     assert len(frame) == 6 and set(frame.shots) == {1, 2}
     assert ((frame.low <= frame.accuracy) & (frame.accuracy <= frame.high)).all()
@@ -80,14 +80,14 @@ def test_a_study_measures_and_writes(model: Any, tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert "Llama-3.1-8B 0.53" in report and "steering_1_shot.png" in report
     assert not plt.get_fignums()
-    again = tv.run_study(model, TASKS, **SMALL)
+    again = tv.paper.run_study(model, TASKS, **SMALL)
     assert again.to_json() == study.to_json()
 
 
 @pytest.mark.model
 def test_a_recurrent_model_is_studied_the_same_way(tokenizer: Any) -> None:
     with pytest.warns(UserWarning, match="one intervention at a time"):
-        study = tv.run_study(zoo.bridge("mamba", tokenizer), TASKS, n=4, k=2, shots=(1, 2))
+        study = tv.paper.run_study(zoo.bridge("mamba", tokenizer), TASKS, n=4, k=2, shots=(1, 2))
     assert study.to_frame().td.between(0, 1).all() and study.decodability[1].layers == (0, 1, 2)
 
 
@@ -103,7 +103,7 @@ def test_the_layer_is_the_first_of_a_plateau() -> None:
 
 def test_null_must_be_there() -> None:
     with pytest.raises(ValueError, match="no task 'Null'"):
-        tv.run_study(None, tv.bitwise_tasks(null=False))
+        tv.paper.run_study(None, tv.bitwise_tasks(null=False))
 
 
 def test_a_fit_is_the_least_squares_line() -> None:
@@ -142,27 +142,29 @@ def test_intervals_are_wilsons() -> None:
 
 
 def test_pos_tasks_share_no_sentence_between_train_and_test() -> None:
-    train, test = tv.split_pos_tasks(seed=1)
+    train, test = tv.tasks.split_pos_tasks(seed=1)
     texts = [
         {example.x for example in part["Noun"].sample(len(part["Noun"]), random.Random(0))}
         for part in (train, test)
     ]
     assert not texts[0] & texts[1] and 3.5 < len(texts[0]) / len(texts[1]) < 4.5
     with pytest.raises(ValueError, match="between 0 and 1"):
-        tv.split_pos_tasks(test_share=1.0)
+        tv.tasks.split_pos_tasks(test_share=1.0)
 
 
 def test_instructions_head_the_prompt() -> None:
     episodes = tv.sample_episodes(TASKS, 1, 1, seed=0)
-    told = tv.with_instructions(episodes, tv.BITWISE_INSTRUCTIONS)
+    told = tv.with_instructions(episodes, tv.paper.BITWISE_INSTRUCTIONS)
     assert told[0].prompt == "AND\n" + episodes[0].prompt
-    assert set(tv.BITWISE_INSTRUCTIONS) == set(tv.bitwise_tasks())
-    assert set(tv.POS_INSTRUCTIONS) == set(tv.pos_tasks())
+    assert set(tv.paper.BITWISE_INSTRUCTIONS) == set(tv.bitwise_tasks())
+    assert set(tv.paper.POS_INSTRUCTIONS) == set(tv.pos_tasks())
 
 
 @pytest.mark.model
 def test_what_the_words_of_an_instruction_give_away_is_measured(model: Any) -> None:
-    found = tv.prompting_study(model, TASKS, tv.BITWISE_INSTRUCTIONS, n_shots=2, n=10, k=3)
+    found = tv.paper.prompting_study(
+        model, TASKS, tv.paper.BITWISE_INSTRUCTIONS, n_shots=2, n=10, k=3
+    )
     frame = found.to_frame().set_index("condition")
     assert list(frame.index) == ["plain", "instructed", "random"]
     # The operator's name is in the prompt's words, and at random it says nothing of the task.
@@ -190,45 +192,47 @@ def test_checkpoints_are_studied_once_each(model: Any, tmp_path: Path) -> None:
         loaded.append(checkpoint)
         return model
 
-    def study(loaded_model: Any) -> tv.Study:
-        return tv.run_study(loaded_model, TASKS, steer_shots=(), **SMALL)
+    def study(loaded_model: Any) -> tv.paper.ShotStudy:
+        return tv.paper.run_study(loaded_model, TASKS, steer_shots=(), **SMALL)
 
-    first = tv.over_checkpoints("org/m", [100], study, load=load, folder=tmp_path)
-    both = tv.over_checkpoints("org/m", [100, "rev"], study, load=load, folder=tmp_path)
+    first = tv.paper.over_checkpoints("org/m", [100], study, load=load, folder=tmp_path)
+    both = tv.paper.over_checkpoints("org/m", [100, "rev"], study, load=load, folder=tmp_path)
     assert loaded == [100, "rev"] and both.checkpoints == (100, "rev")
     assert first.results.td.tolist() == both.results.td[:6].tolist()
     assert len(list(tmp_path.iterdir())) == 2
-    plt.close(tv.plot_checkpoints(both)[0].figure)
+    plt.close(tv.paper.plot_checkpoints(both)[0].figure)
     with pytest.raises(ValueError, match="distinct"):
-        tv.over_checkpoints("m", [1, 1], study)
+        tv.paper.over_checkpoints("m", [1, 1], study, load=load)
 
 
-SETTINGS = tv.LoraSettings(n_samples=24, n_shots=1, batch_size=4, accumulate=2, learning_rate=5e-3)
+SETTINGS = tv.paper.LoraSettings(
+    n_samples=24, n_shots=1, batch_size=4, accumulate=2, learning_rate=5e-3
+)
 
 
 @pytest.mark.model
 def test_only_the_layers_asked_for_change(tokenizer: Any) -> None:
     hf_model = zoo.hf_model("llama")
     before = {name: value.clone() for name, value in hf_model.named_parameters()}
-    tuned = tv.finetune_layers(hf_model, tokenizer, TASKS, [1, 2], settings=SETTINGS)
+    tuned = tv.paper.finetune_layers(hf_model, tokenizer, TASKS, [1, 2], settings=SETTINGS)
     assert same_outside(hf_model, tuned, [1, 2]) and not same_outside(hf_model, tuned, [1])
     assert all(value.equal(before[name]) for name, value in hf_model.named_parameters())
     assert set(dict(tuned.named_parameters())) == set(before)
     episodes = tv.sample_episodes(TASKS, 8, 1, seed=9)
     nll = [
-        tv.evaluate(tv.boot(m, tokenizer, device="cpu"), episodes).mean_nll
+        tv.evaluate(tv.bridge_from_hf(m, tokenizer, device="cpu"), episodes).mean_nll
         for m in (hf_model, tuned)
     ]
     assert nll[1] < nll[0]
     with pytest.raises(ValueError, match="name some of 0 to 2"):
-        tv.finetune_layers(hf_model, tokenizer, TASKS, [3])
+        tv.paper.finetune_layers(hf_model, tokenizer, TASKS, [3])
 
 
 def test_finetuning_resumes_to_the_same_bits(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tune(folder: Path) -> Any:
-        return tv.finetune_layers(
+        return tv.paper.finetune_layers(
             zoo.hf_model("llama"), tokenizer, TASKS, [0], settings=SETTINGS, folder=folder
         )
 
@@ -248,17 +252,17 @@ def test_finetuning_resumes_to_the_same_bits(
     resumed = tune(tmp_path / "cut")
     assert same_outside(whole, resumed, [])
     with pytest.raises(ValueError, match="of another training"):
-        tv.finetune_layers(
+        tv.paper.finetune_layers(
             zoo.hf_model("llama"), tokenizer, TASKS, [1], settings=SETTINGS, folder=tmp_path / "cut"
         )
 
 
 def test_finetuning_study_leaves_td_below_the_last_layers(tokenizer: Any) -> None:
-    found = tv.finetuning_study(
+    found = tv.paper.finetuning_study(
         zoo.hf_model("llama"),
         tokenizer,
         TASKS,
-        lambda model: tv.run_study(model, TASKS, steer_shots=(), **SMALL),
+        lambda model: tv.paper.run_study(model, TASKS, steer_shots=(), **SMALL),
         n_layers=1,
         settings=SETTINGS,
     )
@@ -269,8 +273,10 @@ def test_finetuning_study_leaves_td_below_the_last_layers(tokenizer: Any) -> Non
 
 
 def test_wrong_names_end_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no study 'poss'"):
-        run_paper_study("poss", "smollm2", tmp_path)
+    with pytest.raises(ValueError, match="kind is 'poss'"):
+        write_shot_study(None, "poss", tmp_path)
+    result = CliRunner().invoke(app, ["study", "poss", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and "no study 'poss'" in result.output
     result = CliRunner().invoke(
         app, ["study", "bitwise", "--model", "meta-llama/Llama-3.1-8C", "--out", str(tmp_path)]
     )
@@ -280,7 +286,7 @@ def test_wrong_names_end_with_what_to_do(tmp_path: Path) -> None:
 
 def test_studies_of_the_toy_show_the_papers_findings(tmp_path: Path) -> None:
     toy = tv.load_model("toy", device="cpu")
-    study = tv.run_study(toy, tv.bitwise_tasks(), n=30, shots=(1, 4), n_vectors=60)
+    study = tv.paper.run_study(toy, tv.bitwise_tasks(), n=30, shots=(1, 4), n_vectors=60)
     frame = study.to_frame().set_index(["shots", "task"]).drop("Null", level="task")
     assert study.steering[1].layer == 1
     assert frame.loc[4].td.min() > 0.9
@@ -290,11 +296,11 @@ def test_studies_of_the_toy_show_the_papers_findings(tmp_path: Path) -> None:
     alone = tv.collect(toy, null)
     halves = dataclasses.replace(alone, labels=torch.arange(120) % 2, tasks=("one half", "other"))
     assert abs(float(tv.task_decodability(halves).at(1).mean()) - 0.5) < 0.15
-    told = tv.prompting_study(toy, tv.bitwise_tasks(), tv.BITWISE_INSTRUCTIONS, n=30)
+    told = tv.paper.prompting_study(toy, tv.bitwise_tasks(), tv.paper.BITWISE_INSTRUCTIONS, n=30)
     seen = told.to_frame().set_index("condition")
     # The operator's name in the prompt is decodable from its words, and the model ignores it.
     assert seen.td_at_input["instructed"] > 0.8 > 0.5 > seen.td_of_instruction["random"]
-    paths = run_paper_study("prompting", "toy", tmp_path, quick=True)
+    paths = write_instruction_study(toy, tmp_path, n=20)
     assert {path.name for path in paths} >= {"bitwise.png", "pos.png", "report.md"}
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"bitwise", "pos"}
 

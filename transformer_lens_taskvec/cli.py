@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+STUDIES = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
 DEMO_TASKS = (
     "upper_case",
     "singular_plural",
@@ -124,7 +126,7 @@ def study(
         str,
         typer.Argument(
             help="'pos', 'bitwise', 'prompting', 'finetune' or 'checkpoints'.",
-            autocompletion=lambda: ["pos", "bitwise", "prompting", "finetune", "checkpoints"],
+            autocompletion=lambda: [*STUDIES],
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and figures.")],
@@ -150,25 +152,63 @@ def study(
     Example: taskvec study bitwise --model smollm2 --quick --out bitwise
     """
     with _errors_as_messages():
-        from transformer_lens_taskvec.paper.runner import run_paper_study
-
-        parts = [part.strip() for part in checkpoints.split(",") if part.strip()]
-        steps = [int(part) if part.isdigit() else part for part in parts]
-        paths = run_paper_study(
+        paths = _written_study(
             kind,
             model,
             out,
             data=data,
-            checkpoints=steps,
-            samples=samples,
-            quick=quick,
-            seed=seed,
-            prepend_bos=bos,
-            progress=True,
+            checkpoints=[part.strip() for part in checkpoints.split(",") if part.strip()],
+            samples=240 if quick else samples,
+            options={
+                "n": 20 if quick else 100,
+                "seed": seed,
+                "prepend_bos": bos,
+                "progress": True,
+            },
         )
         typer.echo((out / "report.md").read_text())
         for path in paths:
             typer.echo(f"wrote {path}")
+
+
+def _written_study(
+    kind: str,
+    model: str,
+    out: Path,
+    *,
+    data: Path | None,
+    checkpoints: list[str],
+    samples: int,
+    options: dict[str, Any],
+) -> list[Path]:
+    """Load what the study needs, run it, and return the files that it wrote."""
+    from transformer_lens_taskvec.loading import load_checkpoint, load_hf_model, load_model
+    from transformer_lens_taskvec.paper import LoraSettings, runner
+
+    out.mkdir(parents=True, exist_ok=True)
+    sentences = None if data is None else runner.read_sentences(data)
+    if kind in ("pos", "bitwise"):
+        return runner.write_shot_study(load_model(model), kind, out, sentences=sentences, **options)
+    if kind == "prompting":
+        return runner.write_instruction_study(
+            load_model(model), out, sentences=sentences, **options
+        )
+    if kind == "finetune":
+        hf_model, tokenizer = load_hf_model(model)
+        settings = LoraSettings(n_samples=samples)
+        return runner.write_finetuning_study(hf_model, tokenizer, out, settings=settings, **options)
+    if kind != "checkpoints":
+        raise ValueError(f"no study {kind!r}; there are {', '.join(STUDIES)}")
+    steps: list[int | str] = [int(part) if part.isdigit() else part for part in checkpoints]
+    shots = (1, 4, 10)
+    if model == "toy":
+        from transformer_lens_taskvec.lab import shipped_toy_run
+
+        steps = steps or [*shipped_toy_run().steps]
+        shots = (1, 4, 8)  # it has seen eight demonstrations at most
+    return runner.write_checkpoint_study(
+        model, steps, out, load=partial(load_checkpoint, model), shots=shots, **options
+    )
 
 
 @app.command()
@@ -222,7 +262,7 @@ def emergence(
         from transformer_lens_taskvec.plots import save_figures
 
         loaded = lab.shipped_run() if run is None else lab.load_run(run)
-        found = lab.emergence(loaded, n=n, seed=seed)
+        found = lab.measure_emergence(loaded, n=n, seed=seed)
         typer.echo(repr(found))
         figures = lab.emergence_figures(loaded, found, n=n)
         for path in [found.save(out), *save_figures(figures, out)]:
@@ -268,7 +308,9 @@ def _run(
             f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
             f"(chance {result.decodability.chance:.2f})"
         )
-        for path in result.save(out):
+        from transformer_lens_taskvec.plots import experiment_figures, save_figures
+
+        for path in [*result.save(out), *save_figures(experiment_figures(result), out)]:
             typer.echo(f"wrote {path}")
 
 

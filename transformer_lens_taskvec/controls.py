@@ -26,7 +26,7 @@ FROM_PROMPTS = ("shuffled labels", "zero-shot", "reinitialised")
 """Controls that need the prompts, and passes over them."""
 
 
-def controls(
+def control_vectors(
     vectors: TaskVectors,
     model: Any = None,
     episodes: Sequence[Episode] | None = None,
@@ -66,7 +66,7 @@ def controls(
         >>> sizes = {"train": 10, "test": 10}
         >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
-        >>> made = tv.controls(vectors, model, sets["train"])
+        >>> made = tv.control_vectors(vectors, model, sets["train"])
         >>> list(made)
         ['random', 'other task', 'mean', 'shuffled labels', 'zero-shot', 'reinitialised']
         >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors, controls=made)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from transformer_lens_taskvec.activations import Activations, collect
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
 from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_sweep
-from transformer_lens_taskvec.controls import controls
+from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.models.protocol import check_layers
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_splits, zero_shot
@@ -140,39 +139,23 @@ class Experiment(Shown):
         }
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write ``results.json``, ``vectors.safetensors`` and the figures to a folder.
+        """Write ``results.json`` and ``vectors.safetensors`` to a folder.
 
         Args:
-            folder: Made when it is not there.
+            folder: Created when it does not exist.
 
         Returns:
-            The files written.
+            The files written; :func:`~transformer_lens_taskvec.plots.experiment_figures` draws the
+            figures that belong to them.
 
         Raises:
-            OSError: If the folder cannot be written to; then none of the files is half-written.
+            OSError: If the folder cannot be written to; then neither file is half-written.
         """
-        from transformer_lens_taskvec import plots
-
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-        best = self.decodability.best_layer
-        figures = {
-            "layer_sweep": plots.plot_layer_sweep(self.sweep),
-            "decodability": plots.plot_decodability(self.decodability),
-            "embedding": plots.plot_embedding(self.activations, best),
-        }
-        with tempfile.TemporaryDirectory(prefix=".taskvec-", dir=out) as scratch:
-            folder_of_parts = Path(scratch)
-            drawn = {name: plots.figure_of(ax) for name, ax in figures.items()}
-            plots.save_figures(drawn, folder_of_parts)
-            self.vectors.save(folder_of_parts / "vectors.safetensors")
-            text = json.dumps(self.to_json(), indent=1)
-            write_text(folder_of_parts / "results.json", text)
-            written = []
-            for part in sorted(folder_of_parts.iterdir()):
-                os.replace(part, out / part.name)
-                written.append(out / part.name)
-        return written
+        self.vectors.save(out / "vectors.safetensors")
+        write_text(out / "results.json", json.dumps(self.to_json(), indent=1))
+        return [out / "results.json", out / "vectors.safetensors"]
 
     def __repr__(self) -> str:
         return f"Experiment\n{self.to_frame().to_string(index=False, float_format='{:.2f}'.format)}"
@@ -236,7 +219,7 @@ def run_experiment(
     activations = collect(model, sets["train"], prepend_bos=prepend_bos, **options)
     vectors = task_vectors(activations)
     options["stop"] = stop
-    beside = controls(vectors, model, sets["train"], seed=seed)
+    beside = control_vectors(vectors, model, sets["train"], seed=seed)
     random_ones = {"random": beside["random"]}
     sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, controls=random_ones, **options)
     layers = {task: sweep.best_layer(task) for task in vectors.tasks}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from transformer_lens_taskvec.models.bridge import boot
+from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
 
 def load_model(name: str, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ def load_model(name: str, **kwargs: Any) -> Any:
     if name == "smollm2":
         dtype = kwargs.get("dtype", torch.float32)
         hf_model, tokenizer = load_hf_model(name, dtype=dtype)
-        return boot(hf_model, kwargs.pop("tokenizer", tokenizer), **kwargs)
+        return bridge_from_hf(hf_model, kwargs.pop("tokenizer", tokenizer), **kwargs)
     if name == "toy":
         from transformer_lens_taskvec.lab.toy.model import shipped_toy_run
 
@@ -46,6 +46,29 @@ def load_model(name: str, **kwargs: Any) -> Any:
         return TransformerBridge.boot_transformers(name, **kwargs)
     except (OSError, KeyError) as error:
         raise ValueError(_unknown_model(name, error)) from error
+
+
+def load_checkpoint(name: str, checkpoint: int | str) -> Any:
+    """Load a model as it was at a checkpoint of its training.
+
+    Args:
+        name: As for :func:`load_model`.
+        checkpoint: A training step by TransformerLens' label (``checkpoint_value``), or, as a
+            string, a revision on the model hub; a step of its run for ``"toy"``.
+
+    Returns:
+        As for :func:`load_model`.
+
+    Raises:
+        ValueError: As for :func:`load_model`.
+    """
+    if name == "toy":
+        from transformer_lens_taskvec.lab.toy.model import shipped_toy_run
+
+        return shipped_toy_run().model(int(checkpoint))
+    if isinstance(checkpoint, int):
+        return load_model(name, checkpoint_value=checkpoint)
+    return load_model(name, revision=checkpoint)
 
 
 def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
@@ -58,7 +81,7 @@ def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
             ``revision``, ...).
 
     Returns:
-        The model and its tokenizer; :func:`boot` makes a hooked model of them.
+        The model and its tokenizer; :func:`bridge_from_hf` makes a hooked model of them.
 
     Raises:
         ImportError: As for :func:`load_model`.
@@ -73,7 +96,7 @@ def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
         ...     _ = lab.toy_tokenizer().save_pretrained(folder)
         ...     hf_model, tokenizer = tv.load_hf_model(folder)
         ...     _ = hf_model.model.layers[3].mlp.down_proj.weight.data.zero_()  # any change
-        ...     model = tv.boot(hf_model, tokenizer)
+        ...     model = tv.bridge_from_hf(hf_model, tokenizer)
         >>> type(hf_model).__name__, hf_model.dtype, model.cfg.n_layers
         ('LlamaForCausalLM', torch.float32, 4)
     """

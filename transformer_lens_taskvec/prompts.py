@@ -404,7 +404,7 @@ def with_instructions(
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 1, 1, seed=0)
-        >>> told = tv.with_instructions(episodes, tv.BITWISE_INSTRUCTIONS)
+        >>> told = tv.with_instructions(episodes, tv.paper.BITWISE_INSTRUCTIONS)
         >>> told[0].prompt.splitlines()[0], told[0].prompt.endswith(episodes[0].prompt)
         ('AND', True)
     """

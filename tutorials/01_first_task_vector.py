@@ -142,7 +142,7 @@ pd.DataFrame(
 # %% [markdown]
 # ## What to try next
 #
-# - Other tasks: `list(tv.all_tasks())` has their names; `tv.mapping_task("mine", {"sky": "blue", ...})`
+# - Other tasks: `list(tv.tasks.all_tasks())` has their names; `tv.mapping_task("mine", {"sky": "blue", ...})`
 #   is one of your own.
 # - Another model: change `MODEL`; everything else stays.
 # - Add the vector instead of replacing: `tv.inject(vector, layer, mode="add", scale=2.0)`.

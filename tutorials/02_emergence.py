@@ -74,8 +74,8 @@ plt.legend(frameon=False);
 
 # %%
 run = lab.shipped_run()
-found = lab.emergence(run, n=30 if FAST else 100)
-tv.plot_training(found);
+found = lab.measure_emergence(run, n=30 if FAST else 100)
+tv.lab.plot_training(found);
 
 # %% [markdown]
 # First the model regresses without regard to the basis: in 2,000 steps the error falls tenfold, and TD
@@ -85,7 +85,7 @@ tv.plot_training(found);
 # bases, but not which of them a sequence is of. By position in the sequence:
 
 # %%
-tv.plot_oracles(found);
+tv.lab.plot_oracles(found);
 
 # %% [markdown]
 # ## Is the separation used?

@@ -63,7 +63,7 @@ for tasks in (bitwise, pos):
 # token's representation. The layer of these interventions is chosen on other prompts.
 
 # %%
-study = tv.run_study(model, bitwise, shots=SHOTS, n=N)
+study = tv.paper.run_study(model, bitwise, shots=SHOTS, n=N)
 study.to_frame()[["task", "shots", "td", "accuracy", "positive", "negative"]].round(2)
 
 # %%
@@ -129,7 +129,7 @@ tv.plot_pairwise(study.decodability[1], study.layer);
 four_shot.null()
 
 # %%
-tv.decodability_sensitivity(four_shot.activations, ks=(5, 10)).round(2)
+tv.analysis.decodability_sensitivity(four_shot.activations, ks=(5, 10)).round(2)
 
 # %% [markdown]
 # An injected vector, too, should do what no other vector of its size does. `controls` makes those, the
@@ -143,7 +143,7 @@ train = tv.sample_episodes(operators, N, 4, seed=2)
 test = tv.zero_shot(tv.sample_episodes(operators, N, 4, seed=3))
 layer = study.layer
 vectors = tv.task_vectors(tv.collect(model, train, layers=[layer]))
-sweep = tv.layer_sweep(model, test, vectors, controls=tv.controls(vectors, model, train))
+sweep = tv.layer_sweep(model, test, vectors, controls=tv.control_vectors(vectors, model, train))
 comparison = tv.compare(
     sweep.scores_at(layer),
     {kind: control.scores_at(layer) for kind, control in sweep.controls.items()},
@@ -162,7 +162,7 @@ comparison.hardest()[["task", "against", "other", "difference", "low", "high", "
 #
 # - `MODEL = "smollm2"`, `pos` instead of `bitwise`, `SHOTS = (1, 4, 10)`; with `N = 20` it takes some
 #   minutes.
-# - `tv.prompting_study(model, bitwise, tv.BITWISE_INSTRUCTIONS)`: what naming the task does, and how
+# - `tv.paper.prompting_study(model, bitwise, tv.paper.BITWISE_INSTRUCTIONS)`: what naming the task does, and how
 #   much of it is the name's words.
-# - `tv.finetune_layers`: raise TD by training the first layers, and see whether accuracy follows.
+# - `tv.paper.finetune_layers`: raise TD by training the first layers, and see whether accuracy follows.
 # - All of it from the command line: `taskvec study bitwise --model smollm2 --out bitwise`.

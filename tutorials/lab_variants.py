@@ -89,7 +89,7 @@ def main() -> None:
                 f"{task} {float(value):8.2f}" for task, value in zip(pruned.tasks, row, strict=True)
             )
             print(f"  {layer}.{head}: {cells}   most/least {most / least:.1f}")
-    found = lab.emergence(run)
+    found = lab.measure_emergence(run)
     print(found)
     figures = lab.emergence_figures(run, found)
     for path in [found.save(args.out), *save_figures(figures, args.out)]:

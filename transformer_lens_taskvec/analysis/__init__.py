@@ -11,13 +11,13 @@ from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_swee
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_effect
-from transformer_lens_taskvec.analysis.td_accuracy import Fit, td_vs_accuracy
+from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit, td_vs_accuracy
 
 __all__ = [
     "Comparison",
     "Decodability",
     "DecodabilityNull",
-    "Fit",
+    "AccuracyFit",
     "LayerSweep",
     "PerturbationMatrix",
     "SteeringEffect",

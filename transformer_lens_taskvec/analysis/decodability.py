@@ -31,7 +31,7 @@ from transformer_lens_taskvec.analysis.classifiers import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 _AT_ONCE = 50
 """Permutations at once."""
@@ -192,12 +192,6 @@ class Decodability(Shown):
                 for column, task in enumerate(self.tasks)
             ]
         )
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """TD by layer, a line a task: ``plot_decodability``."""
-        from transformer_lens_taskvec.plots import plot_decodability
-
-        return plot_decodability(self, ax)
 
     def _by_task(self) -> list[Float[Tensor, "layer point"]]:
         labels = self.activations.labels
@@ -381,7 +375,7 @@ def decodability_sensitivity(
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> activations = tv.collect(model, episodes)
-        >>> frame = tv.decodability_sensitivity(activations, ks=(3, 5), ns=(10,), layer=1)
+        >>> frame = tv.analysis.decodability_sensitivity(activations, ks=(3, 5), ns=(10,), layer=1)
         >>> list(zip(frame.method, frame.td.round(1)))
         [('knn', 1.0), ('knn', 1.0), ('centroid', 1.0), ('cosine', 1.0), ('cosine', 1.0)]
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import cross_fitted_best, wilson_interval
 from transformer_lens_taskvec.activations import layer_index
-from transformer_lens_taskvec.controls import controls as make_controls
+from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
@@ -202,7 +202,7 @@ def layer_sweep(
         mode: As for :func:`inject`.
         scales: What the vectors are multiplied with, one sweep each.
         controls: Vectors to inject in the task vectors' place, from
-            :func:`controls`; True for those that are made of the
+            :func:`control_vectors`; True for those that are made of the
             vectors alone. They are at the first scale.
         position: Where to inject; -1, the last prompt token, is by far the fastest.
         stop: As for :func:`evaluate`.
@@ -229,7 +229,7 @@ def layer_sweep(
     """
     vectors.check_model(model)
     if isinstance(controls, bool):
-        controls = make_controls(vectors) if controls else {}
+        controls = control_vectors(vectors) if controls else {}
     sweeps = [(vectors, scale) for scale in scales]
     sweeps += [(control, scales[0]) for control in controls.values()]
 

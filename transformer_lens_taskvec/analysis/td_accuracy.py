@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, repr=False)
-class Fit(Shown):
+class AccuracyFit(Shown):
     """Accuracy against TD, a point a task and number of shots (Han et al. 2025, Figure 4).
 
     Attributes:
@@ -33,7 +33,7 @@ class Fit(Shown):
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> study = tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> study = tv.paper.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
         >>> study.fit.points.columns.tolist()
         ['task', 'shots', 'td', 'accuracy']
         >>> low, high = study.fit.r2_interval
@@ -59,7 +59,7 @@ class Fit(Shown):
             return f"{name} {value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
         return (
-            f"Fit({len(self.points)} points: {spelled('R^2', self.r2, self.r2_interval)}, "
+            f"AccuracyFit({len(self.points)} points: {spelled('R^2', self.r2, self.r2_interval)}, "
             f"{spelled('slope', self.slope, self.slope_interval)}, "
             f"{spelled('Spearman', self.spearman, self.spearman_interval)})"
         )
@@ -73,7 +73,7 @@ def td_vs_accuracy(
     leave_out: tuple[str, ...] = ("Null",),
     n_resamples: int = 2_000,
     seed: int = 0,
-) -> Fit:
+) -> AccuracyFit:
     """Fit accuracy to TD over tasks and numbers of shots (Han et al. 2025, section 4).
 
     Args:
@@ -121,7 +121,7 @@ def td_vs_accuracy(
     slope, r2, spearman = (float(values[0]) for values in measured)
     intervals = [_interval(values) for values in resampled]
     intercept = float(points.accuracy.mean() - slope * points.td.mean())
-    return Fit(points, slope, intercept, r2, spearman, *intervals)
+    return AccuracyFit(points, slope, intercept, r2, spearman, *intervals)
 
 
 def _measure(

@@ -3,12 +3,12 @@
 from transformer_lens_taskvec.lab.emergence import (
     Emergence,
     PosteriorAgreement,
-    emergence,
+    measure_emergence,
     posterior_agreement,
     swap_matrix,
 )
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
-from transformer_lens_taskvec.lab.figures import emergence_figures
+from transformer_lens_taskvec.lab.figures import emergence_figures, plot_oracles, plot_training
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer, interleave
 from transformer_lens_taskvec.lab.oracles import (
     MixturePosterior,
@@ -32,12 +32,7 @@ from transformer_lens_taskvec.lab.problems.families import (
 )
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.lines import toy_tokenizer
-from transformer_lens_taskvec.lab.toy.model import (
-    ToyConfig,
-    ToyRun,
-    load_toy_run,
-    shipped_toy_run,
-)
+from transformer_lens_taskvec.lab.toy.model import ToyConfig, ToyRun, load_toy_run, shipped_toy_run
 from transformer_lens_taskvec.lab.training.loop import PRESETS, TrainingDiverged, train
 from transformer_lens_taskvec.lab.training.recipe import Recipe
 from transformer_lens_taskvec.lab.training.runs import (
@@ -73,7 +68,6 @@ __all__ = [
     "TrainingDiverged",
     "balanced_labels",
     "bayes_mixture",
-    "emergence",
     "emergence_figures",
     "evaluate_mixture",
     "interleave",
@@ -82,8 +76,11 @@ __all__ = [
     "linear",
     "load_run",
     "load_toy_run",
+    "measure_emergence",
     "oracle_errors",
     "oracle_predictions",
+    "plot_oracles",
+    "plot_training",
     "posterior_agreement",
     "quadratic",
     "regression_episodes",

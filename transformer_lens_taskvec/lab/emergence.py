@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -63,7 +62,7 @@ class Emergence(Shown):
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
         >>> last = run.steps[-1:]
-        >>> found = lab.emergence(run, steps=last, n=11, n_oracle=20, progress=False)
+        >>> found = lab.measure_emergence(run, steps=last, n=11, n_oracle=20, progress=False)
         >>> found.td.shape, found.swaps[-1].sources  # [checkpoint, layer, task]
         (torch.Size([1, 5, 4]), ('B1', 'B2', 'B3', 'B4'))
         >>> ratio = found.swap_ratio[-1]  # [source, target]
@@ -102,6 +101,8 @@ class Emergence(Shown):
     @property
     def td_mse_correlation(self) -> float:
         """Spearman's rank correlation over checkpoints of mean TD and mean late error."""
+        from scipy.stats import spearmanr  # half a second, that most imports do without
+
         td = self.td[:, self.best_layer].mean(-1)
         return float(spearmanr(td.tolist(), self.late_mse.mean(-1).tolist()).statistic)
 
@@ -174,7 +175,7 @@ class Emergence(Shown):
         return min(known, key=self.oracles.late)
 
 
-def emergence(
+def measure_emergence(
     run: Run,
     *,
     steps: Sequence[int] | None = None,
@@ -210,7 +211,7 @@ def emergence(
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
         >>> last = run.steps[-1:]
-        >>> found = lab.emergence(run, steps=last, n=11, n_oracle=20, progress=False)
+        >>> found = lab.measure_emergence(run, steps=last, n=11, n_oracle=20, progress=False)
         >>> found.steps, found.best_layer
         ((26000,), 4)
     """
@@ -321,6 +322,8 @@ class PosteriorAgreement:
     @property
     def correlation(self) -> float:
         """Spearman's rank correlation of the two."""
+        from scipy.stats import spearmanr  # half a second, that most imports do without
+
         return float(spearmanr(self.posterior.tolist(), self.neighbours.tolist()).statistic)
 
     def __repr__(self) -> str:

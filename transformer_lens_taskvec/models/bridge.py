@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def boot(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
+def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
     """A ``TransformerBridge`` around a Hugging Face model, named as that is.
 
     Args:
@@ -20,7 +20,7 @@ def boot(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> from transformer_lens_taskvec import lab
-        >>> model = tv.boot(lab.ToyConfig().llama(), lab.toy_tokenizer())
+        >>> model = tv.bridge_from_hf(lab.ToyConfig().llama(), lab.toy_tokenizer())
         >>> model.cfg.n_layers, model.training
         (4, False)
     """

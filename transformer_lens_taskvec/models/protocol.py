@@ -25,7 +25,7 @@ class HookedModel(Protocol):
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> isinstance(model, tv.HookedModel)
+        >>> isinstance(model, tv.models.HookedModel)
         True
     """
 

@@ -1,6 +1,6 @@
 """The replication of Han et al. 2025: shots, instructions, finetuning, checkpoints."""
 
-from transformer_lens_taskvec.paper.checkpoints import OverCheckpoints, over_checkpoints
+from transformer_lens_taskvec.paper.checkpoints import CheckpointStudy, over_checkpoints
 from transformer_lens_taskvec.paper.finetune import (
     FinetuningStudy,
     LoraSettings,
@@ -10,24 +10,25 @@ from transformer_lens_taskvec.paper.finetune import (
 from transformer_lens_taskvec.paper.instructions import (
     BITWISE_INSTRUCTIONS,
     POS_INSTRUCTIONS,
-    PromptingStudy,
+    InstructionStudy,
     prompting_study,
 )
-from transformer_lens_taskvec.paper.runner import run_paper_study
-from transformer_lens_taskvec.paper.shots import Study, run_study
+from transformer_lens_taskvec.paper.plots import plot_checkpoints, plot_prompting
+from transformer_lens_taskvec.paper.shots import ShotStudy, run_study
 
 __all__ = [
     "BITWISE_INSTRUCTIONS",
     "POS_INSTRUCTIONS",
     "FinetuningStudy",
     "LoraSettings",
-    "OverCheckpoints",
-    "PromptingStudy",
-    "Study",
+    "CheckpointStudy",
+    "InstructionStudy",
+    "ShotStudy",
     "finetune_layers",
     "finetuning_study",
     "over_checkpoints",
+    "plot_checkpoints",
+    "plot_prompting",
     "prompting_study",
-    "run_paper_study",
     "run_study",
 ]

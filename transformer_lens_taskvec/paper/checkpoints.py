@@ -14,14 +14,13 @@ from tqdm.auto import tqdm
 
 from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_text
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.loading import load_model
-from transformer_lens_taskvec.paper.shots import Study
+from transformer_lens_taskvec.paper.shots import ShotStudy
 
 Checkpoint = int | str
 
 
 @dataclass(frozen=True, repr=False)
-class OverCheckpoints(Shown):
+class CheckpointStudy(Shown):
     """A study at each of several checkpoints.
 
     Attributes:
@@ -34,8 +33,9 @@ class OverCheckpoints(Shown):
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_toy_run()
         >>> def study(model):
-        ...     return tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12, steer_shots=())
-        >>> found = tv.over_checkpoints("toy", [run.steps[-1]], study, load=run.model)
+        ...     tasks = tv.bitwise_tasks()
+        ...     return tv.paper.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
+        >>> found = tv.paper.over_checkpoints("toy", [run.steps[-1]], study, load=run.model)
         >>> found.results.columns[:4].tolist()
         ['checkpoint', 'task', 'shots', 'layer']
     """
@@ -54,24 +54,25 @@ class OverCheckpoints(Shown):
             f"{checkpoint}: TD {td:.2f}, accuracy {accuracy:.2f}"
             for checkpoint, td, accuracy in means.itertuples()
         ]
-        return f"OverCheckpoints({self.name}; {'; '.join(lines)})"
+        return f"CheckpointStudy({self.name}; {'; '.join(lines)})"
 
 
 def over_checkpoints(
     name: str,
     checkpoints: Sequence[Checkpoint],
-    study: Callable[[Any], Study],
+    study: Callable[[Any], ShotStudy],
     *,
-    load: Callable[[Checkpoint], Any] | None = None,
+    load: Callable[[Checkpoint], Any],
     folder: str | Path | None = None,
     progress: bool = False,
-) -> OverCheckpoints:
+) -> CheckpointStudy:
     """Run a study at each checkpoint, one model in memory at a time.
 
     >>> over_checkpoints(  # doctest: +SKIP
     ...     "EleutherAI/pythia-160m",
     ...     [1_000, 16_000, 143_000],
     ...     lambda model: run_study(model, bitwise_tasks()),
+    ...     load=lambda step: load_model("EleutherAI/pythia-160m", checkpoint_value=step),
     ...     folder="pythia",
     ... )
 
@@ -80,7 +81,7 @@ def over_checkpoints(
         checkpoints: Training steps by TransformerLens' labels (``checkpoint_value``), or revisions
             on the model hub, as strings.
         study: Measures a model.
-        load: Loads the model of a checkpoint; by default ``load_model(name, ...)``.
+        load: Loads the model of a checkpoint.
         folder: Where each checkpoint's result is kept as soon as it is there; those found are not
             run again.
         progress: Whether to show a progress bar.
@@ -101,7 +102,7 @@ def over_checkpoints(
         if file is not None and file.exists():
             frame = _saved(file)
         else:
-            model = load(checkpoint) if load is not None else _load(name, checkpoint)
+            model = load(checkpoint)
             measured = study(model).to_json()
             del model
             gc.collect()
@@ -110,7 +111,7 @@ def over_checkpoints(
                 write_text(file, json.dumps(measured, indent=1) + "\n")
         frame.insert(0, "checkpoint", checkpoint)
         frames.append(frame)
-    return OverCheckpoints(name, tuple(checkpoints), pd.concat(frames, ignore_index=True))
+    return CheckpointStudy(name, tuple(checkpoints), pd.concat(frames, ignore_index=True))
 
 
 def _saved(file: Path) -> pd.DataFrame:
@@ -123,12 +124,6 @@ def _saved(file: Path) -> pd.DataFrame:
         if not {"task", "shots"} <= set(frame) or "checkpoint" in frame:
             raise ValueError(f"its columns are {list(frame)}")
     return frame
-
-
-def _load(name: str, checkpoint: Checkpoint) -> Any:
-    if isinstance(checkpoint, int):
-        return load_model(name, checkpoint_value=checkpoint)
-    return load_model(name, revision=checkpoint)
 
 
 def _safe(name: str) -> str:

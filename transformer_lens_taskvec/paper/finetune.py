@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 
 from transformer_lens_taskvec._utils.atomic_io import reading, write_whole
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.models.bridge import boot
-from transformer_lens_taskvec.paper.shots import Study
+from transformer_lens_taskvec.models.bridge import bridge_from_hf
+from transformer_lens_taskvec.paper.shots import ShotStudy
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
 from transformer_lens_taskvec.tasks.base import Task
 
@@ -105,8 +105,8 @@ def finetune_layers(
         >>> from transformer_lens_taskvec import lab
         >>> llama, tokenizer = lab.ToyConfig().llama(), lab.toy_tokenizer()
         >>> tasks = tv.bitwise_tasks()
-        >>> settings = tv.LoraSettings(n_samples=12, n_shots=1)
-        >>> tuned = tv.finetune_layers(llama, tokenizer, tasks, [0], settings=settings)
+        >>> settings = tv.paper.LoraSettings(n_samples=12, n_shots=1)
+        >>> tuned = tv.paper.finetune_layers(llama, tokenizer, tasks, [0], settings=settings)
         >>> pairs = zip(llama.model.layers, tuned.model.layers)
         >>> [bool((a.mlp.up_proj.weight == b.mlp.up_proj.weight).all()) for a, b in pairs]
         [False, True, True, True]
@@ -156,17 +156,19 @@ class FinetuningStudy(Shown):
         >>> from transformer_lens_taskvec import lab
         >>> llama, tokenizer = lab.ToyConfig().llama(), lab.toy_tokenizer()
         >>> tasks = tv.bitwise_tasks()
-        >>> few = tv.LoraSettings(n_samples=12, n_shots=1)
+        >>> few = tv.paper.LoraSettings(n_samples=12, n_shots=1)
         >>> def study(model):
-        ...     return tv.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
-        >>> found = tv.finetuning_study(llama, tokenizer, tasks, study, n_layers=1, settings=few)
+        ...     return tv.paper.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
+        >>> found = tv.paper.finetuning_study(
+        ...     llama, tokenizer, tasks, study, n_layers=1, settings=few
+        ... )
         >>> found.layers
         {'pretrained': (), 'first 1': (0,), 'last 1': (3,)}
         >>> found.unchanged
         {'pretrained': True, 'first 1': True, 'last 1': True}
     """
 
-    studies: dict[str, Study]
+    studies: dict[str, ShotStudy]
     layers: dict[str, tuple[int, ...]]
     unchanged: dict[str, bool]
 
@@ -210,7 +212,7 @@ def finetuning_study(
     hf_model: Any,
     tokenizer: Any,
     tasks: Mapping[str, Task],
-    study: Callable[[Any], Study],
+    study: Callable[[Any], ShotStudy],
     *,
     n_layers: int = 10,
     settings: LoraSettings | None = None,
@@ -239,10 +241,12 @@ def finetuning_study(
         >>> from transformer_lens_taskvec import lab
         >>> llama, tokenizer = lab.ToyConfig().llama(), lab.toy_tokenizer()
         >>> tasks = tv.bitwise_tasks()
-        >>> few = tv.LoraSettings(n_samples=12, n_shots=1)
+        >>> few = tv.paper.LoraSettings(n_samples=12, n_shots=1)
         >>> def study(model):
-        ...     return tv.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
-        >>> found = tv.finetuning_study(llama, tokenizer, tasks, study, n_layers=1, settings=few)
+        ...     return tv.paper.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
+        >>> found = tv.paper.finetuning_study(
+        ...     llama, tokenizer, tasks, study, n_layers=1, settings=few
+        ... )
         >>> list(found.studies)
         ['pretrained', 'first 1', 'last 1']
     """
@@ -253,7 +257,7 @@ def finetuning_study(
         f"last {n_layers}": tuple(range(max(0, depth - n_layers), depth)),
     }
     learned = {name: task for name, task in tasks.items() if name != "Null"}
-    studies: dict[str, Study] = {}
+    studies: dict[str, ShotStudy] = {}
     unchanged: dict[str, bool] = {}
     for name, layers in chosen.items():
         model = copy.deepcopy(hf_model)
@@ -270,7 +274,7 @@ def finetuning_study(
                 progress=progress,
             )
         unchanged[name] = same_outside(hf_model, model, layers)
-        studies[name] = study(boot(model, tokenizer))
+        studies[name] = study(bridge_from_hf(model, tokenizer))
     return FinetuningStudy(studies, chosen, unchanged)
 
 

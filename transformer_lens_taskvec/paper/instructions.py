@@ -55,7 +55,7 @@ BITWISE_INSTRUCTIONS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, repr=False)
-class PromptingStudy(Shown):
+class InstructionStudy(Shown):
     """TD and accuracy without instructions, with them, and with random ones.
 
     Attributes:
@@ -67,8 +67,8 @@ class PromptingStudy(Shown):
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> tasks, names = tv.bitwise_tasks(), tv.BITWISE_INSTRUCTIONS
-        >>> study = tv.prompting_study(model, tasks, names, n_shots=2, n=12)
+        >>> tasks, names = tv.bitwise_tasks(), tv.paper.BITWISE_INSTRUCTIONS
+        >>> study = tv.paper.prompting_study(model, tasks, names, n_shots=2, n=12)
         >>> list(study.decodability), study.to_frame().condition.tolist()
         (['plain', 'instructed', 'random'], ['plain', 'instructed', 'random'])
     """
@@ -104,7 +104,7 @@ class PromptingStudy(Shown):
 
     def __repr__(self) -> str:
         table = self.to_frame().to_string(index=False, float_format="{:.2f}".format)
-        return f"PromptingStudy\n{table}"
+        return f"InstructionStudy\n{table}"
 
 
 def prompting_study(
@@ -119,7 +119,7 @@ def prompting_study(
     template: PromptTemplate = EXAMPLE_ARROW,
     prepend_bos: bool = False,
     progress: bool = False,
-) -> PromptingStudy:
+) -> InstructionStudy:
     """Measure what naming the task does (Han et al. 2025, App. I), with the checks it needs.
 
     Args:
@@ -143,8 +143,8 @@ def prompting_study(
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> tasks, names = tv.bitwise_tasks(), tv.BITWISE_INSTRUCTIONS
-        >>> study = tv.prompting_study(model, tasks, names, n_shots=2, n=12)
+        >>> tasks, names = tv.bitwise_tasks(), tv.paper.BITWISE_INSTRUCTIONS
+        >>> study = tv.paper.prompting_study(model, tasks, names, n_shots=2, n=12)
         >>> told, plain = (study.at_input[kind].mean.max() for kind in ("instructed", "plain"))
         >>> bool(told > plain)  # the name of the task is in the words
         True
@@ -171,4 +171,4 @@ def prompting_study(
     by_instruction = replace(
         activations, labels=torch.tensor([names.index(name) for name in told]), tasks=tuple(names)
     )
-    return PromptingStudy(decodability, scores, at_input, task_decodability(by_instruction, k))
+    return InstructionStudy(decodability, scores, at_input, task_decodability(by_instruction, k))

@@ -1,4 +1,4 @@
-"""The paper's studies as one call with a folder of results; what ``taskvec study`` runs."""
+"""Run a study of the paper, and write its results, figures and a report to a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer_lens_taskvec._utils.atomic_io import write_text
-from transformer_lens_taskvec.loading import load_hf_model, load_model
+from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.paper.checkpoints import Checkpoint, over_checkpoints
 from transformer_lens_taskvec.paper.finetune import LoraSettings, finetuning_study
 from transformer_lens_taskvec.paper.instructions import (
@@ -16,149 +16,156 @@ from transformer_lens_taskvec.paper.instructions import (
     POS_INSTRUCTIONS,
     prompting_study,
 )
+from transformer_lens_taskvec.paper.plots import plot_checkpoints, plot_prompting
 from transformer_lens_taskvec.paper.published import PUBLISHED_TABLE_1
-from transformer_lens_taskvec.paper.shots import Study, markdown, run_study
-from transformer_lens_taskvec.plots import (
-    figure_of,
-    plot_checkpoints,
-    plot_decodability,
-    plot_prompting,
-    save_figures,
-)
+from transformer_lens_taskvec.paper.shots import ShotStudy, markdown, run_study
+from transformer_lens_taskvec.plots import figure_of, plot_decodability, save_figures
 from transformer_lens_taskvec.tasks import bitwise_tasks, load_conllu, load_treebank, pos_tasks
 from transformer_lens_taskvec.tasks.pos import split_pos_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence
 
-KINDS = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
+
+def read_sentences(path: str | Path) -> list[Sentence]:
+    """Return the tagged sentences of a CoNLL-U file or of a Penn Treebank folder."""
+    return load_treebank(path) if Path(path).is_dir() else load_conllu(path)
 
 
-def run_paper_study(
+def write_shot_study(
+    model: Any,
     kind: str,
-    model: str,
     out: str | Path,
     *,
-    data: str | Path | None = None,
-    checkpoints: Sequence[Checkpoint] = (),
-    samples: int = 10_000,
-    quick: bool = False,
-    seed: int = 0,
-    prepend_bos: bool = False,
-    progress: bool = False,
+    sentences: Sequence[Sentence] | None = None,
+    **options: Any,
 ) -> list[Path]:
-    """Run one of the paper's studies, and write its results, figures and a report.
+    """Run the study of TD, accuracy and interventions (Figures 4, 19, 20, 23) and write it.
 
     Args:
-        kind: ``"pos"`` or ``"bitwise"`` (Figures 4, 19, 20, 23), ``"prompting"`` (App. I, on both
-            sets of tasks), ``"finetune"`` (Table 1, on bitwise tasks), ``"checkpoints"`` (Figure 5,
-            on bitwise tasks).
-        model: As for :func:`load_model`; ``"toy"`` has checkpoints
-            too.
+        model: Any model with TransformerLens' hook API and a tokenizer.
+        kind: ``"pos"`` or ``"bitwise"``.
         out: The folder.
-        data: Sentences for ``"pos"`` and ``"prompting"``: a CoNLL-U file or a Penn Treebank folder;
-            by default generated ones.
-        checkpoints: Training steps or revisions.
-        samples: Episodes to finetune on, the paper's number by default.
-        quick: 20 episodes a task instead of 100, and 240 to finetune on.
-        seed: Seed of everything.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
-        progress: Whether to show progress bars.
+        sentences: Tagged sentences for ``"pos"``; generated ones by default.
+        **options: As for :func:`run_study`.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: If there is no such study, model or data.
+        ValueError: If ``kind`` is neither ``"pos"`` nor ``"bitwise"``.
     """
-    if kind not in KINDS:
-        raise ValueError(f"no study {kind!r}; there are {', '.join(KINDS)}")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {
-        "n": 20 if quick else 100,
-        "seed": seed,
-        "prepend_bos": prepend_bos,
-        "progress": progress,
-    }
-    if kind == "finetune":
-        return _finetune(model, out, options, 240 if quick else samples)
-    if kind == "checkpoints":
-        return _over_checkpoints(model, out, checkpoints, options)
-    sentences = None
-    if data is not None:
-        sentences = load_treebank(data) if Path(data).is_dir() else load_conllu(data)
-    if kind == "prompting":
-        return _prompting(model, out, sentences, options)
+    if kind not in ("pos", "bitwise"):
+        raise ValueError(f"kind is {kind!r}; it must be 'pos' or 'bitwise'")
     tasks, test_tasks = bitwise_tasks(), None
     if kind == "pos":
-        tasks, test_tasks = split_pos_tasks(sentences, seed=seed)
-    found = run_study(load_model(model), tasks, test_tasks=test_tasks, **options)
-    return found.save(out, kind)
+        tasks, test_tasks = split_pos_tasks(sentences, seed=options.get("seed", 0))
+    return run_study(model, tasks, test_tasks=test_tasks, **options).save(out, kind)
 
 
-def _prompting(
-    model: str, out: Path, sentences: Sequence[Sentence] | None, options: dict[str, Any]
+def write_instruction_study(
+    model: Any, out: str | Path, *, sentences: Sequence[Sentence] | None = None, **options: Any
 ) -> list[Path]:
-    loaded = load_model(model)
+    """Run the study of instructions on both sets of tasks (App. I) and write it.
+
+    Args:
+        model: Any model with TransformerLens' hook API and a tokenizer.
+        out: The folder.
+        sentences: Tagged sentences for the part-of-speech tasks; generated ones by default.
+        **options: As for :func:`prompting_study`.
+
+    Returns:
+        The files.
+    """
     found = {
-        "bitwise": prompting_study(loaded, bitwise_tasks(), BITWISE_INSTRUCTIONS, **options),
-        "pos": prompting_study(loaded, pos_tasks(sentences), POS_INSTRUCTIONS, **options),
+        "bitwise": prompting_study(model, bitwise_tasks(), BITWISE_INSTRUCTIONS, **options),
+        "pos": prompting_study(model, pos_tasks(sentences), POS_INSTRUCTIONS, **options),
     }
     figures = save_figures({k: figure_of(plot_prompting(v)) for k, v in found.items()}, out)
     frames = {kind: study.to_frame() for kind, study in found.items()}
     rows = {kind: json.loads(frame.to_json(orient="records")) for kind, frame in frames.items()}
-    lines = [f"# Instructions in the prompt: {model}, 4 shots", ""]
+    lines = [f"# Instructions in the prompt: {model_name(model)}, 4 shots", ""]
     for kind, frame in frames.items():
         lines += [f"## {kind}", "", *markdown(frame), "", f"![{kind}]({kind}.png)", ""]
     return [*_written(out, rows, lines), *figures]
 
 
-def _over_checkpoints(
-    model: str, out: Path, checkpoints: Sequence[Checkpoint], options: dict[str, Any]
+def write_checkpoint_study(
+    name: str,
+    checkpoints: Sequence[Checkpoint],
+    out: str | Path,
+    *,
+    load: Callable[[Checkpoint], Any],
+    shots: Sequence[int] = (1, 4, 10),
+    **options: Any,
 ) -> list[Path]:
-    load: Callable[[Checkpoint], Any] | None = None
-    shots: tuple[int, ...] = (1, 4, 10)
-    if model == "toy":
-        from transformer_lens_taskvec.lab.toy.model import shipped_toy_run
+    """Run the study of bitwise tasks over training checkpoints (Figure 5) and write it.
 
-        run, shots = shipped_toy_run(), (1, 4, 8)  # it has seen eight demonstrations at most
-        checkpoints = checkpoints or run.steps
-        load = run.model  # type: ignore[assignment]
+    Args:
+        name: The model's name.
+        checkpoints: Training steps or revisions.
+        out: The folder; a checkpoint whose results it holds already is not measured again.
+        load: Loads the model of a checkpoint.
+        shots: Numbers of demonstrations.
+        **options: As for :func:`run_study`.
 
-    def study(loaded: Any) -> Study:
+    Returns:
+        The files.
+    """
+
+    def study(loaded: Any) -> ShotStudy:
         return run_study(loaded, bitwise_tasks(), shots=shots, steer_shots=(), **options)
 
     # What another size, seed or prompt left is not what is asked for.
-    kept = out / "n{n}-seed{seed}-bos{prepend_bos:d}".format(**options)
+    kept = Path(out) / "n{n}-seed{seed}-bos{prepend_bos:d}".format(**options)
     found = over_checkpoints(
-        model, checkpoints, study, load=load, folder=kept, progress=bool(options["progress"])
+        name, checkpoints, study, load=load, folder=kept, progress=bool(options["progress"])
     )
     figures = save_figures({"over_checkpoints": figure_of(plot_checkpoints(found)[0])}, out)
     rows = json.loads(found.to_frame().to_json(orient="records"))
-    lines = [f"# Over checkpoints: {model}", "", repr(found), "", *markdown(found.to_frame())]
+    lines = [f"# Over checkpoints: {name}", "", repr(found), "", *markdown(found.to_frame())]
     lines += ["", *(f"![{p.name}]({p.name})" for p in figures if p.suffix == ".png")]
     return [*_written(out, rows, lines), *figures]
 
 
-def _finetune(model: str, out: Path, options: dict[str, Any], samples: int) -> list[Path]:
-    hf_model, tokenizer = load_hf_model(model)
+def write_finetuning_study(
+    hf_model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    settings: LoraSettings | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Run the study of finetuning by depth on bitwise tasks (Table 1) and write it.
+
+    Args:
+        hf_model: A Hugging Face model; it is left as it is.
+        tokenizer: Its tokenizer.
+        out: The folder; adapters in training are kept there.
+        settings: As for :func:`finetune_layers`.
+        **options: As for :func:`run_study`.
+
+    Returns:
+        The files.
+    """
+    settings = settings or LoraSettings()
     tasks = bitwise_tasks()
     found = finetuning_study(
         hf_model,
         tokenizer,
         tasks,
         lambda loaded: run_study(loaded, tasks, shots=(4,), steer_shots=(), **options),
-        settings=LoraSettings(n_samples=samples),
+        settings=settings,
         seed=options["seed"],
-        folder=out / "adapters",
+        folder=Path(out) / "adapters",
         progress=options["progress"],
     )
+    name = hf_model.config.name_or_path
     frame = found.to_frame()
     below = {
         name: float(found.td_below(name).max())
         for name in found.studies
         if min(found.layers[name], default=0) > 0
     }
-    lines = [f"# Finetuning by depth: {model}, bitwise, 4 shots, {samples} samples", ""]
+    lines = [f"# Finetuning by depth: {name}, bitwise, 4 shots, {settings.n_samples} samples", ""]
     lines += [*markdown(frame), ""]
     lines += [f"Largest change of TD below the layers of '{n}': {v:.3f}." for n, v in below.items()]
     lines += [
@@ -177,8 +184,9 @@ def _finetune(model: str, out: Path, options: dict[str, Any], samples: int) -> l
     return [*_written(out, results, lines), *figures]
 
 
-def _written(out: Path, results: Any, lines: Sequence[str]) -> list[Path]:
+def _written(out: str | Path, results: Any, lines: Sequence[str]) -> list[Path]:
     """Write the numbers and the page; returns their paths."""
+    out = Path(out)
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "report.md", "\n".join(lines) + "\n")
     return [out / "results.json", out / "report.md"]

@@ -22,7 +22,7 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_variants
-from transformer_lens_taskvec.analysis.td_accuracy import Fit, td_vs_accuracy
+from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit, td_vs_accuracy
 from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompts import (
     EXAMPLE_ARROW,
@@ -43,7 +43,7 @@ from transformer_lens_taskvec.paper.published import PUBLISHED_R2
 
 
 @dataclass(frozen=True, repr=False)
-class Study(Shown):
+class ShotStudy(Shown):
     """What :func:`run_study` measured.
 
     Attributes:
@@ -58,7 +58,7 @@ class Study(Shown):
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> study = tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> study = tv.paper.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
         >>> list(study.decodability), list(study.steering)
         ([1, 2], [1, 2])
         >>> study.layer, study.steering[1].layer
@@ -72,7 +72,7 @@ class Study(Shown):
     scores: dict[int, Scores]
     steering: dict[int, SteeringEffect]
     layer: int
-    fit: Fit
+    fit: AccuracyFit
     settings: dict[str, Any]
 
     @property
@@ -194,7 +194,7 @@ class Study(Shown):
         return [folder / "results.json", folder / "report.md", *paths]
 
     def __repr__(self) -> str:
-        return f"Study({self.model}: shots {list(self.shots)}; {self.fit!r})"
+        return f"ShotStudy({self.model}: shots {list(self.shots)}; {self.fit!r})"
 
 
 def run_study(
@@ -215,7 +215,7 @@ def run_study(
     stop: str | None = None,
     prepend_bos: bool = False,
     progress: bool = False,
-) -> Study:
+) -> ShotStudy:
     """TD, accuracy and interventions of tasks at several numbers of shots.
 
     Args:
@@ -250,7 +250,7 @@ def run_study(
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> study = tv.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> study = tv.paper.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
         >>> frame = study.to_frame()
         >>> one_shot = frame[(frame.shots == 1) & (frame.task != "Null")]
         >>> bool((one_shot.positive > one_shot.negative).all())
@@ -297,7 +297,7 @@ def run_study(
         "prepend_bos": prepend_bos,
     }
     fit = td_vs_accuracy(decodability, scores, layer=layer, leave_out=(null,))
-    return Study(model_name(model), decodability, scores, steering, layer, fit, settings)
+    return ShotStudy(model_name(model), decodability, scores, steering, layer, fit, settings)
 
 
 def _episodes(

@@ -4,21 +4,18 @@ Each function takes a result and returns the ``Axes`` it drew on, new ones unles
 Tasks keep one colour and marker across figures of results that list the same tasks.
 """
 
-from transformer_lens_taskvec.plots.scores import (
-    plot_checkpoints,
-    plot_head_effects,
-    plot_layer_sweep,
-    plot_perturbation,
-    plot_prompting,
-    plot_steering,
+from transformer_lens_taskvec.plots.decodability import (
+    plot_decodability,
+    plot_pairwise,
     plot_td_vs_accuracy,
 )
-from transformer_lens_taskvec.plots.spaces import (
-    explore_embedding,
-    plot_decodability,
-    plot_embedding,
-    plot_pairwise,
-    plot_vectors,
+from transformer_lens_taskvec.plots.embedding import explore_embedding, plot_embedding
+from transformer_lens_taskvec.plots.experiment import experiment_figures
+from transformer_lens_taskvec.plots.heads import plot_head_effects, plot_vectors
+from transformer_lens_taskvec.plots.interventions import (
+    plot_layer_sweep,
+    plot_perturbation,
+    plot_steering,
 )
 from transformer_lens_taskvec.plots.style import (
     FIGURE_SIZE,
@@ -28,25 +25,21 @@ from transformer_lens_taskvec.plots.style import (
     styled,
     task_style,
 )
-from transformer_lens_taskvec.plots.training import plot_oracles, plot_training
 
 __all__ = [
     "FIGURE_SIZE",
     "STYLE",
+    "experiment_figures",
     "explore_embedding",
     "figure_of",
-    "plot_checkpoints",
     "plot_decodability",
     "plot_embedding",
     "plot_head_effects",
     "plot_layer_sweep",
-    "plot_oracles",
     "plot_pairwise",
     "plot_perturbation",
-    "plot_prompting",
     "plot_steering",
     "plot_td_vs_accuracy",
-    "plot_training",
     "plot_vectors",
     "save_figures",
     "styled",

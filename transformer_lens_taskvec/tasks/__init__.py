@@ -15,7 +15,7 @@ from transformer_lens_taskvec.tasks.mappings import (
     load_mapping,
     translation_tasks,
 )
-from transformer_lens_taskvec.tasks.pos import pos_tasks
+from transformer_lens_taskvec.tasks.pos import pos_tasks, split_pos_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence, generate_sentences
 from transformer_lens_taskvec.tasks.treebank import load_treebank
 
@@ -36,6 +36,7 @@ __all__ = [
     "load_treebank",
     "mapping_task",
     "pos_tasks",
+    "split_pos_tasks",
     "translation_tasks",
 ]
 
@@ -49,7 +50,7 @@ def all_tasks() -> dict[str, Task]:
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> tasks = tv.all_tasks()
+        >>> tasks = tv.tasks.all_tasks()
         >>> tasks["antonyms"]
         MappingTask('antonyms', 201 pairs: 'able' -> 'unable', 'above' -> 'below', ...)
         >>> [name for name in tasks if name.startswith("en_")]

@@ -121,7 +121,7 @@ def algorithmic_tasks() -> dict[str, Task]:
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> tasks = tv.algorithmic_tasks()
+        >>> tasks = tv.tasks.algorithmic_tasks()
         >>> tasks["next_letter"].pairs[0]
         Example(x='a', y='b')
         >>> tasks["list_first"]

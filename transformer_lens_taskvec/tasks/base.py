@@ -20,7 +20,8 @@ class Example:
         >>> import transformer_lens_taskvec as tv
         >>> tv.Example("cat", "cats")
         Example(x='cat', y='cats')
-        >>> [pair.y for pair in tv.linguistic_tasks()["singular_plural"].pairs if pair.x == "apple"]
+        >>> plural = tv.tasks.linguistic_tasks()["singular_plural"]
+        >>> [pair.y for pair in plural.pairs if pair.x == "apple"]
         ['apples']
     """
 

@@ -45,7 +45,7 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "one.conllu")
         ...     _ = path.write_text("\n".join(rows).replace(" ", "\t"))
-        ...     tv.load_conllu(path)
+        ...     tv.tasks.load_conllu(path)
         [Sentence(words=('She', 'sings'), tags=('PRON', 'VERB'))]
     """
     file = Path(path)

@@ -44,7 +44,7 @@ def linguistic_tasks() -> dict[str, Task]:
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> task = tv.linguistic_tasks()["past_present"]
+        >>> task = tv.tasks.linguistic_tasks()["past_present"]
         >>> [example.y for example in task.pairs if example.x in ("went", "walked")]
         ['go', 'walk']
     """
@@ -64,7 +64,7 @@ def knowledge_tasks() -> dict[str, Task]:
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> task = tv.knowledge_tasks()["country_capital"]
+        >>> task = tv.tasks.knowledge_tasks()["country_capital"]
         >>> [example.y for example in task.pairs if example.x == "Japan"]
         ['Tokyo']
     """
@@ -84,7 +84,7 @@ def translation_tasks() -> dict[str, Task]:
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> task = tv.translation_tasks()["en_fr"]
+        >>> task = tv.tasks.translation_tasks()["en_fr"]
         >>> [example.y for example in task.pairs if example.x in ("cheese", "sing")]
         ['fromage', 'chanter']
     """

@@ -177,7 +177,7 @@ def split_pos_tasks(
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> train, test = tv.split_pos_tasks()
+        >>> train, test = tv.tasks.split_pos_tasks()
         >>> list(train)
         ['Noun', 'Adjective', 'Verb', 'Adverb', 'Preposition', 'Pronoun', 'Null']
         >>> set(train["Noun"].sentences) & set(test["Noun"].sentences)

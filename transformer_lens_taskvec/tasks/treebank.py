@@ -53,7 +53,7 @@ def load_treebank(path: str | os.PathLike[str]) -> list[Sentence]:
         >>> tree = "( (S (NP (PRP She) ) (VP (VBZ sings) (NP (-NONE- *) )) (. .) ))"
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = pathlib.Path(folder, "wsj_0001.mrg").write_text(tree)
-        ...     tv.load_treebank(folder)
+        ...     tv.tasks.load_treebank(folder)
         [Sentence(words=('She', 'sings', '.'), tags=('PRON', 'VERB', 'PUNCT'))]
     """
     root = Path(path)

@@ -27,7 +27,7 @@ from transformer_lens_taskvec.interventions.modes import InSubspace
 from transformer_lens_taskvec.models.protocol import model_name
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 
 _FORMAT = "taskvec-1"
@@ -114,12 +114,6 @@ class TaskVectors(Shown):
                 for column, layer in enumerate(self.layers)
             ]
         )
-
-    def plot(self, layer: int | None = None, ax: Axes | None = None) -> Axes:
-        """Cosines between the tasks' vectors, less their mean: ``plot_vectors``."""
-        from transformer_lens_taskvec.plots import plot_vectors
-
-        return plot_vectors(self, layer, ax)
 
     def check_model(self, model: Any) -> None:
         """Raise ``ValueError`` unless the vectors were taken from this model."""

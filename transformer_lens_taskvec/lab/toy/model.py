@@ -67,7 +67,7 @@ from transformer_lens_taskvec.lab.training.runs import (
     read_metrics,
     read_settings,
 )
-from transformer_lens_taskvec.models.bridge import boot
+from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
 _EVAL_SEED = 3_000_003
 _SHOTS_OF_TD = 4
@@ -303,7 +303,7 @@ class ToyRun(Shown):
             hf_model = config.llama()
             hf_model.load_state_dict(weights)
         hf_model.config.name_or_path = f"{self.path.name}@{step}"
-        return boot(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
+        return bridge_from_hf(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
 
     def export(self, path: str | Path, steps: Sequence[int]) -> ToyRun:
         """Write some of the checkpoints in float16 as a run of their own.

@@ -1,8 +1,8 @@
-"""Figures of where representations lie: decodability, pairs of tasks, vectors, embeddings."""
+"""Two-dimensional maps of representations, still and interactive."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -12,150 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.activations import Activations
-from transformer_lens_taskvec.analysis.decodability import Decodability
 from transformer_lens_taskvec.plots.style import (
-    COLOURS,
-    GREY,
-    heat_map,
     legend_beside,
     new_axes,
     styled,
     task_style,
-    whole_numbers,
 )
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.vectors.base import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from plotly.graph_objects import Figure as InteractiveFigure
-
-
-@styled
-def plot_decodability(
-    decodability: Decodability | Mapping[Any, Decodability], ax: Axes | None = None
-) -> Axes:
-    """Task decodability by layer.
-
-    Args:
-        decodability: One: a line a task, their mean in black. Or several, by number of shots or by
-            name: a line each, the mean over tasks (the paper's Figure 19).
-        ax: Where to draw; new axes by default.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If it is an empty mapping.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 10, 4, seed=0)
-        >>> found = tv.task_decodability(tv.collect(model, episodes))
-        >>> tv.plot_decodability(found).get_ylabel()
-        'task decodability (k = 10)'
-    """
-    ax = new_axes(ax)
-    if isinstance(decodability, Decodability):
-        shown = decodability
-        for index, task in enumerate(shown.tasks):
-            scores = shown.scores[:, index].tolist()
-            ax.plot(shown.layers, scores, label=task, **task_style(index, task))
-        ax.plot(shown.layers, shown.mean.tolist(), color="black", linewidth=2, label="mean")
-    else:
-        if not decodability:
-            raise ValueError("decodability is empty; give one or several")
-        shown = next(iter(decodability.values()))
-        for index, (name, found) in enumerate(decodability.items()):
-            style, label = task_style(index), str(name)
-            if isinstance(name, int):  # shades of one colour, since more is more of the same
-                label = f"{name}-shot"
-                style |= {"color": COLOURS[0], "alpha": (index + 1) / len(decodability)}
-            ax.plot(found.layers, found.mean.tolist(), label=label, **style)
-    ax.axhline(shown.chance, color=GREY, linestyle="--", linewidth=1, label="chance")
-    ax.set(
-        xlabel="layer (from 0)",
-        ylabel=f"task decodability (k = {shown.k})",
-        ylim=(-0.03, 1.03),
-        title="Task decodability by layer",
-    )
-    whole_numbers(ax)
-    return legend_beside(ax)
-
-
-@styled
-def plot_pairwise(
-    decodability: Decodability, layer: int | None = None, ax: Axes | None = None
-) -> Axes:
-    """Heat map of the TD of each pair of tasks alone (the paper's Figure 23).
-
-    Args:
-        decodability: From :func:`task_decodability`.
-        layer: The layer; by default the best.
-        ax: Where to draw; new axes by default.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If the layer was not collected, or a pair has k points or fewer.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 10, 4, seed=0)
-        >>> found = tv.task_decodability(tv.collect(model, episodes))
-        >>> tv.plot_pairwise(found, layer=1).get_title()
-        'Decodability of pairs, layer 1'
-    """
-    layer = decodability.best_layer if layer is None else layer
-    values = decodability.pairwise(layer)
-    names = decodability.tasks
-    ax = heat_map(
-        (values + values.T) / 2,
-        names,
-        names,
-        ax,
-        label="task decodability of the pair",
-        colours="viridis",
-        ends=(0.5, 1.0),
-        written=".2f",
-    )
-    ax.set_title(f"Decodability of pairs, layer {layer}")
-    return ax
-
-
-@styled
-def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None = None) -> Axes:
-    """Heat map of the cosines between tasks' vectors, their mean over tasks taken off.
-
-    Args:
-        vectors: Of two tasks or more.
-        layer: The layer; by default the middle one of those there are.
-        ax: Where to draw; new axes by default.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If there are no vectors at the layer.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> tv.plot_vectors(vectors, layer=1).get_title()
-        'Cosines of task vectors less their mean, layer 1'
-    """
-    layer = vectors.layers[len(vectors.layers) // 2] if layer is None else layer
-    values = torch.stack([vectors.at(task, layer) for task in vectors.tasks])
-    centred = torch.nn.functional.normalize(values - values.mean(dim=0), dim=-1)
-    cosines, names = centred @ centred.T, vectors.tasks
-    ax = heat_map(cosines, names, names, ax, label="cosine", colours="RdBu_r", ends=(-1, 1))
-    ax.set_title(f"Cosines of task vectors less their mean, layer {layer}")
-    return ax
 
 
 @styled

@@ -1,0 +1,32 @@
+"""The figures of a whole experiment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformer_lens_taskvec.experiment import Experiment
+from transformer_lens_taskvec.plots.decodability import plot_decodability
+from transformer_lens_taskvec.plots.embedding import plot_embedding
+from transformer_lens_taskvec.plots.interventions import plot_layer_sweep
+from transformer_lens_taskvec.plots.style import figure_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def experiment_figures(experiment: Experiment) -> dict[str, Figure]:
+    """Return the layer sweep, the decodability by layer and an embedding of an experiment.
+
+    Args:
+        experiment: From :func:`run_experiment`.
+
+    Returns:
+        Figures by name, for :func:`save_figures`.
+    """
+    best = experiment.decodability.best_layer
+    drawn = {
+        "layer_sweep": plot_layer_sweep(experiment.sweep),
+        "decodability": plot_decodability(experiment.decodability),
+        "embedding": plot_embedding(experiment.activations, best),
+    }
+    return {name: figure_of(ax) for name, ax in drawn.items()}

@@ -1,0 +1,115 @@
+"""Figures of vectors and of the heads that write them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from transformer_lens_taskvec.plots.style import (
+    heat_map,
+    new_axes,
+    styled,
+)
+from transformer_lens_taskvec.vectors.heads import HeadEffects
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+from typing import TYPE_CHECKING
+
+from transformer_lens_taskvec.vectors.base import TaskVectors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@styled
+def plot_head_effects(
+    effects: HeadEffects,
+    ax: Axes | None = None,
+    *,
+    task: str | None = None,
+    reach: float | None = None,
+) -> Axes:
+    """Heat map of every head's effect on the answer's log-probability: of one task, or their mean.
+
+    Where answers are numbers, the change in squared error takes its place, with its sign turned:
+    red is harm.
+
+    Args:
+        effects: From :func:`head_effects`.
+        ax: Where to draw; new axes by default.
+        task: One task; by default the mean over tasks.
+        reach: Where the colours end; by default at the largest effect.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there is no such task.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 2, 4, seed=0)
+        >>> effects = tv.head_effects(model, episodes, on=episodes, ablation="zero")
+        >>> tv.plot_head_effects(effects, task="AND").get_title()
+        'Head effects: zero ablation, AND'
+    """
+    if task is not None and task not in effects.tasks:
+        raise ValueError(f"no effects on {task!r}; there are: {', '.join(effects.tasks)}")
+    ax = new_axes(ax)
+    values = effects.log_probability
+    if task is not None:
+        values = effects.log_probability_by_task[effects.tasks.index(task)]
+    reach = reach or float(values.abs().max()) or 1.0
+    image = ax.imshow(values.tolist(), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+    what = (
+        "mean into shuffled prompts" if effects.ablation is None else f"{effects.ablation} ablation"
+    )
+    title = f"Head effects: {what}" + ("" if task is None else f", {task}")
+    ax.set(xlabel="head", ylabel="layer (from 0)", title=title)
+    ax.set_xticks(range(values.shape[1]))
+    ax.set_yticks(range(values.shape[0]) if values.shape[0] <= 12 else ax.get_yticks())
+    ax.set_ylim(values.shape[0] - 0.5, -0.5)
+    of_text = effects.baseline.loss.startswith("NLL")
+    if of_text:
+        label = "change in log-probability (nats)"
+    else:
+        label = f"decrease in {effects.baseline.loss}"
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return ax
+
+
+@styled
+def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None = None) -> Axes:
+    """Heat map of the cosines between tasks' vectors, their mean over tasks taken off.
+
+    Args:
+        vectors: Of two tasks or more.
+        layer: The layer; by default the middle one of those there are.
+        ax: Where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If there are no vectors at the layer.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> tv.plot_vectors(vectors, layer=1).get_title()
+        'Cosines of task vectors less their mean, layer 1'
+    """
+    layer = vectors.layers[len(vectors.layers) // 2] if layer is None else layer
+    values = torch.stack([vectors.at(task, layer) for task in vectors.tasks])
+    centred = torch.nn.functional.normalize(values - values.mean(dim=0), dim=-1)
+    cosines, names = centred @ centred.T, vectors.tasks
+    ax = heat_map(cosines, names, names, ax, label="cosine", colours="RdBu_r", ends=(-1, 1))
+    ax.set_title(f"Cosines of task vectors less their mean, layer {layer}")
+    return ax

@@ -1,0 +1,154 @@
+"""Figures of what interventions do: layer sweeps, perturbations, steering."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep
+from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix
+from transformer_lens_taskvec.analysis.steering import SteeringEffect
+from transformer_lens_taskvec.plots.style import (
+    COLOURS,
+    GREY,
+    heat_map,
+    legend_beside,
+    new_axes,
+    styled,
+    task_style,
+    whole_numbers,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@styled
+def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
+    """Accuracy by layer of injection, a line a task; dotted, the accuracy without injection.
+
+    Where the sweep has controls, a grey band spans what they do for any of the tasks.
+
+    Args:
+        sweep: From :func:`layer_sweep`.
+        ax: Where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 4, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> ax = tv.plot_layer_sweep(tv.layer_sweep(model, tv.zero_shot(episodes), vectors))
+        >>> ax.get_ylabel()
+        'exact-match accuracy'
+    """
+    ax = new_axes(ax)
+    if sweep.controls:
+        beside = torch.cat([control.accuracy for control in sweep.controls.values()], dim=1)
+        low, high = beside.min(dim=1).values.tolist(), beside.max(dim=1).values.tolist()
+        name = "controls" if len(sweep.controls) > 1 else f"{next(iter(sweep.controls))} vectors"
+        ax.fill_between(sweep.layers, low, high, color=GREY, alpha=0.3, linewidth=0, label=name)
+    for index, task in enumerate(sweep.tasks):
+        style = task_style(index, task)
+        ax.plot(sweep.layers, sweep.accuracy[:, index].tolist(), label=task, **style)
+        before = float(sweep.baseline_accuracy[index])
+        ax.axhline(before, color=style["color"], linestyle=":", linewidth=0.8)
+    ax.set(
+        xlabel="layer of injection (from 0)",
+        ylabel="exact-match accuracy",
+        ylim=(-0.03, 1.03),
+        title="Task vectors injected (dotted: nothing injected)",
+    )
+    whole_numbers(ax)
+    return legend_beside(ax)
+
+
+@styled
+def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
+    """Accuracy under the negative intervention, none, and the positive (the paper's Figure 20).
+
+    Negative puts the Null task's mean in the place of the representation, positive the right
+    task's. The bars' whiskers are 95 % intervals.
+
+    Args:
+        effect: From :func:`steering_effect`.
+        ax: Where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> one_shot = tv.sample_episodes(tv.bitwise_tasks(), 4, 1, seed=1)
+        >>> ax = tv.plot_steering(tv.steering_effect(model, one_shot, vectors, layer=1))
+        >>> ax.get_title()
+        'Mean of Null or of the right task put in, layer 1'
+    """
+    ax = new_axes(ax)
+    frame = effect.to_frame()
+    kinds = {"negative": COLOURS[1], "unperturbed": GREY, "positive": COLOURS[2]}
+    for index, (kind, colour) in enumerate(kinds.items()):
+        places = [place + 0.27 * (index - 1) for place in range(len(frame))]
+        values = frame[kind].tolist()
+        below = [v - low for v, low in zip(values, frame[f"{kind}_low"], strict=True)]
+        above = [high - v for v, high in zip(values, frame[f"{kind}_high"], strict=True)]
+        style: dict[str, Any] = {"capsize": 1.5, "error_kw": {"linewidth": 0.7}}
+        ax.bar(places, values, 0.25, yerr=[below, above], color=colour, label=kind, **style)
+    names = frame.task.tolist()
+    ax.set_xticks(range(len(frame)), names, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set(
+        ylabel="exact-match accuracy",
+        ylim=(0, 1.03),
+        title=f"Mean of Null or of the right task put in, layer {effect.layer}",
+    )
+    return legend_beside(ax)
+
+
+@styled
+def plot_perturbation(
+    matrix: PerturbationMatrix, ax: Axes | None = None, *, reach: float | None = None
+) -> Axes:
+    """Heat map of the change in NLL: red where an injected vector does harm.
+
+    Args:
+        matrix: From :func:`perturbation_matrix`.
+        ax: Where to draw; new axes by default.
+        reach: Where the colours end; by default at the largest change.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 4, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> ax = tv.plot_perturbation(tv.perturbation_matrix(model, episodes, vectors, layer=1))
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('injected task vector', 'task of the prompt')
+    """
+    reach = reach or float(matrix.nll.abs().max()) or 1.0
+    change = f"change in {matrix.baseline.loss}"
+    ax = heat_map(
+        matrix.nll,
+        matrix.sources,
+        matrix.targets,
+        ax,
+        label=change,
+        colours="RdBu_r",
+        ends=(-reach, reach),
+        written="+.1f" if reach >= 2 else "+.2f",
+    )
+    ax.set(
+        xlabel="injected task vector",
+        ylabel="task of the prompt",
+        title=f"{change[0].upper()}{change[1:]}, layer {matrix.layer}",
+    )
+    return ax
