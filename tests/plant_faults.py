@@ -146,7 +146,7 @@ FAULTS = [
     Fault(
         "controls.py", "values.roll(1, dims=0)", "values.roll(0, dims=0)", "tests/test_controls.py"
     ),
-    Fault("analysis/perturbation.py", " - before.nll.double()", "", "tests/test_analyses.py"),
+    Fault("analysis/perturbation.py", " - before.loss.double()", "", "tests/test_analyses.py"),
 ]
 
 

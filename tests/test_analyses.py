@@ -17,33 +17,33 @@ def test_a_layer_sweep_is_one_evaluation_a_layer_with_each_tasks_own_vector(
 ) -> None:
     mixed = [*episodes[::2], *episodes[1::2]]
     sweep = tv.layer_sweep(model, mixed, vectors, mode=mode, scales=(1.0, 2.5))
-    assert sweep.accuracy.shape == sweep.mean_nll.shape == (3, 3)
+    assert sweep.accuracy.shape == sweep.mean_loss.shape == (3, 3)
     for row, episode in list(enumerate(mixed))[::5]:
         for scale in range(2):
             for layer in range(3):
                 edit = tv.inject(
-                    vectors.at(episode.task, layer), layer, mode=mode, scale=(1.0, 2.5)[scale]
+                    vectors[episode.task, layer], layer, mode=mode, scale=(1.0, 2.5)[scale]
                 )
                 alone = tv.evaluate(model, [episode], [edit])
-                assert float(sweep.nll[scale, layer, row]) == pytest.approx(
-                    float(alone.nll[0]), abs=1e-3
+                assert float(sweep.loss[scale, layer, row]) == pytest.approx(
+                    float(alone.loss[0]), abs=1e-3
                 )
                 assert bool(sweep.correct[scale, layer, row]) == bool(alone.correct[0])
     plain = tv.evaluate(model, mixed)
-    torch.testing.assert_close(sweep.baseline.nll, plain.nll, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sweep.baseline.loss, plain.loss, atol=1e-4, rtol=1e-4)
     frame = sweep.to_frame()
     assert len(frame) == 2 * 3 * 3
-    assert torch.equal(sweep.at_scale(2.5).nll[0], sweep.nll[1])
+    assert torch.equal(sweep.at_scale(2.5).loss[0], sweep.loss[1])
 
 
-def test_the_best_layer_has_the_highest_accuracy_and_then_the_lowest_nll() -> None:
+def test_the_best_layer_has_the_highest_accuracy_and_then_the_lowest_loss() -> None:
     labels = torch.tensor([0, 0])
     correct = torch.tensor([[[1, 0], [1, 1], [1, 1]]], dtype=torch.bool)
-    nll = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [2.0, 2.0]]])
-    baseline = tv.Scores(correct[0, 0], nll[0, 0], labels, ("t",), None, False)
-    sweep = tv.LayerSweep(correct, nll, baseline, (4, 5, 9), (1.0,))
+    loss = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [2.0, 2.0]]])
+    baseline = tv.Scores({"correct": correct[0, 0], "loss": loss[0, 0]}, labels, ("t",))
+    sweep = tv.LayerSweep({"correct": correct, "loss": loss}, baseline, (4, 5, 9), (1.0,))
     assert sweep.best_layer("t") == sweep.best_layer() == 9
-    assert sweep.at(9) == {"t": 1.0}
+    assert sweep.at(9).tolist() == [1.0]
     with pytest.raises(ValueError, match="no task 'u'"):
         sweep.best_layer("u")
 
@@ -54,12 +54,12 @@ def test_a_perturbation_matrix_is_one_evaluation_a_vector(
     matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
     plain = tv.evaluate(model, episodes)
     for column, target in enumerate(matrix.targets):
-        moved = tv.evaluate(model, episodes, [tv.inject(vectors.at(target, 1), 1)])
+        moved = tv.evaluate(model, episodes, [tv.inject(vectors[target, 1], 1)])
         for row, source in enumerate(matrix.sources):
-            change = moved.of(source).mean_nll - plain.of(source).mean_nll
-            assert float(matrix.nll[row, column]) == pytest.approx(change, abs=1e-3)
-    off = [float(matrix.nll[i, j]) for i in range(3) for j in range(3) if i != j]
-    own = [float(matrix.nll[i, i]) for i in range(3)]
+            change = moved.of(source).mean_loss - plain.of(source).mean_loss
+            assert float(matrix.delta_loss[row, column]) == pytest.approx(change, abs=1e-3)
+    off = [float(matrix.delta_loss[i, j]) for i in range(3) for j in range(3) if i != j]
+    own = [float(matrix.delta_loss[i, i]) for i in range(3)]
     expected = sum(off) / 6 - sum(own) / 3
     assert matrix.conditional_decoding == pytest.approx(expected, abs=1e-5)
     assert len(matrix.to_frame()) == 9
@@ -71,8 +71,8 @@ def test_steering_is_the_right_tasks_mean_against_nulls(
     effect = tv.steering_effect(model, episodes, vectors, 1, null="upper_case")
     for row, episode in enumerate(episodes):
         for scores, name in ((effect.positive, episode.task), (effect.negative, "upper_case")):
-            alone = tv.evaluate(model, [episode], [tv.inject(vectors.at(name, 1), 1)])
-            assert float(scores.nll[row]) == pytest.approx(float(alone.nll[0]), abs=1e-3)
+            alone = tv.evaluate(model, [episode], [tv.inject(vectors[name, 1], 1)])
+            assert float(scores.loss[row]) == pytest.approx(float(alone.loss[0]), abs=1e-3)
     assert list(effect.to_frame().task) == list(effect.tasks)
     with pytest.raises(ValueError, match="no vector for Null"):
         tv.steering_effect(model, episodes, vectors, 1)
@@ -94,7 +94,7 @@ def test_heat_maps_name_their_axes_and_show_every_value(
     assert [label.get_text() for label in ax.get_yticklabels()] == list(matrix.sources)
     shown = [text.get_text() for text in ax.texts]
     # Changes below two nats are shown to two digits.
-    assert shown == [f"{value:+.2f}" for value in matrix.nll.flatten().tolist()]
+    assert shown == [f"{value:+.2f}" for value in matrix.delta_loss.flatten().tolist()]
     effects = tv.head_effects(model, [e for e in episodes if e.n_shots == 2])
     heads = tv.plot_head_effects(effects)
     drawn = torch.tensor(heads.images[0].get_array().data)

@@ -56,11 +56,11 @@ def test_a_bos_token_stands_before_the_prompt_only_on_request(
     for bos, expected in ((False, tokens), (True, with_bos)):
         with torch.no_grad():
             _, cache = model.run_with_cache(expected)
-        found = tv.collect(model, episodes[:1], prepend_bos=bos)
+        found = tv.collect(model, zoo.with_bos(episodes[:1], bos))
         torch.testing.assert_close(
             found.values[0, 1], cache["blocks.1.hook_resid_post"][0, -1], atol=1e-4, rtol=1e-4
         )
-        assert found.source.prepend_bos is bos
+        assert found.source.bos is bos
 
 
 @pytest.mark.model

@@ -11,7 +11,7 @@ import transformer_lens_taskvec as tv
 def scores(correct: torch.Tensor, n_tasks: int = 2) -> tv.Scores:
     labels = torch.arange(len(correct)) % n_tasks
     names = tuple("abcdefg"[:n_tasks])
-    return tv.Scores(correct, torch.zeros(len(correct)), labels, names, None, False)
+    return tv.Scores({"correct": correct, "loss": torch.zeros(len(correct))}, labels, names)
 
 
 def drawn(share: float, seed: int) -> torch.Tensor:

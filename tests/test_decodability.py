@@ -90,7 +90,7 @@ def test_the_best_layer_has_the_highest_mean() -> None:
     found = activations(120, 3, layers=3, spread=0.3)
     found.values[:, 1] += 100 * found.labels[:, None]
     result = tv.task_decodability(found)
-    assert result.best_layer == 1
+    assert result.best_layer() == 1
     assert torch.equal(result.at(1), result.scores[1])
     assert len(result.to_frame()) == 9
 

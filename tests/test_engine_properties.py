@@ -31,7 +31,7 @@ def interventions(draw: Any) -> tv.Intervention:
     if kind == "zero":
         return tv.ablate(layer, hook=hook)
     if kind == "project":
-        return tv.ablate(layer, mode="project", with_=vector, hook=hook)
+        return tv.ablate(layer, direction=vector, hook=hook)
     mode = (lambda rows, v: 0.5 * rows + v) if kind == "own" else kind
     return tv.inject(vector, layer, mode=mode, scale=draw(st.floats(-2, 2)), hook=hook)
 
@@ -64,8 +64,10 @@ def test_packed_logits_equal_those_of_one_prompt_and_variant_at_a_time(
                 tokens = torch.tensor([prompts[row]])
                 batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), (0,))
                 ids = torch.tensor([answers[row]])
+                real = torch.ones_like(ids, dtype=torch.bool)
                 for j, variant in enumerate(chunk.variants):
-                    alone = engine._plain(bridge, batch, ids, variants[variant])
+                    plain = engine._one_by_one(bridge, batch, ids, real, variants, [variant], [])
+                    alone = next(plain).logits[:, 0]
                     packed = chunk.logits[i, j, : len(answers[row])]
                     scale = float(alone.abs().max())
                     torch.testing.assert_close(packed, alone[0], atol=1e-4 * scale, rtol=1e-4)

@@ -56,14 +56,14 @@ def in_the_engine(
 
 
 def variants_for(model: Any, vectors: tv.TaskVectors) -> list[list[Any]]:
-    vector, other = vectors.at("en_fr", 1), vectors.at("upper_case", 2)
+    vector, other = vectors["en_fr", 1], vectors["upper_case", 2]
     return [
         [],
         [tv.inject(vector, 0)],
         [tv.inject(vector, 2, mode="add", scale=3.0)],
         [tv.inject(vector, 1, hook="mlp_out"), tv.inject(other, 1, mode=lambda a, v: a - v)],
         [tv.ablate(2, hook="attn_out"), tv.inject(other, 0, hook="resid_pre", mode="add")],
-        [tv.ablate(1, mode="project", with_=other)],
+        [tv.ablate(1, direction=other)],
         [tv.ablate(1, hook="z", head=2)],
     ]
 
@@ -89,7 +89,7 @@ def test_every_architecture_packs_with_the_logits_of_one_run_each(
     model = zoo.bridge(kind, tokenizer)
     assert capabilities(model).packs, capabilities(model).reason
     vectors = tv.task_vectors(tv.collect(model, episodes))
-    variants: list[list[Any]] = [[], *([tv.inject(vectors.at("en_fr", i), i)] for i in range(3))]
+    variants: list[list[Any]] = [[], *([tv.inject(vectors["en_fr", i], i)] for i in range(3))]
     found = in_the_engine(model, episodes, variants)
     for index, variant in enumerate(variants):
         for row, expected in enumerate(one_run_each(model, episodes, variant)):
@@ -101,7 +101,7 @@ def test_a_recurrent_model_runs_plainly_with_one_warning_and_the_same_logits(
 ) -> None:
     model = zoo.bridge("mamba", tokenizer)
     vectors = tv.task_vectors(tv.collect(model, episodes))
-    variants = [[], [tv.inject(vectors.at("en_fr", 1), 1)]]
+    variants = [[], [tv.inject(vectors["en_fr", 1], 1)]]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         found = in_the_engine(model, episodes, variants)
@@ -129,7 +129,7 @@ def test_other_positions_give_the_numbers_of_whole_runs(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors, position: Any
 ) -> None:
     episode = episodes[0]
-    intervention = tv.inject(vectors.at("en_fr", 1), 1, mode="add", position=position)
+    intervention = tv.inject(vectors["en_fr", 1], 1, mode="add", position=position)
     prompt = model.tokenizer.encode(episode.prompt, add_special_tokens=False)
     answer = model.tokenizer.encode(episode.answer, add_special_tokens=False)
     at = {0: [0], (-2, -1): [len(prompt) - 2, len(prompt) - 1], None: None}[position]
@@ -145,21 +145,21 @@ def test_other_positions_give_the_numbers_of_whole_runs(
         )[0, len(prompt) - 1 : -1]
     expected = -logits.log_softmax(-1)[range(len(answer)), answer].sum()
     scores = tv.evaluate(model, episodes, [intervention])
-    torch.testing.assert_close(scores.nll[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores.loss[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.model
 def test_any_pair_of_a_hook_name_and_a_function_is_an_intervention(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
-    vector = vectors.at("en_fr", 1)
+    vector = vectors["en_fr", 1]
 
     def add_everywhere(activation: torch.Tensor, hook: Any) -> torch.Tensor:
         return activation + vector
 
     pair = tv.evaluate(model, episodes, [("blocks.1.hook_resid_post", add_everywhere)])
     same = tv.evaluate(model, episodes, [tv.inject(vector, 1, mode="add", position=None)])
-    torch.testing.assert_close(pair.nll, same.nll, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(pair.loss, same.loss, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stop", [None, "separator"])
@@ -183,11 +183,11 @@ def test_exact_match_equals_the_text_of_a_real_greedy_generation(smollm2: Any, s
 def test_permuting_episodes_permutes_scores(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
-    variant = [tv.inject(vectors.at("en_fr", 1), 1)]
+    variant = [tv.inject(vectors["en_fr", 1], 1)]
     order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(0)).tolist()
     scores = tv.evaluate(model, episodes, variant)
     shuffled = tv.evaluate(model, [episodes[index] for index in order], variant)
-    torch.testing.assert_close(shuffled.nll, scores.nll[order], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(shuffled.loss, scores.loss[order], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.model
@@ -198,7 +198,7 @@ def test_scores_are_grouped_by_task(model: Any, episodes: list[tv.Episode]) -> N
     for task in scores.tasks:
         own = scores.of(task)
         assert len(own) == sum(episode.task == task for episode in episodes)
-        assert own.mean_nll == pytest.approx(frame[frame.task == task].nll.mean(), rel=1e-5)
+        assert own.mean_loss == pytest.approx(frame[frame.task == task].loss.mean(), rel=1e-5)
     assert scores.by_task().keys() == set(scores.tasks)
     assert "episodes" in repr(scores)
 
@@ -207,7 +207,7 @@ def test_scores_are_grouped_by_task(model: Any, episodes: list[tv.Episode]) -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda v: [tv.inject(v.at("en_fr", 1), 3)], "layer 3 is out of range"),
+        (lambda v: [tv.inject(v["en_fr", 1], 3)], "layer 3 is out of range"),
         (lambda v: [tv.inject(torch.ones(31), 1)], "has width 31, and .* d_model 32"),
         (lambda v: [tv.inject(torch.ones(8), 1, hook="z", head=4)], "head 4 is out of range"),
         (lambda v: [tv.ablate(1, hook="resid_pots")], "no hook point"),
@@ -240,7 +240,7 @@ def test_a_tokenizer_without_a_pad_token_serves(tokenizer: Any, episodes: list[t
     expected = tv.evaluate(model, episodes)
     model.tokenizer = bare
     bare.pad_token = None
-    torch.testing.assert_close(tv.evaluate(model, episodes).nll, expected.nll)
+    torch.testing.assert_close(tv.evaluate(model, episodes).loss, expected.loss)
     model.tokenizer = None
     with pytest.raises(ValueError, match="no tokenizer"):
         tv.evaluate(model, episodes)
@@ -249,7 +249,7 @@ def test_a_tokenizer_without_a_pad_token_serves(tokenizer: Any, episodes: list[t
 def test_edits_behind_a_block_come_before_those_in_front_of_the_next(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
-    vector = vectors.at("en_fr", 1)
+    vector = vectors["en_fr", 1]
     front = tv.inject(vector, 2, hook="resid_pre", mode="add")
     behind = tv.inject(2 * vector, 1, hook="resid_post")
     variants = [[], [front, behind], [behind, front], [behind], [front], [behind, behind, front]]

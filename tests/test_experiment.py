@@ -32,7 +32,7 @@ def test_the_sets_share_no_query_and_the_figures_are_those_of_the_test_set(
     vectors = tv.task_vectors(tv.collect(smollm2, sets["train"]))
     for row in experiment.to_frame().itertuples():
         test = [episode for episode in sets["test"] if episode.task == row.task]
-        edit = [tv.inject(vectors.at(row.task, row.layer), row.layer)]
+        edit = [tv.inject(vectors[row.task, row.layer], row.layer)]
         assert row.n == 8
         assert row.icl == tv.evaluate(smollm2, test).accuracy
         assert row.zero_shot == tv.evaluate(smollm2, tv.zero_shot(test)).accuracy
@@ -54,7 +54,7 @@ def test_controls_stand_beside_the_task_vectors(smollm2: Any, experiment: tv.Exp
     task = "next_letter"
     layer = experiment.layers[task]
     queries = tv.zero_shot([episode for episode in sets["test"] if episode.task == task])
-    edit = [tv.inject(made["shuffled labels"].at(task, layer), layer)]
+    edit = [tv.inject(made["shuffled labels"][task, layer], layer)]
     alone = tv.evaluate(smollm2, queries, edit)
     assert alone.correct.equal(experiment.controls["shuffled labels"].of(task).correct)
     frame = experiment.to_frame()
@@ -82,7 +82,7 @@ def test_results_are_written_whole(experiment: tv.Experiment, tmp_path: Path) ->
     assert (len(scores), len(scores[0])) == (30, 3)
     assert results["settings"]["seed"] == 1
     assert results["settings"]["template"]["example"] == "example:{x}->{y}"
-    assert results["source"]["prepend_bos"] is False
+    assert results["source"]["bos"] is False
     assert results["versions"]["transformer-lens"]
     for name in (name for name in FIGURES if name.endswith(".png")):
         height, width, _ = plt.imread(tmp_path / "out" / name).shape

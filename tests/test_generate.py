@@ -34,7 +34,7 @@ def by_hand(model: Any, prompt: str, n_new: int, hooks_at: Any) -> str:
 def test_injection_acts_on_the_prompt_alone_unless_asked_otherwise(
     model: Any, vectors: tv.TaskVectors, use_cache: bool, every_token: bool
 ) -> None:
-    intervention = tv.inject(vectors.at("en_fr", 1), 1, mode="add", scale=2.0)
+    intervention = tv.inject(vectors["en_fr", 1], 1, mode="add", scale=2.0)
 
     def hooks_at(n_prompt: int, n_now: int) -> list[Any]:
         at = list(range(n_prompt - 1, n_now)) if every_token else [n_prompt - 1]
@@ -62,7 +62,7 @@ def test_injection_acts_on_the_prompt_alone_unless_asked_otherwise(
 def test_an_intervention_everywhere_covers_the_whole_prompt(
     model: Any, vectors: tv.TaskVectors, use_cache: bool
 ) -> None:
-    intervention = tv.inject(vectors.at("en_fr", 1), 1, mode="add", position=None)
+    intervention = tv.inject(vectors["en_fr", 1], 1, mode="add", position=None)
 
     def hooks_at(n_prompt: int, n_now: int) -> list[Any]:
         def edit(activation: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_an_injected_vector_turns_a_zero_shot_prompt_into_the_task(smollm2: Any)
     texts = tv.generate(
         smollm2,
         [episode.prompt for episode in queries],
-        [tv.inject(vectors.at("next_letter", 20), 20)],
+        [tv.inject(vectors["next_letter", 20], 20)],
         max_new_tokens=1,
     )
     right = [text == episode.answer for text, episode in zip(texts, queries, strict=True)]

@@ -73,9 +73,9 @@ def test_an_effect_is_what_a_heads_mean_does_in_shuffled_prompts_one_run_each(
                 after = answer_nll(model, episode, [(name, put(mean, head))])
                 log_change += (before - after) / 2
                 change += float(torch.tensor(-after).exp() - torch.tensor(-before).exp()) / 2
-            found = effects.log_probability_by_task[index, layer, head]
+            found = effects.by_task["log_probability"][index, layer, head]
             assert float(found) == pytest.approx(log_change, abs=2e-4)
-            found = effects.probability_by_task[index, layer, head]
+            found = effects.by_task["probability"][index, layer, head]
             assert float(found) == pytest.approx(change, abs=1e-6)
 
 
@@ -94,7 +94,7 @@ def test_pruning_takes_a_head_out_of_clean_prompts(
             for episode in own:
                 hook = (f"blocks.{layer}.attn.hook_z", put(value, head))
                 change += answer_nll(model, episode, []) - answer_nll(model, episode, [hook])
-            found = effects.log_probability_by_task[index, layer, head]
+            found = effects.by_task["log_probability"][index, layer, head]
             assert float(found) == pytest.approx(change / len(own), abs=2e-4)
 
 
@@ -103,11 +103,13 @@ def test_a_function_vector_of_all_heads_is_the_mean_attention_output(
     model: Any, few_shot: list[tv.Episode]
 ) -> None:
     effects = tv.head_effects(model, few_shot, on=few_shot)
-    vector = tv.function_vector(model, few_shot, n_heads=12, effects=effects)
-    assert sorted(vector.heads) == [(layer, head) for layer in range(3) for head in range(4)]
+    vectors = tv.function_vectors(model, few_shot, n_heads=12, effects=effects)
+    assert sorted(vectors.source.heads) == [
+        (layer, head) for layer in range(3) for head in range(4)
+    ]
     outputs = tv.task_vectors(tv.collect(model, few_shot, hook="attn_out"))
-    for task in vector.tasks:
-        torch.testing.assert_close(vector[task], outputs[task].sum(dim=0), atol=1e-4, rtol=1e-4)
+    for task in vectors.tasks:
+        torch.testing.assert_close(vectors[task, 0], outputs[task].sum(dim=0), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt"])
@@ -132,8 +134,8 @@ def test_the_top_heads_have_the_largest_effects(model: Any, few_shot: list[tv.Ep
     values = [float(effects.probability[place]) for place in top]
     assert values == sorted(values, reverse=True)
     assert values[-1] >= float(effects.probability.flatten().sort(descending=True).values[4])
-    vector = tv.function_vector(model, few_shot, n_heads=5, effects=effects)
-    assert vector.heads == top
+    vectors = tv.function_vectors(model, few_shot, n_heads=5, effects=effects)
+    assert vectors.source.heads == top
     assert len(effects.to_frame()) == 2 * 12
     with pytest.raises(ValueError, match="13 heads are asked for; the model has 12"):
         effects.top(13)
@@ -146,11 +148,7 @@ def test_of_ablated_heads_those_that_are_missed_most_come_first(
     layer, head = pruned.top(1)[0]
     assert float(pruned.probability[layer, head]) == float(pruned.probability.min())
     with pytest.raises(ValueError, match="effects of zero ablation"):
-        tv.function_vector(model, few_shot, 2, effects=pruned)
-    vector = tv.function_vector(model, few_shot, 2)
-    frame = vector.to_frame()
-    assert list(zip(frame.layer, frame["head"], strict=True)) == list(vector.heads)
-    assert frame.probability.is_monotonic_decreasing
+        tv.function_vectors(model, few_shot, 2, effects=pruned)
 
 
 def test_intervals_of_head_effects_are_those_of_the_mean_over_episodes(
@@ -164,7 +162,7 @@ def test_intervals_of_head_effects_are_those_of_the_mean_over_episodes(
     own = [episode for episode in few_shot if episode.task == row.task]
     edit = tv.ablate(row.layer, hook="z", head=int(row["head"]))
     before, after = tv.evaluate_many(model, own, [[], [edit]])
-    change = (before.nll - after.nll).double().numpy()
+    change = (before.loss - after.loss).double().numpy()
     drawn = np.random.default_rng(0).choice(change, (20_000, len(change))).mean(axis=1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     spread = high - low

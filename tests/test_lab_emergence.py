@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -74,7 +75,7 @@ def test_collecting_is_what_the_cache_holds(model: Any, hook: str) -> None:
         torch.testing.assert_close(
             activations.at(layer), cache[hook_name(hook, layer)][:, -2], atol=1e-6, rtol=0
         )
-    assert activations.tasks == ("B1", "B2") and activations.source.prepend_bos is False
+    assert activations.tasks == ("B1", "B2") and activations.source.bos is False
 
 
 def test_scores_are_squared_errors(model: Any) -> None:
@@ -83,7 +84,7 @@ def test_scores_are_squared_errors(model: Any) -> None:
     with torch.no_grad():
         predicted = model(torch.stack([episode.prompt for episode in some]))[:, -1]
     errors = (predicted - torch.tensor([episode.answer for episode in some])).square()
-    torch.testing.assert_close(scores.nll, errors)
+    torch.testing.assert_close(scores.loss, errors)
     assert scores.correct.tolist() == (errors.sqrt() <= 0.3).tolist()
     assert scores.loss == "squared error" and "squared error" in repr(scores)
 
@@ -101,7 +102,7 @@ def test_interventions_act_as_hooks_do(model: Any) -> None:
     for variant, scores in zip(variants, tv.evaluate_many(model, some, variants), strict=True):
         with torch.no_grad():
             predicted = model.run_with_hooks(tokens, fwd_hooks=[tuple(hook) for hook in variant])
-        torch.testing.assert_close(scores.nll, (predicted[:, -1] - target).square())
+        torch.testing.assert_close(scores.loss, (predicted[:, -1] - target).square())
     assert all(not point.has_hooks() for point in model.hook_dict.values())
 
 
@@ -110,17 +111,21 @@ def test_vectors_sweeps_and_heads_take_regression_episodes(model: Any) -> None:
     activations = tv.collect(model, train)
     vectors = tv.task_vectors(activations)
     sweep = tv.layer_sweep(model, test, vectors)
-    assert sweep.mean_nll.shape == (2, 2)
+    assert sweep.mean_loss.shape == (2, 2)
     matrix = tv.perturbation_matrix(model, test, vectors, 1)
-    one = tv.evaluate(model, test, [tv.inject(vectors.at("B2", 1), 1)]).of("B1").mean_nll
-    before = matrix.baseline.of("B1").mean_nll
-    assert float(matrix.nll[0, 1]) == pytest.approx(one - before, abs=1e-6)
+    one = tv.evaluate(model, test, [tv.inject(vectors["B2", 1], 1)]).of("B1").mean_loss
+    before = matrix.baseline.of("B1").mean_loss
+    assert float(matrix.delta_loss[0, 1]) == pytest.approx(one - before, abs=1e-6)
     effects = tv.head_effects(model, train, on=test)
-    assert effects.probability.shape == (2, 2)
+    assert effects.mean("loss").shape == (2, 2)
+    with pytest.raises(KeyError, match="no effects on 'probability'"):
+        _ = effects.probability
+    with pytest.raises(ValueError, match="answers are numbers"):
+        tv.evaluate(model, test, metrics=["probability"])
     pruned = tv.head_effects(model, train, on=test, ablation="zero", position=None)
     whole = tv.evaluate(model, test, [tv.ablate(1, hook="z", head=0, position=None)])
-    change = whole.of("B1").mean_nll - pruned.baseline.of("B1").mean_nll
-    assert float(pruned.log_probability_by_task[0, 1, 0]) == pytest.approx(-change, abs=1e-5)
+    change = whole.of("B1").mean_loss - pruned.baseline.of("B1").mean_loss
+    assert float(pruned.by_task["loss"][0, 1, 0]) == pytest.approx(change, abs=1e-5)
     assert tv.task_decodability(activations).scores.shape == (2, 2)
     for ax in (tv.plot_head_effects(pruned, task="B2"), tv.plot_perturbation(matrix)):
         plt.close(ax.figure)
@@ -128,10 +133,10 @@ def test_vectors_sweeps_and_heads_take_regression_episodes(model: Any) -> None:
 
 def test_texts_and_vectors_do_not_mix(model: Any) -> None:
     text = tv.sample_episodes(tv.bitwise_tasks(), 1, 1, seed=0)
-    with pytest.raises(ValueError, match="without texts"):
+    with pytest.raises(ValueError, match="no texts"):
         tv.collect(model, [*episodes(1), *text])
     with pytest.raises(ValueError, match="BOS"):
-        tv.evaluate(model, episodes(1), prepend_bos=True)
+        tv.evaluate(model, zoo.with_bos(episodes(1), True))
 
 
 def test_a_swap_in_a_subspace_keeps_the_rest() -> None:
@@ -141,9 +146,9 @@ def test_a_swap_in_a_subspace_keeps_the_rest() -> None:
     swap = vectors.subspace(4)
     assert swap.directions.shape == (2, 8)
     rows = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    swapped = swap(rows, vectors.at("b", 4))
+    swapped = swap(rows, vectors["b", 4])
     along = swap.directions.T
-    torch.testing.assert_close(swapped @ along, (vectors.at("b", 4) @ along).expand(5, -1))
+    torch.testing.assert_close(swapped @ along, (vectors["b", 4] @ along).expand(5, -1))
     rest = torch.eye(8) - along @ along.T
     torch.testing.assert_close(swapped @ rest, rows @ rest)
     # Between the tasks' own means it is the whole of the difference.

@@ -129,13 +129,13 @@ def test_both_classes_give_the_same_answers_on_the_same_weights(
     first, second = tv.collect(one, episodes), tv.collect(other, episodes)
     torch.testing.assert_close(first.values, second.values, atol=1e-4, rtol=1e-4)
     vectors = tv.task_vectors(first)
-    edits = [[tv.inject(vectors.at("en_fr", layer), layer)] for layer in range(3)]
+    edits = [[tv.inject(vectors["en_fr", layer], layer)] for layer in range(3)]
     for mine, theirs in zip(
         tv.evaluate_many(one, episodes, edits),
         tv.evaluate_many(other, episodes, edits),
         strict=True,
     ):
-        torch.testing.assert_close(mine.nll, theirs.nll, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(mine.loss, theirs.loss, atol=1e-4, rtol=1e-5)
         assert torch.equal(mine.correct, theirs.correct)
 
 

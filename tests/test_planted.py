@@ -46,7 +46,7 @@ def test_the_model_does_the_tasks_it_is_shown_and_no_other(
     model: Any, test: list[tv.Episode]
 ) -> None:
     assert tv.evaluate(model, test).accuracy == 1
-    assert tv.evaluate(model, test).mean_nll < 1e-4
+    assert tv.evaluate(model, test).mean_loss < 1e-4
     assert tv.evaluate(model, tv.zero_shot(test)).accuracy == 0
     said = tv.generate(model, [episode.prompt for episode in test], max_new_tokens=1)
     assert [text.strip() for text in said] == [episode.query.y for episode in test]
@@ -60,7 +60,7 @@ def test_td_is_chance_below_the_writing_layer_and_one_from_it_on(
     assert float(td.at(0).mean()) == pytest.approx(td.chance, abs=0.1)
     assert td.at(0).min() > 0.1 and td.at(0).max() < 0.6
     assert all((td.at(layer) == 1).all() for layer in ENCODED)
-    assert td.best_layer == WRITER[0] and td.held_out == 1
+    assert td.best_layer() == WRITER[0] and td.held_out == 1
     assert (td.null(200).p_values[1:] == 1 / 201).all() and td.null(200).p_values[0] > 0.05
     for method in ("centroid", "linear", "cosine"):
         other = tv.task_decodability(activations, 5, method=method)
@@ -73,7 +73,7 @@ def test_task_vectors_are_the_planted_directions(vectors: tv.TaskVectors) -> Non
     directions = planted.planted_directions()
     expected = directions - directions.mean(dim=0)
     for layer in LAYERS:
-        found = torch.stack([vectors.at(task, layer) for task in vectors.tasks])
+        found = vectors.at(layer)
         differences = found - found.mean(dim=0)
         if layer == 0:
             assert differences.abs().max() < 1e-4
@@ -89,7 +89,7 @@ def test_vectors_work_between_writing_and_reading_only(
 ) -> None:
     sweep = tv.layer_sweep(model, tv.zero_shot(test), vectors, controls=True)
     for layer in LAYERS:
-        accuracy = torch.tensor(list(sweep.at(layer).values()))
+        accuracy = sweep.at(layer)
         if layer in WORKS:
             assert (accuracy == 1).all()
         elif layer < WORKS[0]:
@@ -97,19 +97,19 @@ def test_vectors_work_between_writing_and_reading_only(
         else:  # every query gets the one answer that the vector itself holds most of
             for task in vectors.tasks:
                 own = [episode for episode in test if episode.task == task]
-                edit = [tv.inject(vectors.at(task, layer), layer)]
+                edit = [tv.inject(vectors[task, layer], layer)]
                 prompts = [episode.prompt for episode in tv.zero_shot(own)]
                 said = {
                     text.strip() for text in tv.generate(model, prompts, edit, max_new_tokens=1)
                 }
                 assert len(said) == 1
                 share = sum(episode.query.y in said for episode in own) / len(own)
-                assert sweep.at(layer)[task] == pytest.approx(share)
+                assert float(sweep.at(layer)[sweep.tasks.index(task)]) == pytest.approx(share)
     assert sweep.best_layer() in WORKS and sweep.held_out == 1
     for kind, control in sweep.controls.items():
-        assert all(max(control.at(layer).values()) <= 0.2 for layer in WORKS), kind
+        assert all(control.at(layer).max() <= 0.2 for layer in WORKS), kind
     other = sweep.controls["other task"]
-    assert all(max(other.at(layer).values()) == 0 for layer in WORKS)
+    assert all(other.at(layer).max() == 0 for layer in WORKS)
 
 
 @pytest.mark.parametrize("layer", WORKS)
@@ -118,11 +118,11 @@ def test_another_tasks_vector_makes_every_answer_the_other_tasks(
 ) -> None:
     matrix = tv.perturbation_matrix(model, test, vectors, layer)
     own = torch.eye(len(TASKS), dtype=torch.bool)
-    assert (matrix.accuracy[own] == 0).all() and (matrix.accuracy[~own] == -1).all()
-    assert matrix.nll[own].abs().max() < 1e-3 and matrix.nll[~own].min() > 10
+    assert (matrix.delta_accuracy[own] == 0).all() and (matrix.delta_accuracy[~own] == -1).all()
+    assert matrix.delta_loss[own].abs().max() < 1e-3 and matrix.delta_loss[~own].min() > 10
     first, second = vectors.tasks[:2]
     answers = {example.x: example.y for example in TASKS[second].pairs}  # type: ignore[attr-defined]
-    edit = [tv.inject(vectors.at(second, layer), layer)]
+    edit = [tv.inject(vectors[second, layer], layer)]
     for episode in [e for e in test if e.task == first][:3]:
         said = tv.generate(model, [episode.prompt], edit, max_new_tokens=1)[0]
         assert said.strip() == answers[episode.query.x]
@@ -135,21 +135,21 @@ def test_taking_the_direction_out_takes_the_task_out(
     for task, direction in directions.items():
         own = [episode for episode in test if episode.task == task]
         others = [episode for episode in test if episode.task != task]
-        edit = [tv.ablate(1, mode="project", with_=direction)]
+        edit = [tv.ablate(1, direction=direction)]
         assert tv.evaluate(model, own, edit).accuracy == 0
         assert tv.evaluate(model, others, edit).accuracy == 1
         rest = edit[0](activations.at(1)[:, None])[:, 0]
         torch.testing.assert_close(rest @ direction, torch.zeros(len(rest)), atol=1e-4, rtol=0)
     assert tv.evaluate(model, test, [tv.ablate(1)]).accuracy < 0.35  # not even the constant is left
     mean = vectors.values[:, 1].mean(dim=0)
-    assert tv.evaluate(model, test, [tv.ablate(1, mode="mean", with_=mean)]).accuracy == 0
+    assert tv.evaluate(model, test, [tv.ablate(1, mean=mean)]).accuracy == 0
     # Adding the difference of two tasks turns one into the other.
     first, second = vectors.tasks[:2]
-    difference = vectors.at(second, 1) - vectors.at(first, 1)
+    difference = vectors[second, 1] - vectors[first, 1]
     turned = [tv.inject(difference, 1, mode="add")]
     own = [episode for episode in test if episode.task == first]
     assert tv.evaluate(model, own, turned).accuracy == 0
-    inside = [tv.inject(vectors.at(second, 2), 2, mode=vectors.subspace(2))]
+    inside = [tv.inject(vectors[second, 2], 2, mode=vectors.subspace(2))]
     assert tv.evaluate(model, own, inside).accuracy == 0
     own = [episode for episode in test if episode.task == second]
     assert tv.evaluate(model, own, inside).accuracy == 1
@@ -179,10 +179,10 @@ def test_one_head_writes_the_task_and_one_reads_the_query(
     assert effects.probability[WRITER] > 0.8 and effects.probability[rest].abs().max() < 1e-6
     assert effects.probability[READER] < 0.01  # another prompt's query is no help
     # Without either head, or with the mean over all tasks in the writer's place, nothing is said.
-    right = torch.exp(-tv.evaluate(model, test).nll).mean()
-    wrong = torch.exp(-tv.evaluate(model, tv.zero_shot(test)).nll).mean()
+    right = torch.exp(-tv.evaluate(model, test).loss).mean()
+    wrong = torch.exp(-tv.evaluate(model, tv.zero_shot(test)).loss).mean()
     for ablation in ("zero", "mean"):
-        pruned = tv.head_effects(model, test, on=test, ablation=ablation).probability_by_task
+        pruned = tv.head_effects(model, test, on=test, ablation=ablation).by_task["probability"]
         assert (pruned[:, rest].abs() < 1e-6).all()
         for layer, head in (WRITER, READER):
             torch.testing.assert_close(
@@ -193,15 +193,16 @@ def test_one_head_writes_the_task_and_one_reads_the_query(
 def test_a_function_vector_of_one_head_is_the_planted_direction(
     model: Any, train: list[tv.Episode], test: list[tv.Episode]
 ) -> None:
-    vector = tv.function_vector(model, train, n_heads=1)
-    assert vector.heads == (WRITER,)
-    for index, task in enumerate(vector.tasks):
-        expected = planted.planted_directions()[index]
-        torch.testing.assert_close(vector[task], expected, atol=2e-3, rtol=0)
+    vectors = tv.function_vectors(model, train, n_heads=1)
+    assert vectors.source.heads == (WRITER,) and vectors.source.mode == "add"
+    for layer in vectors.layers:
+        torch.testing.assert_close(
+            vectors.at(layer), planted.planted_directions(), atol=2e-3, rtol=0
+        )
+    for task in vectors.tasks:
         queries = [e for e in tv.zero_shot(test) if e.task == task]
         for layer in WORKS:
-            edit = [tv.inject(vector[task], layer, mode="add")]
-            assert tv.evaluate(model, queries, edit).accuracy == 1
+            assert tv.evaluate(model, queries, vectors.inject(task, layer)).accuracy == 1
 
 
 def test_controls_do_nothing_here(
@@ -230,4 +231,4 @@ def test_packed_is_plain(model: Any, test: list[tv.Episode], vectors: tv.TaskVec
         ]
         plain = tv.evaluate(model, test, hooks)
         assert plain.correct.equal(scores.correct)
-        torch.testing.assert_close(plain.nll, scores.nll, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(plain.loss, scores.loss, atol=1e-3, rtol=1e-4)

@@ -72,8 +72,8 @@ def test_half_precision_scores_are_those_of_full_precision_within_its_grain(
     )
     grain = 0.02 if next(half.parameters()).dtype == torch.float16 else 0.15
     for call in (
-        lambda model: tv.evaluate(model, few).nll,
-        lambda model: tv.layer_sweep(model, tv.zero_shot(few), vectors).nll,
+        lambda model: tv.evaluate(model, few).loss,
+        lambda model: tv.layer_sweep(model, tv.zero_shot(few), vectors).loss,
         lambda model: tv.head_effects(model, few).log_probability,
     ):
         ours, expected = call(half), call(full)
@@ -88,8 +88,8 @@ def test_packed_and_plain_agree_in_half_precision(half: Any, few: list[tv.Episod
     packed = tv.evaluate_many(half, few, [[], edit, edit])
     alone = tv.evaluate(half, few, [tv.inject(vector, 1, position=(-1,))])
     assert packed[1].correct.equal(packed[2].correct)
-    torch.testing.assert_close(packed[1].nll, packed[2].nll)
-    torch.testing.assert_close(packed[1].nll, alone.nll, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(packed[1].loss, packed[2].loss)
+    torch.testing.assert_close(packed[1].loss, alone.loss, atol=0.05, rtol=0.05)
 
 
 def noting(seen: list[torch.dtype]) -> Any:
@@ -108,12 +108,12 @@ def test_a_vectors_dtype_does_not_change_the_models(
         expected = next(model.parameters()).dtype
         seen: list[torch.dtype] = []
         note = noting(seen)
-        edits = [tv.inject(vector, 1, mode="add"), tv.ablate(1, mode="project", with_=vector)]
+        edits = [tv.inject(vector, 1, mode="add"), tv.ablate(1, direction=vector)]
         tokens = torch.tensor([[5, 6, 7]])
         with torch.no_grad():
             model.run_with_hooks(tokens, fwd_hooks=[*edits, ("blocks.2.hook_resid_post", note)])
         assert seen == [expected]
-        assert torch.isfinite(tv.evaluate(model, few, edits).nll).all()
+        assert torch.isfinite(tv.evaluate(model, few, edits).loss).all()
 
 
 @pytest.mark.parametrize("position", [-1, (0, -1), None])
@@ -124,7 +124,7 @@ def test_vectors_follow_the_activation_to_its_device(position: Any) -> None:
         tv.inject(vector, 1, position=position),
         tv.inject(vector, 1, mode="add", position=position),
         tv.ablate(1, position=position),
-        tv.ablate(1, mode="project", with_=vector, position=position),
+        tv.ablate(1, direction=vector, position=position),
     ):
         edited = edit(elsewhere)
         assert (edited.device.type, edited.dtype) == ("meta", torch.bfloat16)

@@ -36,7 +36,7 @@ def edits(draw: Any, hook: str | None = None, layer: int | None = None) -> tv.In
     layer = draw(st.integers(0, 2)) if layer is None else layer
     vector = drawn_vector(draw(st.integers(0, 99)))
     if draw(st.booleans()):
-        return tv.ablate(layer, mode="project", with_=vector, hook=hook)
+        return tv.ablate(layer, direction=vector, hook=hook)
     mode, scale = draw(st.sampled_from(["replace", "add"])), draw(st.floats(-2, 2))
     return tv.inject(vector, layer, mode=mode, scale=scale, hook=hook)
 
@@ -47,7 +47,7 @@ def few() -> list[tv.Episode]:
 
 
 def close(first: tv.Scores, second: tv.Scores) -> None:
-    torch.testing.assert_close(first.nll, second.nll, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(first.loss, second.loss, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.model
@@ -73,7 +73,7 @@ def test_edits_of_one_place_are_done_in_order(
     one = dataclasses.replace(
         few[0], query=tv.Example(few[0].query.x, model.tokenizer.decode([first]))
     )
-    nll = tv.evaluate(model, [one], both).nll[0]
+    nll = tv.evaluate(model, [one], both).loss[0]
     torch.testing.assert_close(nll, -whole[0, -1].log_softmax(-1)[first], atol=1e-3, rtol=1e-4)
 
 
@@ -126,7 +126,7 @@ def test_order_and_batches_change_no_number(
     edit = [tv.inject(drawn_vector(0), 1)]
     scores = tv.evaluate(model, mixed, edit)
     shuffled = tv.evaluate(model, [mixed[i] for i in order], edit, max_tokens=40 * batch_size)
-    torch.testing.assert_close(shuffled.nll, scores.nll[order], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shuffled.loss, scores.loss[order], atol=1e-4, rtol=1e-4)
     assert shuffled.correct.equal(scores.correct[order])
 
 
@@ -168,7 +168,7 @@ def public(model: Any, few: list[tv.Episode], vectors: tv.TaskVectors) -> dict[s
     study: dict[str, Any] = {"n": 6, "k": 3}
     return {
         "collect": lambda: tv.collect(model, few),
-        "collect_and_evaluate": lambda: tv.collect_and_evaluate(model, few),
+        "evaluate_many": lambda: tv.evaluate_many(model, few, [[]], observe=tv.Observe()),
         "evaluate": lambda: tv.evaluate(model, few, [tv.inject(drawn_vector(0), 1)]),
         "evaluate, every position": lambda: tv.evaluate(model, few, [tv.ablate(1, position=None)]),
         "generate": lambda: tv.generate(
@@ -178,7 +178,7 @@ def public(model: Any, few: list[tv.Episode], vectors: tv.TaskVectors) -> dict[s
         "perturbation_matrix": lambda: tv.perturbation_matrix(model, few, vectors, 1),
         "steering_effect": lambda: tv.steering_effect(model, few, vectors, 1),
         "head_effects": lambda: tv.head_effects(model, few),
-        "function_vector": lambda: tv.function_vector(model, few, n_heads=2),
+        "function_vectors": lambda: tv.function_vectors(model, few, n_heads=2),
         "controls": lambda: tv.control_vectors(vectors, model, few),
         "input_embeddings": lambda: input_embeddings(model, few),
         "run_study": lambda: tv.paper.run_study(model, TASKS, shots=(1, 2), **study),

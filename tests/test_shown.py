@@ -33,7 +33,7 @@ def found(toy: Any) -> dict[str, Any]:
         "steering": tv.steering_effect(toy, test, vectors, 1),
         "heads": tv.head_effects(toy, test),
         "comparison": tv.compare(scores, scores),
-        "function vector": tv.function_vector(toy, test, 3),
+        "function vectors": tv.function_vectors(toy, test, 3),
         "run": lab.shipped_run(),
         "toy run": lab.shipped_toy_run(),
         "study": tv.paper.run_study(toy, tasks, shots=(1, 2), n=6, k=3),
@@ -49,14 +49,8 @@ def test_every_result_is_a_line_and_a_small_table(found: dict[str, Any]) -> None
         assert ("more rows" in html) == (len(frame) > 12)
 
 
-def test_vectors_and_decodability_plot_themselves(found: dict[str, Any]) -> None:
-    for ax in (found["decodability"].plot(), found["vectors"].plot(layer=1)):
-        assert ax.get_title()
-        plt.close(ax.figure)
-
-
 def test_vectors_less_their_mean_are_compared(found: dict[str, Any]) -> None:
-    ax = found["vectors"].plot()
+    ax = tv.plot_vectors(found["vectors"])
     cosines = ax.images[0].get_array()
     assert cosines.shape == (7, 7) and cosines.diagonal().tolist() == pytest.approx([1] * 7)
     assert cosines.sum(axis=0).min() < 1  # they cancel out, so that some point away from others

@@ -38,7 +38,8 @@ def decodability(td: list[float], tasks: tuple[str, ...]) -> tv.Decodability:
 def scores(accuracy: list[float], tasks: tuple[str, ...]) -> tv.Scores:
     correct = torch.tensor([[i < 20 * share for i in range(20)] for share in accuracy])
     labels = torch.arange(len(accuracy)).repeat_interleave(20)
-    return tv.Scores(correct.flatten(), torch.zeros(correct.numel()), labels, tasks, None, False)
+    metrics = {"correct": correct.flatten(), "loss": torch.zeros(correct.numel())}
+    return tv.Scores(metrics, labels, tasks)
 
 
 @pytest.mark.model
@@ -49,18 +50,18 @@ def test_one_pass_gives_what_two_give(model: Any, max_tokens: int | None) -> Non
     vectors = tv.task_vectors(tv.collect(model, episodes))
 
     def own(task: str) -> list[list[tv.Intervention]]:
-        return [[tv.inject(vectors.at(task, 1), 1)]]
+        return [[], vectors.inject(task, 1)]
 
-    activations, [scored, steered] = tv.collect_and_evaluate(
-        model, episodes, variants_of=own, max_tokens=max_tokens
+    activations, [scored, steered] = tv.evaluate_many(
+        model, episodes, own, observe=tv.Observe(), max_tokens=max_tokens
     )
     expected = tv.steering_effect(model, episodes, vectors, 1).positive
-    torch.testing.assert_close(steered.nll, expected.nll, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(steered.loss, expected.loss, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(
         activations.values, tv.collect(model, episodes).values, atol=1e-4, rtol=1e-4
     )
     apart = tv.evaluate(model, episodes)
-    torch.testing.assert_close(scored.nll, apart.nll, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(scored.loss, apart.loss, atol=1e-3, rtol=1e-4)
     assert scored.correct.equal(apart.correct) and scored.labels.equal(activations.labels)
     assert all(not point.has_hooks() for point in model.hook_dict.values())
 
@@ -220,7 +221,7 @@ def test_only_the_layers_asked_for_change(tokenizer: Any) -> None:
     assert set(dict(tuned.named_parameters())) == set(before)
     episodes = tv.sample_episodes(TASKS, 8, 1, seed=9)
     nll = [
-        tv.evaluate(tv.bridge_from_hf(m, tokenizer, device="cpu"), episodes).mean_nll
+        tv.evaluate(tv.bridge_from_hf(m, tokenizer, device="cpu"), episodes).mean_loss
         for m in (hf_model, tuned)
     ]
     assert nll[1] < nll[0]

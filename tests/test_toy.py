@@ -61,7 +61,7 @@ def test_the_toy_goes_to_the_device_and_dtype_asked_for(model: Any) -> None:
     assert exact.cfg.dtype == torch.float64 and model.cfg.dtype == torch.float32
     episodes = operators(2, seed=0, n=2)
     one, other = tv.evaluate(model, episodes), tv.evaluate(exact, episodes)
-    torch.testing.assert_close(one.nll.double(), other.nll.double(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.loss.double(), other.loss.double(), atol=1e-4, rtol=1e-4)
 
 
 def test_the_shipped_run_takes_at_most_two_megabytes() -> None:
@@ -238,7 +238,7 @@ def test_vectors_do_the_task_without_demonstrations_up_to_where_the_query_is_rea
     by_layer = sweep.accuracy.mean(dim=1)
     assert sweep.best_layer() == EARLY
     assert sweep.baseline_accuracy.mean() < 0.4 and by_layer[0] < 0.4
-    assert min(sweep.at(EARLY).values()) > 0.85
+    assert sweep.at(EARLY).min() > 0.85
     assert by_layer[-1] < 0.5
 
 
@@ -248,8 +248,8 @@ def test_the_right_vector_is_harmless_and_a_wrong_one_breaks_the_answer(
 ) -> None:
     matrix = tv.perturbation_matrix(model, operators(4, seed=6), vectors, EARLY)
     own = torch.tensor([[s == t for t in matrix.targets] for s in matrix.sources])
-    assert matrix.accuracy[own].min() > -0.06
-    assert matrix.accuracy[~own].mean() < -0.8 and matrix.accuracy[~own].max() < -0.3
+    assert matrix.delta_accuracy[own].min() > -0.06
+    assert matrix.delta_accuracy[~own].mean() < -0.8 and matrix.delta_accuracy[~own].max() < -0.3
     assert matrix.conditional_decoding > 4
 
 
@@ -316,5 +316,5 @@ def test_both_classes_give_the_same_answers(model: Any, vectors: tv.TaskVectors)
     one = tv.layer_sweep(model, episodes, vectors)
     with pytest.warns(UserWarning, match="takes no 4-D attention mask"):
         other = tv.layer_sweep(hooked, episodes, vectors)
-    torch.testing.assert_close(one.nll, other.nll, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(one.loss, other.loss, atol=1e-3, rtol=1e-3)
     assert torch.equal(one.correct, other.correct)

@@ -21,15 +21,15 @@ def test_a_vector_is_the_mean_of_its_tasks_activations(
         own = found.values[[label == index for label in found.labels.tolist()]]
         expected = own.double().sum(dim=0) / len(own)
         torch.testing.assert_close(vectors[task].double(), expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(vectors.at(task, 1), vectors[task][1])
+        assert torch.equal(vectors[task, 1], vectors[task][1])
 
 
 def test_layers_are_found_by_their_number(model: Any, episodes: list[tv.Episode]) -> None:
     some = tv.task_vectors(tv.collect(model, episodes, layers=[2, 0]))
     whole = tv.task_vectors(tv.collect(model, episodes))
-    torch.testing.assert_close(some.at("en_fr", 2), whole.at("en_fr", 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(some["en_fr", 2], whole["en_fr", 2], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"layer 1 is not among the layers \[2, 0\]"):
-        some.at("en_fr", 1)
+        some["en_fr", 1]
 
 
 def test_an_unknown_task_is_named_with_the_known_ones(vectors: tv.TaskVectors) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from transformer_lens.model_bridge import TransformerBridge
+
+import transformer_lens_taskvec as tv
 
 try:  # TransformerLens 3.x has it, 4.x no longer
     from transformer_lens import HookedTransformer
@@ -75,6 +79,11 @@ def hf_model(kind: str, **changes: Any) -> Any:
                 if parameter.ndim > 1 and kind != "mamba":
                     parameter.mul_(4.0)
     return model.eval().to(torch.float32)
+
+
+def with_bos(episodes: Sequence[tv.Episode], bos: bool | None) -> list[tv.Episode]:
+    """The same episodes with another use of a beginning-of-sequence token."""
+    return [replace(e, template=replace(e.template, bos=bos)) for e in episodes]
 
 
 def bridge(kind: str, tokenizer: Any, **changes: Any) -> Any:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens_taskvec.activations import Activations, collect
+from transformer_lens_taskvec.activations import Activations, Observe, collect
 from transformer_lens_taskvec.analysis import (
     AccuracyFit,
     Comparison,
@@ -48,7 +48,7 @@ from transformer_lens_taskvec.prompts import (
     with_instructions,
     zero_shot,
 )
-from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate, evaluate, evaluate_many
+from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
 from transformer_lens_taskvec.tasks import (
     Example,
     Task,
@@ -59,10 +59,10 @@ from transformer_lens_taskvec.tasks import (
     pos_tasks,
 )
 from transformer_lens_taskvec.vectors import (
-    FunctionVector,
     HeadEffects,
+    Injectable,
     TaskVectors,
-    function_vector,
+    function_vectors,
     head_effects,
     task_vectors,
 )
@@ -84,10 +84,11 @@ __all__ = [
     "Episode",
     "Example",
     "Experiment",
-    "FunctionVector",
     "HeadEffects",
+    "Injectable",
     "Intervention",
     "LayerSweep",
+    "Observe",
     "PerturbationMatrix",
     "PromptTemplate",
     "Scores",
@@ -98,14 +99,13 @@ __all__ = [
     "bitwise_tasks",
     "bridge_from_hf",
     "collect",
-    "collect_and_evaluate",
     "compare",
     "control_vectors",
     "evaluate",
     "evaluate_many",
     "explore_embedding",
     "find_tasks",
-    "function_vector",
+    "function_vectors",
     "generate",
     "head_effects",
     "inject",

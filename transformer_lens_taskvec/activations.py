@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ from transformer_lens_taskvec.models.protocol import (
     inference,
     model_name,
 )
-from transformer_lens_taskvec.models.tokens import batches, encode, pad_id, row_indices
+from transformer_lens_taskvec.models.tokens import (
+    Batch,
+    batches,
+    encode_prompts,
+    pad_id,
+    row_indices,
+)
 from transformer_lens_taskvec.prompts import AnyEpisode
 
 _TOKENS_PER_BATCH = 4096
@@ -35,14 +42,40 @@ class Source:
         hook: The hook point within a block.
         position: The position of the prompt, -1 its last token.
         template: The example pattern of the prompt template.
-        prepend_bos: Whether a beginning-of-sequence token stood before the prompt.
+        bos: Whether a beginning-of-sequence token stood before the prompt.
+        mode: How vectors are injected unless another mode is asked for.
+        heads: The heads, as (layer, head), that a function vector is the sum of.
     """
 
     model: str
     hook: str
     position: int
     template: str
-    prepend_bos: bool
+    bos: bool
+    mode: str = "replace"
+    heads: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Observe:
+    """What to keep of the unedited pass of :func:`evaluate_many`, at the last prompt token.
+
+    Attributes:
+        hook: The hook point within a block, as TransformerLens names it.
+        layers: The layers, counted from 0; None for all.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> observe = tv.Observe("attn_out", layers=[1])
+        >>> activations, [scores] = tv.evaluate_many(model, episodes, [[]], observe=observe)
+        >>> activations.values.shape, len(scores)
+        (torch.Size([60, 1, 64]), 60)
+    """
+
+    hook: str = "resid_post"
+    layers: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,7 +139,6 @@ def collect(
     layers: Sequence[int] | None = None,
     position: int = -1,
     batch_size: int | None = None,
-    prepend_bos: bool = False,
     progress: bool = False,
 ) -> Activations:
     """Collect activations of episodes' prompts, without their answers.
@@ -122,7 +154,6 @@ def collect(
         layers: The layers, counted from 0; None for all.
         position: The position in the prompt, -1 its last token.
         batch_size: Prompts per pass; by default as many as make about 4,000 tokens.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -131,7 +162,7 @@ def collect(
     Raises:
         ValueError: If there are no episodes, a layer or hook point does not exist or a layer is
             named twice, a prompt has no tokens or no such position, or the model has no tokenizer
-            for texts or no beginning-of-sequence token to prepend.
+            for texts or no BOS where a template asks for one.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -145,7 +176,7 @@ def collect(
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
     chosen = check_layers(model, layers, hook)
-    encoded = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
+    encoded, bos = encode_prompts(model, episodes)
     longest = max(len(ids) for ids in encoded)
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
     names = [hook_name(hook, layer) for layer in chosen]
@@ -157,42 +188,73 @@ def collect(
             pad=pad_id(model),
             same_length=not capabilities(model).pads,
         ):
-            kept = _run(model, batch.tokens, batch.mask, names, position, chosen)
+            kept = read_prompts(model, batch, names, position)
             if values is None:
                 values = torch.empty(len(encoded), *kept.shape[1:])
             values[list(batch.rows)] = kept
             bar.update(len(batch.rows))
     assert values is not None
+    return labelled(model, episodes, values, hook=hook, layers=chosen, position=position, bos=bos)
+
+
+def labelled(
+    model: Any,
+    episodes: Sequence[AnyEpisode],
+    values: Float[Tensor, "example layer ..."],
+    *,
+    hook: str,
+    layers: Sequence[int],
+    bos: bool,
+    position: int = -1,
+) -> Activations:
+    """Return activations of episodes with their tasks and where they come from."""
     tasks, labels = label(episodes)
     templates = sorted({episode.template.example for episode in episodes})
-    source = Source(model_name(model), hook, position, " | ".join(templates), prepend_bos)
-    return Activations(values, labels, tasks, chosen, source)
+    source = Source(model_name(model), hook, position, " | ".join(templates), bos)
+    return Activations(values, labels, tasks, tuple(layers), source)
 
 
-def _run(
-    model: Any,
-    tokens: Tensor,
-    mask: Tensor,
-    names: Sequence[str],
-    position: int,
-    layers: Sequence[int],
-) -> Float[Tensor, "row layer *rest"]:
-    """One batch's activations at one position, float32 on the CPU."""
-    at = row_indices(position, mask)[:, 0]
-    rows = torch.arange(len(at))
-    kept: dict[str, Tensor] = {}
+def read_prompts(
+    model: Any, batch: Batch, names: Sequence[str], position: int = -1
+) -> Float[Tensor, "row layer ..."]:
+    """Return one batch's activations at a position of its prompts, float32 on the CPU.
 
-    def keep(name: str) -> Any:
-        def hook_function(activation: Tensor, hook: Any = None) -> None:
-            kept[name] = activation[rows, at].detach().to("cpu", torch.float32)
-
-        return hook_function
-
-    deepest = names[max(range(len(layers)), key=lambda index: layers[index])]
+    Args:
+        model: Any model with TransformerLens' hook API.
+        batch: Prompts, without their answers.
+        names: Full names of hook points, in the order of the second axis.
+        position: As for :func:`collect`.
+    """
+    at = row_indices(position, batch.mask)[:, 0]
+    reader = Reader(names, at)
+    layers = [int(name.split(".")[1]) for name in names]
+    deepest = names[max(range(len(names)), key=layers.__getitem__)]
     device = device_of(model)
-    hooks = [(name, keep(name)) for name in names]
-    run_until(model, tokens.to(device), mask.to(device), hooks, deepest)
-    return torch.stack([kept[name] for name in names], dim=1)
+    run_until(model, batch.tokens.to(device), batch.mask.to(device), reader.hooks, deepest)
+    return reader.take()
+
+
+class Reader:
+    """Hook functions that keep what they see at one position of each row."""
+
+    def __init__(self, names: Sequence[str], at: Int[Tensor, " row"] | int) -> None:
+        """Read the hook points ``names`` at column ``at``, one for all rows or one each."""
+        self._at = at
+        self._names = names
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        """Pairs for ``fwd_hooks``."""
+        return [(name, partial(self._keep, name)) for name in self._names]
+
+    def take(self) -> Float[Tensor, "row layer ..."]:
+        """Return what was seen, by hook point, float32 on the CPU."""
+        return torch.stack([self._kept[name] for name in self._names], dim=1)
+
+    def _keep(self, name: str, activation: Tensor, hook: Any = None) -> None:
+        rows = torch.arange(len(activation))
+        self._kept[name] = activation[rows, self._at].detach().to("cpu", torch.float32)
 
 
 def label(episodes: Sequence[AnyEpisode]) -> tuple[tuple[str, ...], Int[Tensor, " example"]]:
@@ -202,7 +264,7 @@ def label(episodes: Sequence[AnyEpisode]) -> tuple[tuple[str, ...], Int[Tensor, 
     return tasks, torch.tensor([index[episode.task] for episode in episodes])
 
 
-def layer_index(layers: Sequence[int], layer: int) -> int:
+def layer_index(layers: Sequence[int | None], layer: int | None) -> int:
     """Where a layer stands on the layer axis.
 
     Raises:

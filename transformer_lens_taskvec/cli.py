@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from transformer_lens_taskvec.prompts import PromptTemplate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +60,10 @@ Model = Annotated[
 Shots = Annotated[int, typer.Option(min=0, help="Demonstrations in a few-shot prompt.")]
 Count = Annotated[int, typer.Option(min=1, help="Train, dev and test episodes per task, of each.")]
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same results.")]
-Bos = Annotated[bool, typer.Option("--bos", help="Put a BOS token before every prompt.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="BOS token before every prompt; the tokenizer's habit."),
+]
 
 
 @app.callback()
@@ -78,7 +85,7 @@ def demo(out: Out = Path("taskvec-demo"), seed: Seed = 0) -> None:
 
     Example: taskvec demo --out demo
     """
-    _run("smollm2", DEMO_TASKS, shots=8, n=40, seed=seed, bos=False, out=out)
+    _run("smollm2", DEMO_TASKS, shots=8, n=40, seed=seed, bos=None, out=out)
 
 
 @app.command()
@@ -94,7 +101,7 @@ def run(
     shots: Shots = 8,
     n: Count = 40,
     seed: Seed = 0,
-    bos: Bos = False,
+    bos: Bos = None,
     out: Out = Path("taskvec-run"),
 ) -> None:
     """Measure the vectors of chosen tasks in any model.
@@ -145,7 +152,7 @@ def study(
     ] = 10_000,
     quick: Annotated[bool, typer.Option("--quick", help="20 episodes a task, not 100.")] = False,
     seed: Seed = 0,
-    bos: Bos = False,
+    bos: Bos = None,
 ) -> None:
     """Run the paper's experiments on a pretrained model.
 
@@ -162,7 +169,7 @@ def study(
             options={
                 "n": 20 if quick else 100,
                 "seed": seed,
-                "prepend_bos": bos,
+                "template": _template(bos),
                 "progress": True,
             },
         )
@@ -269,6 +276,12 @@ def emergence(
             typer.echo(f"wrote {path}")
 
 
+def _template(bos: bool | None) -> PromptTemplate:
+    from transformer_lens_taskvec.prompts import EXAMPLE_ARROW
+
+    return replace(EXAMPLE_ARROW, bos=bos)
+
+
 def _run(
     model: str,
     names: tuple[str, ...] | list[str],
@@ -276,7 +289,7 @@ def _run(
     shots: int,
     n: int,
     seed: int,
-    bos: bool,
+    bos: bool | None,
     out: Path,
 ) -> None:
     with _errors_as_messages():
@@ -295,7 +308,7 @@ def _run(
             n_shots=shots,
             n=n,
             seed=seed,
-            prepend_bos=bos,
+            template=_template(bos),
             progress=True,
         )
         frame = result.to_frame()
@@ -303,7 +316,7 @@ def _run(
         typer.echo("\naccuracy with something else in the place of the task's vector:")
         others = result.comparison.table().reset_index()
         typer.echo(others.to_string(index=False) + "\n")
-        best = result.decodability.best_layer
+        best = result.decodability.best_layer()
         typer.echo(
             f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
             f"(chance {result.decodability.chance:.2f})"

@@ -1,22 +1,28 @@
 """Controls: vectors that should not do what a task vector does.
 
-An accuracy under injection is evidence for a task vector only beside what other vectors of the same
-size, from the same model and prompts, do in its place. They are task vectors like any other, so
-they go into every function that takes vectors, at the price of a few more variants.
+An accuracy under injection is evidence for a task vector only next to what other vectors of the
+same size, from the same model and prompts, do in its place. Controls can be injected like any task
+vector, so they go into every function that takes vectors, at the price of a few more variants.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
 
-from transformer_lens_taskvec.activations import collect
+from transformer_lens_taskvec.activations import Source, collect, layer_index
+from transformer_lens_taskvec.interventions.intervention import Intervention
+from transformer_lens_taskvec.interventions.modes import Mode
+from transformer_lens_taskvec.models.tokens import keep_bos_habit
 from transformer_lens_taskvec.prompts import AnyEpisode, Episode, shuffle_labels, zero_shot
-from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.base import Injectable
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 FROM_VECTORS = ("random", "other task", "mean")
@@ -26,15 +32,67 @@ FROM_PROMPTS = ("shuffled labels", "zero-shot", "reinitialised")
 """Controls that need the prompts, and passes over them."""
 
 
+Extract = Callable[[Any, Sequence[Any]], Injectable]
+"""Makes vectors of a model and of episodes."""
+
+
+@dataclass(frozen=True, repr=False)
+class ControlVectors:
+    """Vectors that take the place of others: injected where and as those are.
+
+    Attributes:
+        vectors: What they are controls of.
+        values: ``[task, layer, d]``, or ``[task, layer, part, d]`` where the task is injected by
+            several interventions.
+    """
+
+    vectors: Injectable
+    values: Float[Tensor, "task layer *part d"]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.vectors.tasks
+
+    @property
+    def layers(self) -> Sequence[int | None]:
+        """The layers to choose from."""
+        return self.vectors.layers
+
+    @property
+    def source(self) -> Source:
+        """Where the vectors come from that these are controls of."""
+        return self.vectors.source
+
+    def __getitem__(self, task: str) -> Float[Tensor, "layer *part d"]:
+        """The control's vectors of one task."""
+        return self.values[self.tasks.index(task)]
+
+    def inject(
+        self,
+        task: str,
+        layer: int | None,
+        *,
+        mode: Mode | None = None,
+        scale: float = 1.0,
+        position: int | Sequence[int] | None = -1,
+    ) -> list[Intervention]:
+        """The task's interventions with the control's vectors; as for ``Injectable``."""
+        found = self.vectors.inject(task, layer, mode=mode, scale=scale, position=position)
+        own = self[task][layer_index(self.layers, layer)].reshape(len(found), -1)
+        return [replace(one, vector=vector) for one, vector in zip(found, own, strict=True)]
+
+
 def control_vectors(
-    vectors: TaskVectors,
+    vectors: Injectable,
     model: Any = None,
     episodes: Sequence[Episode] | None = None,
     *,
     kinds: Sequence[str] | None = None,
+    extract: Extract | None = None,
     seed: int = 0,
-) -> dict[str, TaskVectors]:
-    """Vectors to hold task vectors against.
+) -> dict[str, Injectable]:
+    """Make vectors to compare task vectors with.
 
     - ``random``: a random direction, as long as the task's vector;
     - ``other task``: the vector of the task before it, of the last one for the first;
@@ -45,20 +103,23 @@ def control_vectors(
       each matrix, as long as the task's vector.
 
     Args:
-        vectors: The task vectors.
+        vectors: Task vectors, or anything else that can be injected.
         model: The model they come from; needed for the last three kinds.
-        episodes: The episodes they are the means of; needed for the last three kinds.
+        episodes: The episodes they were made of; needed for the last three kinds.
         kinds: Which controls; by default all that can be made of what is given: labels are shuffled
             among two demonstrations or more.
+        extract: ``(model, episodes) -> vectors``, how these were made, for the last three kinds; by
+            default the mean activation of each task, :func:`task_vectors`.
         seed: Seed of directions, shuffles and weights.
 
     Returns:
-        Vectors of the same tasks and layers, by kind.
+        Vectors of the same tasks and layers, by kind, each an :class:`Injectable`.
 
     Raises:
         ValueError: If a kind is unknown or needs a model and episodes that are not given, there is
-            one task only for ``other task`` or ``mean``, a task of the vectors has no episodes, or
-            an episode has too few demonstrations for ``shuffled labels``.
+            one task only for ``other task`` or ``mean``, a task of the vectors has no episodes, an
+            episode has too few demonstrations for ``shuffled labels``, the vectors are injected by
+            something that has no vector, or function vectors come without ``extract``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -70,7 +131,7 @@ def control_vectors(
         >>> list(made)
         ['random', 'other task', 'mean', 'shuffled labels', 'zero-shot', 'reinitialised']
         >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors, controls=made)
-        >>> all(control.at(1)["XOR"] < sweep.at(1)["XOR"] for control in sweep.controls.values())
+        >>> all((control.at(1) < sweep.at(1)).all() for control in sweep.controls.values())
         True
     """
     known = (*FROM_VECTORS, *FROM_PROMPTS)
@@ -84,7 +145,10 @@ def control_vectors(
             raise ValueError(f"the control {kind!r} needs model= and episodes=")
     if len(vectors.tasks) < 2 and {"other task", "mean"} & set(kinds):
         raise ValueError("with one task only there is no other task, and the mean is its own")
-    return {kind: _control(kind, vectors, model, list(episodes or ()), seed) for kind in kinds}
+    extract = extract or _means_like(vectors)
+    return {
+        kind: _control(kind, vectors, model, list(episodes or ()), extract, seed) for kind in kinds
+    }
 
 
 def _possible(episodes: Sequence[Episode]) -> list[str]:
@@ -94,53 +158,87 @@ def _possible(episodes: Sequence[Episode]) -> list[str]:
 
 
 def _control(
-    kind: str, vectors: TaskVectors, model: Any, episodes: list[Episode], seed: int
-) -> TaskVectors:
-    values = vectors.values
+    kind: str,
+    vectors: Injectable,
+    model: Any,
+    episodes: list[Episode],
+    extract: Extract,
+    seed: int,
+) -> Injectable:
+    if kind == "shuffled labels":
+        return _extracted(extract, model, shuffle_labels(episodes, seed), vectors)
+    if kind == "zero-shot":
+        return _extracted(extract, model, zero_shot(episodes), vectors)
+    values = _values(vectors, vectors)
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(values.shape, generator=generator)
-        return replace(vectors, values=_as_long_as(drawn, values))
-    if kind == "other task":
-        return replace(vectors, values=values.roll(1, dims=0))
-    if kind == "mean":
-        return replace(vectors, values=values.mean(dim=0, keepdim=True).expand_as(values).clone())
-    if kind == "shuffled labels":
-        return _taken_from(model, shuffle_labels(episodes, seed), vectors)
-    if kind == "zero-shot":
-        return _taken_from(model, zero_shot(episodes), vectors)
-    found = _taken_from(_with_shuffled_weights(model, seed), episodes, vectors)
-    return replace(vectors, values=_as_long_as(found.values, values))
+        values = _as_long_as(torch.randn(values.shape, generator=generator), values)
+    elif kind == "other task":
+        values = values.roll(1, dims=0)
+    elif kind == "mean":
+        values = repeat(values.mean(dim=0), "... -> task ...", task=len(values))
+    else:
+        found = _extracted(extract, _with_shuffled_weights(model, seed), episodes, vectors)
+        values = _as_long_as(_values(found, vectors), values)
+    return ControlVectors(vectors, values)
 
 
-def _taken_from(model: Any, episodes: Sequence[AnyEpisode], like: TaskVectors) -> TaskVectors:
-    source = like.source
-    found = task_vectors(
-        collect(
-            model,
-            episodes,
-            hook=source.hook,
-            layers=like.layers,
-            position=source.position,
-            prepend_bos=source.prepend_bos,
+def _values(vectors: Injectable, like: Injectable) -> Float[Tensor, "task layer *part d"]:
+    """What is injected for each task and layer of ``like``."""
+    rows = []
+    for task in like.tasks:
+        for layer in like.layers:
+            parts = [one.vector for one in vectors.inject(task, layer)]
+            known = [part for part in parts if part is not None]
+            if len(known) < len(parts):
+                raise ValueError(
+                    f"{task} is injected at layer {layer} by something that has no vector, which "
+                    "has no control of that size"
+                )
+            rows.append(torch.stack(known) if len(known) > 1 else known[0])
+    n_tasks = len(like.tasks)
+    return rearrange(torch.stack(rows), "(task layer) ... -> task layer ...", task=n_tasks)
+
+
+def _means_like(vectors: Injectable) -> Extract:
+    """Extracts means as task vectors of this source are extracted."""
+    source = vectors.source
+
+    def extract(model: Any, episodes: Sequence[Any]) -> Injectable:
+        if source.heads:
+            raise ValueError(
+                "these are function vectors; say how they are made, as in extract=lambda model, "
+                "episodes: function_vectors(model, episodes)"
+            )
+        layers = [layer for layer in vectors.layers if layer is not None]
+        return task_vectors(
+            collect(model, episodes, hook=source.hook, layers=layers, position=source.position)
         )
-    )
-    missing = [task for task in like.tasks if task not in found.tasks]
+
+    return extract
+
+
+def _extracted(
+    extract: Extract, model: Any, episodes: Sequence[AnyEpisode], like: Injectable
+) -> Injectable:
+    missing = set(like.tasks) - {episode.task for episode in episodes}
     if missing:
-        raise ValueError(f"no episodes of {', '.join(missing)}, which there are vectors of")
-    order = [found.tasks.index(task) for task in like.tasks]
-    return replace(like, values=found.values[order])
+        raise ValueError(f"no episodes of {', '.join(sorted(missing))}, which there are vectors of")
+    return extract(model, episodes)
 
 
-def _as_long_as(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    unit: torch.Tensor = values / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    scaled: torch.Tensor = unit * like.norm(dim=-1, keepdim=True)
+def _as_long_as(
+    values: Float[Tensor, "*many d"], like: Float[Tensor, "*many d"]
+) -> Float[Tensor, "*many d"]:
+    unit: Tensor = torch.nn.functional.normalize(values, dim=-1, eps=1e-12)
+    scaled: Tensor = unit * like.norm(dim=-1, keepdim=True)
     return scaled
 
 
 def _with_shuffled_weights(model: Any, seed: int) -> Any:
     """A copy of the model with the entries of every weight matrix shuffled."""
     shuffled = copy.deepcopy(model)
+    keep_bos_habit(getattr(shuffled, "tokenizer", None), getattr(model, "tokenizer", None))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in shuffled.parameters():

@@ -18,16 +18,16 @@ from typing import Any
 import pandas as pd
 
 from transformer_lens_taskvec._utils.atomic_io import write_text
+from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, collect
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
 from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_sweep
 from transformer_lens_taskvec.controls import control_vectors
-from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.models.protocol import check_layers
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_splits, zero_shot
-from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_by_task
+from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors.base import TaskVectors
 from transformer_lens_taskvec.vectors.means import task_vectors
@@ -65,7 +65,7 @@ class Experiment(Shown):
     icl: Scores
     injected: Scores
     controls: dict[str, Scores]
-    layers: dict[str, int]
+    layers: dict[str, int | None]
     sweep: LayerSweep
     decodability: Decodability
     activations: Activations
@@ -78,20 +78,22 @@ class Experiment(Shown):
         return compare(self.injected, {"nothing injected": self.zero_shot, **self.controls})
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a task, on the test episodes.
+        """One row per task, on the test episodes.
 
         Columns ``task, zero_shot, icl, injected`` (accuracies), ``low, high`` (Wilson's 95 %
         interval of ``injected``), ``control`` and ``best_control`` (the accuracy of the control
         that does best, and its kind), ``p`` (of the difference to it, or to nothing injected where
-        that does better, corrected for all tasks and controls), ``layer, n``.
+        that does better, corrected for all tasks and controls), ``layer, n``, and for each metric
+        that was asked for ``zero_shot_NAME, icl_NAME, injected_NAME``.
         """
         hardest = self.comparison.hardest().set_index("task")
+        conditions = {"zero_shot": self.zero_shot, "icl": self.icl, "injected": self.injected}
         rows = []
         for task, layer in self.layers.items():
             injected = self.injected.of(task)
             low, high = injected.interval()
-            beside = {kind: scores.of(task).accuracy for kind, scores in self.controls.items()}
-            best = max(beside, key=beside.__getitem__, default=None)
+            others = {kind: scores.of(task).accuracy for kind, scores in self.controls.items()}
+            best = max(others, key=others.__getitem__, default=None)
             rows.append(
                 {
                     "task": task,
@@ -100,11 +102,16 @@ class Experiment(Shown):
                     "injected": injected.accuracy,
                     "low": low,
                     "high": high,
-                    "control": None if best is None else beside[best],
+                    "control": None if best is None else others[best],
                     "best_control": best,
                     "p": float(hardest.p_holm[task]),
                     "layer": layer,
                     "n": len(injected),
+                    **{
+                        f"{condition}_{name}": of.of(task).mean(name)
+                        for name in injected.extra
+                        for condition, of in conditions.items()
+                    },
                 }
             )
         return pd.DataFrame(rows)
@@ -122,7 +129,7 @@ class Experiment(Shown):
                 "layers": list(self.decodability.layers),
                 "tasks": list(self.decodability.tasks),
                 "k": self.decodability.k,
-                "best_layer": self.decodability.best_layer,
+                "best_layer": self.decodability.best_layer(),
                 "held_out": self.decodability.held_out,
             },
             "layer_sweep": {
@@ -169,8 +176,8 @@ def run_experiment(
     n: int = 40,
     seed: int = 0,
     template: PromptTemplate = EXAMPLE_ARROW,
+    metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
-    prepend_bos: bool = False,
     k: int = 10,
     progress: bool = False,
 ) -> Experiment:
@@ -183,8 +190,8 @@ def run_experiment(
         n: Train, dev and test episodes per task, of each.
         seed: Seed of the sampling and the controls; the same seed gives the same results.
         template: How the episodes become text.
+        metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         k: Neighbours for the decodability.
         progress: Whether to show progress bars.
 
@@ -215,24 +222,19 @@ def run_experiment(
     sets = sample_splits(
         chosen, {"train": n, "dev": n, "test": n}, n_shots, seed, template=template
     )
-    options: dict[str, Any] = {"progress": progress}
-    activations = collect(model, sets["train"], prepend_bos=prepend_bos, **options)
+    activations = collect(model, sets["train"], progress=progress)
     vectors = task_vectors(activations)
-    options["stop"] = stop
-    beside = control_vectors(vectors, model, sets["train"], seed=seed)
-    random_ones = {"random": beside["random"]}
+    made = control_vectors(vectors, model, sets["train"], seed=seed)
+    options: dict[str, Any] = {"metrics": list(metrics), "stop": stop, "progress": progress}
+    random_ones = {"random": made["random"]}
     sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, controls=random_ones, **options)
     layers = {task: sweep.best_layer(task) for task in vectors.tasks}
-    options["prepend_bos"] = prepend_bos
-    plain, injected, *controlled = evaluate_by_task(
+    plain, injected, *controlled = evaluate_many(
         model,
         zero_shot(sets["test"]),
         lambda task: [
             [],
-            *(
-                [inject(some.at(task, layers[task]), layers[task])]
-                for some in (vectors, *beside.values())
-            ),
+            *(some.inject(task, layers[task]) for some in (vectors, *made.values())),
         ],
         **options,
     )
@@ -240,7 +242,7 @@ def run_experiment(
         zero_shot=plain,
         icl=evaluate(model, sets["test"], **options),
         injected=injected,
-        controls=dict(zip(beside, controlled, strict=True)),
+        controls=dict(zip(made, controlled, strict=True)),
         layers=layers,
         sweep=sweep,
         decodability=task_decodability(activations, k),

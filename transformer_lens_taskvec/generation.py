@@ -23,15 +23,17 @@ from transformer_lens_taskvec.models.tokens import (
     batches,
     decode,
     encode,
+    encode_prompts,
     pad_id,
     row_indices,
     token_id,
 )
+from transformer_lens_taskvec.prompts import AnyEpisode
 
 
 def generate(
     model: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | AnyEpisode],
     interventions: Variant = (),
     *,
     max_new_tokens: int,
@@ -40,7 +42,6 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     use_cache: bool | None = None,
-    prepend_bos: bool = False,
 ) -> list[str]:
     r"""Continue prompts under interventions.
 
@@ -49,7 +50,8 @@ def generate(
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
-        prompts: The texts to continue.
+        prompts: The texts to continue; or episodes, whose templates say whether a BOS stands before
+            them, as a text's tokenizer does.
         interventions: Done together, in order. Any other pair of a hook name and a hook function
             is called as it is in every pass, with the positions that the pass has.
         max_new_tokens: The most tokens a continuation gets.
@@ -59,7 +61,6 @@ def generate(
         temperature: 0 for greedy decoding, else what the logits are divided by for sampling.
         seed: Seed of the sampling.
         use_cache: Whether to keep a KV cache; by default wherever the model can.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
 
     Returns:
         The continuations, without the prompts.
@@ -76,8 +77,8 @@ def generate(
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> prompts = ["example:01011 11010->"]
         >>> for task in ("XOR", "OR"):
-        ...     edit = tv.inject(vectors.at(task, 1), layer=1)
-        ...     tv.generate(model, prompts, [edit], max_new_tokens=8, stop="\n")
+        ...     edits = vectors.inject(task, layer=1)
+        ...     tv.generate(model, prompts, edits, max_new_tokens=8, stop="\n")
         ['10001']
         ['11011']
     """
@@ -92,9 +93,12 @@ def generate(
     can = capabilities(model)
     if use_cache and not can.caches:
         raise ValueError("use_cache=True, and the model's prompts cannot be cached; leave it out")
-    encoded = encode(model, prompts, prepend_bos=prepend_bos)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts and len(texts) < len(prompts):
+        raise ValueError("prompts has both texts and episodes; give one kind")
+    encoded = encode(model, texts) if texts else encode_prompts(model, prompts)[0]
     longest = max(map(len, encoded)) + max_new_tokens
-    texts = [""] * len(prompts)
+    continuations = [""] * len(prompts)
     generator = torch.Generator().manual_seed(seed)
     with inference(model):
         for batch in batches(
@@ -114,8 +118,8 @@ def generate(
                 use_cache=can.caches if use_cache is None else use_cache,
             )
             for row, text in zip(batch.rows, continued, strict=True):
-                texts[row] = text
-    return texts
+                continuations[row] = text
+    return continuations
 
 
 def _continue(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ class PromptTemplate:
         separator: The text between the parts of the prompt.
         instruction: A text before the first demonstration; ``{task}`` in it stands for the
             task's name.
+        bos: Whether a beginning-of-sequence token stands before the prompt. None follows the
+            model's tokenizer as it was before TransformerLens changed it: Gemma and Llama 3 put
+            one, SmolLM2 does not.
 
     Raises:
         ValueError: If ``example`` lacks ``{x}`` or ``{y}``, or has ``{y}`` before ``{x}`` or twice,
@@ -43,6 +47,7 @@ class PromptTemplate:
     query: str | None = None
     separator: str = "\n"
     instruction: str | None = None
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         x, y = self.example.find("{x}"), self.example.find("{y}")
@@ -66,13 +71,110 @@ class PromptTemplate:
     def render(self, demos: Iterable[Example], x: str, task: str = "") -> str:
         """The prompt's text, up to the last character before the answer."""
         parts = [_fill(self.example, demo.x, demo.y) for demo in demos]
-        if self.instruction:
-            parts.insert(0, self.instruction.replace("{task}", task))
-        return self.separator.join([*parts, _fill(self._query, x, "")])
+        parts.append(_fill(self._query, x, ""))
+        if not self.instruction:
+            return self._begin(parts, "")
+        return self._begin(parts, self.instruction.replace("{task}", task))
+
+    def _begin(self, parts: list[str], instruction: str) -> str:
+        return self.separator.join([instruction, *parts] if instruction else parts)
 
     def answer(self, x: str, y: str) -> str:
         """The text that completes the query's prompt."""
         return _fill(self.example[len(self._query) :], x, y)
+
+    @classmethod
+    def chat(cls, tokenizer: Any, *, chat_template: str | None = None) -> ChatTemplate:
+        r"""Return the template that writes the few-shot prompt as turns of a chat.
+
+        Each demonstration is a turn of the user and one of the assistant, the query a last turn of
+        the user. A BOS that the chat template writes becomes ``bos=True`` and is never doubled; an
+        instruction stands at the head of the first turn.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            chat_template: The chat template in Jinja, for a tokenizer that has none of its own.
+
+        Returns:
+            A template whose ``example`` holds two turns, and whose ``separator`` ends an answer.
+
+        Raises:
+            ValueError: If there is no chat template, or it does not write every exchange alike.
+
+        Example:
+            >>> from transformer_lens_taskvec import Example, PromptTemplate, lab
+            >>> turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+            >>> jinja = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+            >>> template = PromptTemplate.chat(lab.toy_tokenizer(), chat_template=jinja)
+            >>> template.render([Example("cat", "cats")], "dog")
+            '<user>cat\n<assistant>cats\n<user>dog\n<assistant>'
+        """
+        return _chat_template(tokenizer, chat_template)
+
+
+@dataclass(frozen=True)
+class ChatTemplate(PromptTemplate):
+    """A prompt template whose parts are turns of a chat; made by :meth:`PromptTemplate.chat`.
+
+    Args:
+        head: What stands before the first turn, such as a default system turn.
+    """
+
+    head: str = ""
+
+    def _begin(self, parts: list[str], instruction: str) -> str:
+        if instruction:
+            opening = self.example[: self.example.index("{x}")]
+            parts[0] = f"{opening}{instruction}\n\n{parts[0].removeprefix(opening)}"
+        return self.head + self.separator.join(parts)
+
+
+def _chat_template(tokenizer: Any, jinja: str | None) -> ChatTemplate:
+    """Read the pieces of a chat template off a conversation about words that mark their places."""
+    if jinja is None and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the tokenizer has no chat template; give one, as in "
+            "PromptTemplate.chat(tokenizer, chat_template='{% for message in messages %}...')"
+        )
+    marks = ["XFIRSTX", "YFIRSTY", "XSECONDX", "YSECONDY", "XQUERYX"]
+    turns = [
+        {"role": role, "content": mark}
+        for role, mark in zip(("user", "assistant") * 3, marks, strict=False)
+    ]
+
+    def pieces(n_turns: int, *, asks: bool) -> list[str]:
+        text = tokenizer.apply_chat_template(
+            turns[:n_turns], chat_template=jinja, tokenize=False, add_generation_prompt=asks
+        )
+        found = re.split("|".join(marks[:n_turns]), text)
+        if len(found) != n_turns + 1:
+            raise ValueError(f"the chat template writes a turn twice or not at all: {text!r}")
+        return found
+
+    before, reply, between, reply_again, between_again, asked = pieces(5, asks=True)
+    end = pieces(2, asks=False)[-1]
+    opening = between.removeprefix(end)
+    alike = (reply, between) == (reply_again, between_again)
+    if not (alike and between == end + opening and before.endswith(opening)):
+        raise ValueError(
+            "the chat template does not write every exchange alike: between turns it has "
+            f"{between!r} and {between_again!r}, before the first {before!r}"
+        )
+    if not reply.startswith(asked):
+        raise ValueError(
+            f"the chat template asks for an answer by {asked!r} and shows one after {reply!r}; "
+            "the second must begin with the first"
+        )
+    head = before.removesuffix(opening)
+    bos = getattr(tokenizer, "bos_token", None)
+    has_bos = bool(bos) and head.startswith(str(bos))
+    return ChatTemplate(
+        example=f"{opening}{{x}}{reply}{{y}}",
+        query=f"{opening}{{x}}{asked}",
+        separator=end,
+        bos=has_bos,
+        head=head.removeprefix(str(bos)) if has_bos else head,
+    )
 
 
 def _fill(pattern: str, x: str, y: str) -> str:
@@ -387,19 +489,20 @@ def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode
 
 
 def with_instructions(
-    episodes: Sequence[Episode], instructions: Mapping[str, str]
+    episodes: Sequence[Episode], instructions: Mapping[str, str] | Sequence[str]
 ) -> list[Episode]:
-    """The same episodes, each with its task's instruction at the head of the prompt (App. I).
+    """Return the same episodes, each with an instruction at the head of the prompt (App. I).
 
     Args:
         episodes: The episodes.
-        instructions: For each task a text.
+        instructions: A text for each task, or a list of one for each episode.
 
     Returns:
         New episodes, in the same order.
 
     Raises:
         KeyError: If a task has no instruction.
+        ValueError: If a list has not as many texts as there are episodes.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -408,8 +511,12 @@ def with_instructions(
         >>> told[0].prompt.splitlines()[0], told[0].prompt.endswith(episodes[0].prompt)
         ('AND', True)
     """
-    return [_instructed(episode, instructions[episode.task]) for episode in episodes]
-
-
-def _instructed(episode: Episode, instruction: str) -> Episode:
-    return replace(episode, template=replace(episode.template, instruction=instruction))
+    texts = instructions
+    if isinstance(texts, Mapping):
+        texts = [texts[episode.task] for episode in episodes]
+    if len(texts) != len(episodes):
+        raise ValueError(f"there are {len(episodes)} episodes and {len(texts)} instructions")
+    return [
+        replace(episode, template=replace(episode.template, instruction=text))
+        for episode, text in zip(episodes, texts, strict=True)
+    ]

@@ -2,40 +2,45 @@
 
 An answer counts as right if greedy decoding would produce exactly its tokens. Greedy decoding does
 so if and only if, with the answer's tokens fed in one after the other, each is the argmax where it
-is predicted; so one teacher-forced pass tells it, and the negative log-likelihood (NLL) of the
-answer as well.
+is predicted; so one teacher-forced pass tells it, and every other metric of the answer with it.
 
-Where the answer is a number (the lab's episodes) it counts as right within the episode's tolerance,
-and the place of the NLL is taken by the squared error: the NLL under a Gaussian of variance 1/2
-about the prediction, less a constant.
+Where the answer is a number (the lab's episodes) the episode says whether a prediction counts as
+right, and the loss is the squared error: the NLL under a Gaussian of variance 1/2 about the
+prediction, less a constant. There is no probability then, and asking for one is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered, Metric, measures_of
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import wilson_interval
-from transformer_lens_taskvec.activations import Activations, Source, label
-from transformer_lens_taskvec.interventions.intervention import inject
+from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
 from transformer_lens_taskvec.interventions.packed import (
-    Chunk,
     Variant,
     answer_logits,
     answer_numbers,
     check_variants,
 )
-from transformer_lens_taskvec.models.protocol import check_layers, inference, model_name
-from transformer_lens_taskvec.models.tokens import encode, encode_answers
+from transformer_lens_taskvec.models.protocol import check_layers, hook_name, inference
+from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts
 from transformer_lens_taskvec.prompts import AnyEpisode
+
+Variants = Sequence[Variant] | Callable[[str], Sequence[Variant]]
+"""Variants for all episodes, or a function that gives those of a task, as many for each task."""
+
+LOSS_LABELS: Mapping[str, str] = {"nll": "NLL (nats)", "squared_error": "squared error"}
+"""The kinds of loss, and what figures call them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,41 +48,72 @@ class Scores(Shown):
     """How each episode was answered.
 
     Attributes:
-        correct: ``[example]``, whether greedy decoding gives exactly the answer.
-        nll: ``[example]``, negative log-likelihood of the whole answer, in nats; the squared error
-            where answers are numbers.
+        metrics: By name a number for each episode, ``[example]``; ``correct`` (whether greedy
+            decoding gives exactly the answer) and ``loss`` are always among them.
         labels: ``[example]``, each an index into ``tasks``.
         tasks: The tasks' names, in order of first appearance.
+        loss_kind: ``"nll"``, the negative log-likelihood of the whole answer in nats, or
+            ``"squared_error"`` where answers are numbers.
         stop: None, or ``"separator"`` where the separator had to follow the answer.
-        prepend_bos: Whether a beginning-of-sequence token stood before the prompts.
-        loss: What ``nll`` is, for the labels of figures.
+        bos: Whether a beginning-of-sequence token stood before the prompts.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> scores = tv.evaluate(model, episodes)
-        >>> round(scores.accuracy, 1), len(scores), scores.mean_nll < 0.1  # NLL in nats
+        >>> scores = tv.evaluate(model, episodes, metrics=["rank"])
+        >>> round(scores.accuracy, 1), len(scores), scores.mean_loss < 0.1  # NLL in nats
         (1.0, 60, True)
         >>> round(scores.by_task()["XOR"], 1), len(scores.of("XOR"))
         (1.0, 10)
+        >>> list(scores.metrics)
+        ['correct', 'loss', 'rank']
         >>> low, high = scores.interval()
         >>> 0.8 < low < high <= 1
         True
     """
 
-    correct: Bool[Tensor, " example"]
-    nll: Float[Tensor, " example"]
+    metrics: Mapping[str, Shaped[Tensor, " example"]]
     labels: Int[Tensor, " example"]
     tasks: tuple[str, ...]
-    stop: str | None
-    prepend_bos: bool
-    loss: str = "NLL (nats)"
+    loss_kind: str = "nll"
+    stop: str | None = None
+    bos: bool = False
+
+    @property
+    def correct(self) -> Bool[Tensor, " example"]:
+        """Whether each episode was answered right."""
+        return self.metrics["correct"]
+
+    @property
+    def loss(self) -> Float[Tensor, " example"]:
+        """The loss of each episode's answer, of the kind ``loss_kind``."""
+        return self.metrics["loss"]
 
     @property
     def accuracy(self) -> float:
         """The share of episodes answered right."""
-        return float(self.correct.double().mean())
+        return self.mean("correct")
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss: NLL in nats, or squared error where answers are numbers."""
+        return self.mean("loss")
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The metrics that were asked for beyond ``correct`` and ``loss``."""
+        return tuple(name for name in self.metrics if name not in ALWAYS)
+
+    def mean(self, metric: str) -> float:
+        """The mean of a metric over episodes.
+
+        Raises:
+            KeyError: If it was not measured.
+        """
+        if metric not in self.metrics:
+            raise KeyError(f"no metric {metric!r}; there are: {', '.join(self.metrics)}")
+        return float(self.metrics[metric].double().mean())
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Wilson's interval of the accuracy.
@@ -92,10 +128,14 @@ class Scores(Shown):
         low, high = wilson_interval(share, len(self), confidence)
         return float(low), float(high)
 
-    @property
-    def mean_nll(self) -> float:
-        """The mean of ``nll``: in nats, or squared error where answers are numbers."""
-        return float(self.nll.double().mean())
+    def select(self, rows: Shaped[Tensor, " row"]) -> Scores:
+        """The scores of some episodes.
+
+        Args:
+            rows: Their indices, or a mask over all episodes.
+        """
+        metrics = {name: values[rows] for name, values in self.metrics.items()}
+        return replace(self, metrics=metrics, labels=self.labels[rows])
 
     def of(self, task: str) -> Scores:
         """The scores of one task's episodes.
@@ -105,38 +145,46 @@ class Scores(Shown):
         """
         if task not in self.tasks:
             raise KeyError(f"no scores for task {task!r}; there are: {', '.join(self.tasks)}")
-        chosen = self.labels == self.tasks.index(task)
-        return replace(
-            self,
-            correct=self.correct[chosen],
-            nll=self.nll[chosen],
-            labels=torch.zeros(int(chosen.sum()), dtype=torch.long),
-            tasks=(task,),
-        )
+        own = self.select(self.labels == self.tasks.index(task))
+        return replace(own, labels=torch.zeros_like(own.labels), tasks=(task,))
 
-    def by_task(self) -> dict[str, float]:
-        """The accuracy of each task."""
-        return {task: self.of(task).accuracy for task in self.tasks}
+    def by_task(self, metric: str = "correct") -> dict[str, float]:
+        """The mean of a metric for each task: the accuracy, unless another one is named."""
+        return {task: self.of(task).mean(metric) for task in self.tasks}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an episode: ``task, correct, nll``."""
-        return pd.DataFrame(
-            {
-                "task": [self.tasks[index] for index in self.labels.tolist()],
-                "correct": self.correct.tolist(),
-                "nll": self.nll.tolist(),
-            }
-        )
+        """One row per episode: ``task`` and the metrics."""
+        columns = {name: values.tolist() for name, values in self.metrics.items()}
+        return pd.DataFrame({"task": [self.tasks[i] for i in self.labels.tolist()], **columns})
 
     def __len__(self) -> int:
-        return len(self.correct)
+        return len(self.labels)
 
     def __repr__(self) -> str:
         per_task = ", ".join(f"{task} {share:.2f}" for task, share in self.by_task().items())
+        extra = "".join(f", {name} {self.mean(name):.3f}" for name in self.extra)
         return (
-            f"Scores(accuracy {self.accuracy:.3f}, {self.loss} {self.mean_nll:.3f}, "
-            f"{len(self)} episodes; {per_task})"
+            f"Scores(accuracy {self.accuracy:.3f}, {LOSS_LABELS[self.loss_kind]} "
+            f"{self.mean_loss:.3f}{extra}, {len(self)} episodes; {per_task})"
         )
+
+
+def stack(scores: Sequence[Scores]) -> dict[str, Shaped[Tensor, "variant example"]]:
+    """The metrics of several scores of the same episodes, each as one tensor."""
+    return {name: torch.stack([one.metrics[name] for one in scores]) for name in scores[0].metrics}
+
+
+def mean_by_task(
+    values: Shaped[Tensor, "*many example"], scores: Scores
+) -> Float[Tensor, "*many task"]:
+    """Means over each task's episodes, in float64.
+
+    Args:
+        values: Something of every episode.
+        scores: Scores of the same episodes, which say what task each is of.
+    """
+    own = [scores.labels == index for index in range(len(scores.tasks))]
+    return torch.stack([values[..., rows].double().mean(dim=-1) for rows in own], dim=-1)
 
 
 def evaluate(
@@ -144,12 +192,12 @@ def evaluate(
     episodes: Sequence[AnyEpisode],
     interventions: Variant = (),
     *,
+    metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
-    prepend_bos: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> Scores:
-    """Greedy exact match and NLL of the whole answer of every episode.
+    """Score the greedy exact match, the loss and other metrics of every episode's answer.
 
     Args:
         model: Any model with TransformerLens' hook API.
@@ -157,17 +205,17 @@ def evaluate(
         interventions: Done together, in order. Besides those of :func:`inject` and
             :func:`ablate`, any pair of a hook name and a hook function; such a function gets the
             whole activation, prompt and answer.
+        metrics: As for :func:`evaluate_many`.
         stop: None, or ``"separator"`` to ask for the template's separator after the answer too.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         max_tokens: The most tokens in one pass; by default from the model and the free memory.
         progress: Whether to show a progress bar.
 
     Returns:
-        The scores, one an episode.
+        The scores, one for each episode.
 
     Raises:
         ValueError: If there are no episodes, a prompt or an answer has no tokens, the model has no
-            place for an intervention, or ``stop`` is unknown.
+            place for an intervention, or ``stop`` or a metric is unknown.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -177,31 +225,61 @@ def evaluate(
         >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
         >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
         >>> plain = tv.evaluate(model, xor)
-        >>> injected = tv.evaluate(model, xor, [tv.inject(vectors.at("XOR", 1), layer=1)])
+        >>> injected = tv.evaluate(model, xor, vectors.inject("XOR", layer=1))
         >>> plain.accuracy < injected.accuracy, round(injected.accuracy, 1)
         (True, 1.0)
     """
-    return evaluate_many(
+    (found,) = evaluate_many(
         model,
         episodes,
         [interventions],
+        metrics=metrics,
         stop=stop,
-        prepend_bos=prepend_bos,
         max_tokens=max_tokens,
         progress=progress,
-    )[0]
+    )
+    return found
+
+
+@overload
+def evaluate_many(
+    model: Any,
+    episodes: Sequence[AnyEpisode],
+    variants: Variants,
+    *,
+    observe: None = None,
+    metrics: Iterable[str | Metric] = ALWAYS,
+    stop: str | None = None,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> list[Scores]: ...
+
+
+@overload
+def evaluate_many(
+    model: Any,
+    episodes: Sequence[AnyEpisode],
+    variants: Variants,
+    *,
+    observe: Observe,
+    metrics: Iterable[str | Metric] = ALWAYS,
+    stop: str | None = None,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> tuple[Activations, list[Scores]]: ...
 
 
 def evaluate_many(
     model: Any,
     episodes: Sequence[AnyEpisode],
-    variants: Sequence[Variant],
+    variants: Variants,
     *,
+    observe: Observe | None = None,
+    metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
-    prepend_bos: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
-) -> list[Scores]:
+) -> list[Scores] | tuple[Activations, list[Scores]]:
     """Scores under many variants, each a list of interventions, in as few passes as possible.
 
     Interventions at ``position=-1`` share the pass over the prompt; others run one at a time.
@@ -209,17 +287,23 @@ def evaluate_many(
     Args:
         model: Any model with TransformerLens' hook API.
         episodes: The episodes; their order is kept.
-        variants: For each variant its interventions; the empty list is the model as it is.
+        variants: For each variant its interventions, the empty list for the model as it is; or a
+            function that gives the variants of a task, as many for each task.
+        observe: What to keep of the unedited pass, at the last prompt token; nothing by default.
+        metrics: What to measure of each answer besides ``correct`` and ``loss``: names
+            (``rank``, ``probability``, ``entropy``, ``margin``), and
+            functions ``(logits [answer_pos, vocab], answer [answer_pos]) -> float``, which are
+            listed under their own name.
         stop: As for :func:`evaluate`.
-        prepend_bos: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
         progress: As for :func:`evaluate`.
 
     Returns:
-        The scores, one a variant.
+        The scores, one for each variant; with ``observe`` a pair, of the activations and those.
 
     Raises:
-        ValueError: As for :func:`evaluate`, or if there are no variants.
+        ValueError: As for :func:`evaluate`, or if there are no variants or not as many for each
+            task, a metric is unknown, or one is asked for that answers of numbers do not have.
 
     Warns:
         UserWarning: If the model cannot share the pass; results are the same, only slower.
@@ -231,222 +315,125 @@ def evaluate_many(
         >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
         >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
-        >>> variants = [[], *([tv.inject(vectors.at("XOR", layer), layer)] for layer in range(4))]
+        >>> variants = [[], *(vectors.inject("XOR", layer) for layer in range(4))]
         >>> [scores.accuracy > 0.9 for scores in tv.evaluate_many(model, xor, variants)]
         [False, False, True, False, False]
     """
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
-    if not variants:
-        raise ValueError("variants is empty; [[]] is the model without interventions")
-    check_variants(model, variants)
+    measures = measures_of(metrics)
     tasks, labels = label(episodes)
-    prompts = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
-    if isinstance(prompts[0], Tensor):
-        with inference(model):
-            numbers = answer_numbers(model, prompts, variants, max_tokens=max_tokens)
-        return [_number_scores(row, episodes, labels, tasks) for row in numbers]
-    answers = encode_answers(model, episodes, stop=stop)
-    found = [_unscored(labels, tasks, stop, prepend_bos) for _ in variants]
-    total = len(variants) * len(episodes)
-    with inference(model), tqdm(total=total, disable=not progress, leave=False) as bar:
-        for chunk in answer_logits(model, prompts, answers, variants, max_tokens=max_tokens):
-            _fill(found, chunk, torch.tensor(chunk.rows))
-            bar.update(len(chunk.rows) * len(chunk.variants))
-    return found
-
-
-def _number_scores(
-    predicted: Float[Tensor, " example"],
-    episodes: Sequence[Any],
-    labels: Int[Tensor, " example"],
-    tasks: tuple[str, ...],
-) -> Scores:
-    """Scores where answers are numbers."""
-    off = predicted - torch.tensor([episode.answer for episode in episodes])
-    within = off.abs() <= torch.tensor([episode.tolerance for episode in episodes])
-    return Scores(within, off.square(), labels, tasks, None, False, "squared error")
-
-
-def collect_and_evaluate(
-    model: Any,
-    episodes: Sequence[AnyEpisode],
-    *,
-    variants_of: Callable[[str], Sequence[Variant]] | None = None,
-    layers: Sequence[int] | None = None,
-    hook: str = "resid_post",
-    stop: str | None = None,
-    prepend_bos: bool = False,
-    max_tokens: int | None = None,
-    progress: bool = False,
-) -> tuple[Activations, list[Scores]]:
-    """Activations at the last prompt token and scores of the answers, in one pass.
-
-    Args:
-        model: Any model with TransformerLens' hook API.
-        episodes: The episodes; their order is kept.
-        variants_of: Gives variants of each task to score beside the model as it is, as many for
-            each task; by default none.
-        layers: As for :func:`collect`.
-        hook: As for :func:`collect`.
-        stop: As for :func:`evaluate`.
-        prepend_bos: As for :func:`evaluate`.
-        max_tokens: As for :func:`evaluate`.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        What ``collect`` returns, and the scores: of the model as it is, then of each variant.
-
-    Raises:
-        ValueError: As for both.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> activations, [scores] = tv.collect_and_evaluate(model, episodes)
-        >>> activations.values.shape, len(scores)
-        (torch.Size([60, 4, 64]), 60)
-    """
-    if not episodes:
-        raise ValueError("episodes is empty; give at least one episode")
-    chosen = check_layers(model, layers, hook)
-    reader = _Reader(chosen, hook, int(model.cfg.d_model))
-    tasks, labels = label(episodes)
-    groups = [(task, torch.where(labels == index)[0]) for index, task in enumerate(tasks)]
-    if variants_of is None:  # nothing depends on the task, and like lengths go together
-        groups = [("", torch.arange(len(labels)))]
-    scores: list[Scores] = []
+    groups = _groups(variants, labels, tasks)
+    for _, some in groups:
+        check_variants(model, some)
+    layers = () if observe is None else check_layers(model, observe.layers, observe.hook)
+    names = [] if observe is None else [hook_name(observe.hook, layer) for layer in layers]
+    prompts, bos = encode_prompts(model, episodes)
+    numbers = isinstance(prompts[0], Tensor)
+    parts_of = _number_parts if numbers else _text_parts
+    found: dict[str, Tensor] = {}
     values: Tensor | None = None
-    with inference(model), tqdm(total=len(episodes), disable=not progress, leave=False) as bar:
-        for task, own in groups:
-            some = [episodes[row] for row in own.tolist()]
-            variants: list[Variant] = [[], *(variants_of(task) if variants_of else ())]
-            check_variants(model, variants)
-            if not scores:
-                scores = [_unscored(labels, tasks, stop, prepend_bos) for _ in variants]
-            prompts = encode(model, [e.prompt for e in some], prepend_bos=prepend_bos)
-            answers = encode_answers(model, some, stop=stop)
-            for chunk in answer_logits(
-                model, prompts, answers, variants, watch=reader.variant, max_tokens=max_tokens
+    n_variants = len(groups[0][1])
+    total = n_variants * len(episodes)
+    with inference(model), tqdm(total=total, disable=not progress, leave=False) as bar:
+        for rows, some in groups:
+            own = rows.tolist()
+            some_episodes, some_prompts = [episodes[i] for i in own], [prompts[i] for i in own]
+            for part in parts_of(
+                model, some_episodes, some_prompts, some, measures, names, stop, max_tokens
             ):
-                rows = own[list(chunk.rows)]
-                _fill(scores, chunk, rows)
-                if 0 in chunk.variants:
-                    read = reader.take()
+                at = rows[list(part.rows)]
+                for name, measured in part.measured.items():
+                    if name not in found:
+                        found[name] = measured.new_zeros(n_variants, len(episodes))
+                    for column, variant in enumerate(part.variants):
+                        found[name][variant, at] = measured[:, column]
+                if part.observed is not None:
                     if values is None:
-                        values = read.new_empty(len(episodes), *read.shape[1:])
-                    values[rows] = read
-                    bar.update(len(rows))
-    assert values is not None
-    templates = sorted({episode.template.example for episode in episodes})
-    source = Source(model_name(model), hook, -1, " | ".join(templates), prepend_bos)
-    return Activations(values, labels, tasks, chosen, source), scores
+                        values = part.observed.new_empty(len(episodes), *part.observed.shape[1:])
+                    values[at] = part.observed
+                bar.update(len(part.rows) * len(part.variants))
+    kind = "squared_error" if numbers else "nll"
+    scores = [
+        Scores({name: of[index] for name, of in found.items()}, labels, tasks, kind, stop, bos)
+        for index in range(n_variants)
+    ]
+    if observe is None or values is None:
+        return scores
+    return labelled(model, episodes, values, hook=observe.hook, layers=layers, bos=bos), scores
 
 
-class _Reader:
-    """A variant that changes nothing and keeps what it sees, float32 on the CPU."""
+@dataclass(frozen=True)
+class _Part:
+    """What was measured of some episodes under some variants, ``[row, variant]`` each."""
 
-    def __init__(self, layers: Sequence[int], hook: str, width: int) -> None:
-        self._kept: list[list[Tensor]] = [[] for _ in layers]
-        self.variant: Variant = [
-            inject(torch.zeros(width), layer, mode=self._keeping(place), hook=hook)
-            for place, layer in enumerate(layers)
-        ]
-
-    def _keeping(self, place: int) -> Callable[[Tensor, Tensor], Tensor]:
-        def keep(rows: Tensor, _: Tensor) -> Tensor:
-            self._kept[place].append(rows.detach().to("cpu", torch.float32))
-            return rows
-
-        return keep
-
-    def take(self) -> Float[Tensor, "row layer *rest"]:
-        """What was seen since the last time."""
-        read = torch.stack([torch.cat(parts) for parts in self._kept], dim=1)
-        for parts in self._kept:
-            parts.clear()
-        return read
+    rows: tuple[int, ...]
+    variants: tuple[int, ...]
+    measured: Mapping[str, Shaped[Tensor, "row variant"]]
+    observed: Float[Tensor, "row layer ..."] | None
 
 
-def _unscored(
-    labels: Int[Tensor, " example"], tasks: tuple[str, ...], stop: str | None, prepend_bos: bool
-) -> Scores:
-    """Scores to be filled in."""
-    n = len(labels)
-    correct, nll = torch.zeros(n, dtype=torch.bool), torch.zeros(n)
-    return Scores(correct, nll, labels, tasks, stop, prepend_bos)
-
-
-def _fill(scores: Sequence[Scores], chunk: Chunk, rows: Int[Tensor, " row"]) -> None:
-    """Score a chunk's rows into those of the episodes."""
-    right, loss = score(chunk)
-    for column, variant in enumerate(chunk.variants):
-        scores[variant].correct[rows] = right[:, column].cpu()
-        scores[variant].nll[rows] = loss[:, column].float().cpu()
-
-
-def evaluate_by_task(
+def _text_parts(
     model: Any,
-    episodes: Sequence[AnyEpisode],
-    variants_of: Callable[[str], Sequence[Variant]],
-    *,
-    stop: str | None = None,
-    prepend_bos: bool = False,
-    max_tokens: int | None = None,
-    progress: bool = False,
-) -> list[Scores]:
-    """As ``evaluate_many``, with variants that depend on the episode's task.
+    episodes: Sequence[Any],
+    prompts: Sequence[Any],
+    variants: Sequence[Variant],
+    measures: Mapping[str, Callable[[Answered], Tensor]],
+    observe: Sequence[str],
+    stop: str | None,
+    max_tokens: int | None,
+) -> Iterator[_Part]:
+    answers = encode_answers(model, episodes, stop=stop)
+    for chunk in answer_logits(
+        model, prompts, answers, variants, observe=observe, max_tokens=max_tokens
+    ):
+        answered = Answered(chunk.logits, chunk.answers, chunk.mask)
+        measured = {name: measure(answered).cpu() for name, measure in measures.items()}
+        yield _Part(chunk.rows, chunk.variants, measured, chunk.observed)
 
-    Args:
-        model: Any model with TransformerLens' hook API.
-        episodes: The episodes; their order is kept.
-        variants_of: Gives the variants of a task, as many for each task.
-        stop: As for :func:`evaluate`.
-        prepend_bos: As for :func:`evaluate`.
-        max_tokens: As for :func:`evaluate`.
-        progress: Whether to show a progress bar.
 
-    Returns:
-        The scores, one a variant, of all the episodes.
-    """
-    if not episodes:
-        raise ValueError("episodes is empty; give at least one episode")
-    tasks, labels = label(episodes)
-    parts = []
-    for task in tqdm(tasks, disable=not progress, leave=False, desc="tasks"):
-        own = [episode for episode in episodes if episode.task == task]
-        parts.append(
-            evaluate_many(
-                model,
-                own,
-                variants_of(task),
-                stop=stop,
-                prepend_bos=prepend_bos,
-                max_tokens=max_tokens,
-            )
+def _number_parts(
+    model: Any,
+    episodes: Sequence[Any],
+    prompts: Sequence[Any],
+    variants: Sequence[Variant],
+    measures: Mapping[str, Callable[[Answered], Tensor]],
+    observe: Sequence[str],
+    stop: str | None,
+    max_tokens: int | None,
+) -> Iterator[_Part]:
+    other = [name for name in measures if name not in ALWAYS]
+    if other:
+        raise ValueError(
+            f"the metric {other[0]!r} is of answers of tokens, and these answers are numbers; they "
+            "have 'correct' and 'loss', the squared error"
         )
-    back = torch.cat([torch.where(labels == index)[0] for index in range(len(tasks))]).argsort()
-    return [
-        replace(
-            scores[0],
-            correct=torch.cat([score.correct for score in scores])[back],
-            nll=torch.cat([score.nll for score in scores])[back],
-            labels=labels,
-            tasks=tasks,
-        )
-        for scores in zip(*parts, strict=True)
-    ]
+    everything = tuple(range(len(variants)))
+    for chunk in answer_numbers(model, prompts, variants, observe=observe, max_tokens=max_tokens):
+        some = [episodes[row] for row in chunk.rows]
+        answers = torch.tensor([episode.answer for episode in some])
+        correct = [
+            [episode.is_right(prediction) for prediction in predictions]
+            for episode, predictions in zip(some, chunk.predictions.tolist(), strict=True)
+        ]
+        loss = (chunk.predictions - rearrange(answers, "row -> row 1")).square()
+        measured = {"correct": torch.tensor(correct), "loss": loss}
+        yield _Part(chunk.rows, everything, measured, chunk.observed)
 
 
-def score(chunk: Chunk) -> tuple[Bool[Tensor, "row variant"], Float[Tensor, "row variant"]]:
-    """Whether each answer is the greedy one, and its NLL in nats."""
-    answers = chunk.answers[:, None].expand(chunk.logits.shape[:3])
-    behind = ~chunk.mask[:, None]
-    right = ((chunk.logits.argmax(dim=-1) == answers) | behind).all(dim=-1)
-    # A row at a time, which fits a CPU's cache: the vocabulary is most of a small model's numbers.
-    picked = [
-        logits.float().log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
-        for logits, ids in zip(chunk.logits, answers, strict=True)
-    ]
-    return right, -torch.stack(picked).masked_fill(behind, 0.0).sum(dim=-1)
+def _groups(
+    variants: Variants, labels: Int[Tensor, " example"], tasks: Sequence[str]
+) -> list[tuple[Int[Tensor, " row"], Sequence[Variant]]]:
+    """The episodes that have the same variants, and these."""
+    if callable(variants):
+        groups = [
+            (torch.where(labels == index)[0], variants(task)) for index, task in enumerate(tasks)
+        ]
+    else:
+        groups = [(torch.arange(len(labels)), variants)]
+    sizes = {len(some) for _, some in groups}
+    if len(sizes) > 1:
+        raise ValueError(f"variants gives {sorted(sizes)} variants; each task needs as many")
+    if 0 in sizes:
+        raise ValueError("variants is empty; [[]] is the model without interventions")
+    return groups

@@ -158,9 +158,7 @@ def test_perturbation_matrix(compare: Compare, smollm2: Any) -> None:
     tasks = tv.bitwise_tasks()
     split = tv.sample_splits(tasks, {"train": 4, "test": 4}, n_shots=4, seed=0)
     vectors = tv.task_vectors(tv.collect(smollm2, split["train"], layers=[15]))
-    edits = [
-        ("blocks.15.hook_resid_post", replacing(vectors.at(task, 15))) for task in vectors.tasks
-    ]
+    edits = [("blocks.15.hook_resid_post", replacing(vectors[task, 15])) for task in vectors.tasks]
 
     def one_run_per_cell() -> None:
         for task in tasks:
@@ -235,7 +233,7 @@ def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
 ) -> None:
     tasks = [*tv.pos_tasks().values(), *tv.bitwise_tasks(null=False).values()]
     episodes = [e for n in (1, 4, 10) for e in tv.sample_episodes(tasks, 2, n, seed=0)]
-    encoded = encode(smollm2, [episode.prompt for episode in episodes], prepend_bos=False)
+    encoded = encode(smollm2, [episode.prompt for episode in episodes], bos=False)
 
     def tokens_alone() -> None:
         with torch.no_grad():
@@ -246,7 +244,9 @@ def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
         "TD and accuracy, POS and bitwise, 1, 4 and 10 shots",
         "the prompts' tokens alone",
         1 / 1.3,
-        lambda: tv.task_decodability(tv.collect_and_evaluate(smollm2, episodes)[0]),
+        lambda: tv.task_decodability(
+            tv.evaluate_many(smollm2, episodes, [[]], observe=tv.Observe())[0]
+        ),
         tokens_alone,
         rounds=1,
     )

@@ -15,14 +15,14 @@ from transformer_lens_taskvec.scoring import Scores
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Shown):
-    """Differences in accuracy on the same episodes, a row a task and other way.
+    """Differences in accuracy on the same episodes, one row per task and other condition.
 
     Attributes:
         differences: ``task, against, accuracy, other, difference, low, high, p, p_holm, n`` and
             ``accuracy_low``, ``accuracy_high``, ``other_low``, ``other_high``: both accuracies with
             Wilson's 95 % intervals; their difference with its 95 % interval by a bootstrap over
             episodes; the p-value of McNemar's exact test, and the same after Holm's correction over
-            all rows.
+            all rows. Metrics that both were asked for follow, each as ``NAME`` and ``NAME_other``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -35,7 +35,7 @@ class Comparison(Shown):
         >>> comparison = tv.compare(sweep.scores_at(1), others)
         >>> list(comparison.table())
         ['accuracy', 'random', 'other task', 'mean']
-        >>> hardest = comparison.hardest()  # for each task, the other that answers most
+        >>> hardest = comparison.hardest()  # for each task, the condition that answers most
         >>> bool((hardest.difference > 0).all())
         True
     """
@@ -47,7 +47,7 @@ class Comparison(Shown):
         return self.differences
 
     def table(self) -> pd.DataFrame:
-        """Accuracies with their intervals, a row a task: its own, and a column each other way."""
+        """Accuracies with their intervals: a row per task, a column per condition."""
         columns: dict[str, dict[str, str]] = {"accuracy": {}}
         for row in self.differences.to_dict("records"):
             for name, kind in (("accuracy", "accuracy"), (row["against"], "other")):
@@ -57,7 +57,7 @@ class Comparison(Shown):
         return pd.DataFrame(columns).rename_axis("task")
 
     def hardest(self) -> pd.DataFrame:
-        """For each task the row of the other way that answered most."""
+        """For each task the row of the other condition that answered most."""
         order = self.differences.sort_values("difference", kind="stable")
         return order.groupby("task", sort=False).head(1).sort_index().reset_index(drop=True)
 
@@ -123,6 +123,12 @@ def compare(
             better, worse = int((own > 0).sum()), int((own < 0).sum())
             low, high = bootstrap_interval(own, n_resamples=n_resamples, seed=seed).tolist()
             p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+            extra = {
+                f"{name}{suffix}": of.of(task).mean(name)
+                for name in scores.extra
+                for suffix, of in (("", scores), ("_other", other))
+                if name in other.metrics
+            }
             rows.append(
                 {
                     "task": task,
@@ -138,6 +144,7 @@ def compare(
                     "high": high,
                     "p": float(p),
                     "n": len(own),
+                    **extra,
                 }
             )
     frame = pd.DataFrame(rows)

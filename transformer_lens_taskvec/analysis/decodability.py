@@ -53,7 +53,7 @@ class Decodability(Shown):
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> found = tv.task_decodability(tv.collect(model, episodes))
-        >>> found.scores.shape, found.best_layer
+        >>> found.scores.shape, found.best_layer()
         (torch.Size([4, 6]), 1)
         >>> round(found.chance, 2), round(found.held_out, 1)
         (0.17, 1.0)
@@ -91,10 +91,16 @@ class Decodability(Shown):
         """The mean over tasks, by layer."""
         return self.scores.mean(dim=1)
 
-    @property
-    def best_layer(self) -> int:
-        """The layer with the highest mean, the first of several."""
-        return self.layers[int(self.mean.argmax())]
+    def best_layer(self, task: str | None = None) -> int:
+        """The layer with the highest TD of a task, or of the mean over tasks; the first of several.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        if task is not None and task not in self.tasks:
+            raise ValueError(f"no task {task!r} here; there are: {', '.join(self.tasks)}")
+        scores = self.mean if task is None else self.scores[:, self.tasks.index(task)]
+        return self.layers[int(scores.argmax())]
 
     @property
     def held_out(self) -> float:
@@ -219,7 +225,7 @@ class Decodability(Shown):
             yield start, (vote(some[:, neighbours], nearest, len(self.tasks)) == some).float()
 
     def __repr__(self) -> str:
-        best = self.best_layer
+        best = self.best_layer()
         per_task = ", ".join(
             f"{task} {score:.2f}"
             for task, score in zip(self.tasks, self.at(best).tolist(), strict=True)
@@ -328,9 +334,9 @@ def task_decodability(
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 20, 4, seed=0)
         >>> found = tv.task_decodability(tv.collect(model, episodes))
-        >>> found.mean.shape, found.best_layer, round(float(found.mean.max()), 1)
+        >>> found.mean.shape, found.best_layer(), round(float(found.mean.max()), 1)
         (torch.Size([4]), 1, 1.0)
-        >>> tv.task_decodability(tv.collect(model, episodes), method="centroid").best_layer
+        >>> tv.task_decodability(tv.collect(model, episodes), method="centroid").best_layer()
         1
     """
     labels = activations.labels
@@ -379,7 +385,7 @@ def decodability_sensitivity(
         >>> list(zip(frame.method, frame.td.round(1)))
         [('knn', 1.0), ('knn', 1.0), ('centroid', 1.0), ('cosine', 1.0), ('cosine', 1.0)]
     """
-    layer = task_decodability(activations).best_layer if layer is None else layer
+    layer = task_decodability(activations).best_layer() if layer is None else layer
     smallest = int(torch.bincount(activations.labels).min())
     ns = ns or sorted({max(2, smallest // 4), max(2, smallest // 2), smallest})
     rows = []

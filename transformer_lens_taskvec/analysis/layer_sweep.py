@@ -5,25 +5,26 @@ All layers, scales and controls are variants of the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from einops import rearrange
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import cross_fitted_best, wilson_interval
 from transformer_lens_taskvec.activations import layer_index
 from transformer_lens_taskvec.controls import control_vectors
-from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.scoring import Scores, evaluate_by_task
-from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.scoring import Scores, evaluate_many, mean_by_task, stack
+from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,8 +32,7 @@ class LayerSweep(Shown):
     """Scores with each task's own vector injected, by layer.
 
     Attributes:
-        correct: ``[scale, layer, example]``.
-        nll: ``[scale, layer, example]``, of the whole answer, in nats.
+        metrics: By name ``[scale, layer, example]``: ``correct``, ``loss``, and what was asked for.
         baseline: The same episodes without intervention.
         layers: The layers, counted from 0.
         scales: What the vectors were multiplied with.
@@ -46,14 +46,13 @@ class LayerSweep(Shown):
         >>> sweep = tv.layer_sweep(model, tv.zero_shot(episodes), vectors)
         >>> sweep.accuracy.shape, sweep.best_layer("XOR")
         (torch.Size([4, 6]), 1)
-        >>> sweep.at(1)["XOR"]
-        1.0
+        >>> sweep.at(1)[sweep.tasks.index("XOR")]
+        tensor(1., dtype=torch.float64)
     """
 
-    correct: Bool[Tensor, "scale layer example"]
-    nll: Float[Tensor, "scale layer example"]
+    metrics: Mapping[str, Shaped[Tensor, "scale layer example"]]
     baseline: Scores
-    layers: tuple[int, ...]
+    layers: tuple[int | None, ...]
     scales: tuple[float, ...]
     controls: Mapping[str, LayerSweep] = field(default_factory=dict)
 
@@ -63,28 +62,49 @@ class LayerSweep(Shown):
         return self.baseline.tasks
 
     @property
-    def accuracy(self) -> Float[Tensor, "layer task"]:
-        """``[layer, task]`` accuracy, at the first scale."""
-        return self._by_task(self.correct[0].double())
+    def correct(self) -> Bool[Tensor, "scale layer example"]:
+        """Whether each episode was answered right."""
+        return self.metrics["correct"]
 
     @property
-    def mean_nll(self) -> Float[Tensor, "layer task"]:
-        """``[layer, task]`` mean NLL of the answers in nats, at the first scale."""
-        return self._by_task(self.nll[0].double())
+    def loss(self) -> Float[Tensor, "scale layer example"]:
+        """The loss of each episode's answer, of the kind ``baseline.loss_kind``."""
+        return self.metrics["loss"]
+
+    @property
+    def accuracy(self) -> Float[Tensor, "layer task"]:
+        """``[layer, task]`` accuracy, at the first scale."""
+        return self.mean("correct")
+
+    @property
+    def mean_loss(self) -> Float[Tensor, "layer task"]:
+        """``[layer, task]`` mean loss of the answers, at the first scale."""
+        return self.mean("loss")
 
     @property
     def baseline_accuracy(self) -> Float[Tensor, " task"]:
         """``[task]`` accuracy without intervention."""
-        return self._by_task(self.baseline.correct[None].double())[0]
+        return mean_by_task(self.baseline.correct, self.baseline)
 
-    def scores_at(self, layer: int) -> Scores:
+    def mean(self, metric: str) -> Float[Tensor, "layer task"]:
+        """``[layer, task]`` mean of a metric, at the first scale.
+
+        Raises:
+            KeyError: If it was not measured.
+        """
+        if metric not in self.metrics:
+            raise KeyError(f"no metric {metric!r}; there are: {', '.join(self.metrics)}")
+        return mean_by_task(self.metrics[metric][0], self.baseline)
+
+    def scores_at(self, layer: int | None) -> Scores:
         """The scores of every episode at one layer and the first scale.
 
         Raises:
             ValueError: If the layer is not in the sweep.
         """
         at = layer_index(self.layers, layer)
-        return replace(self.baseline, correct=self.correct[0, at], nll=self.nll[0, at])
+        metrics = {name: values[0, at] for name, values in self.metrics.items()}
+        return replace(self.baseline, metrics=metrics)
 
     def at_scale(self, scale: float) -> LayerSweep:
         """The sweep of one scale alone.
@@ -95,12 +115,13 @@ class LayerSweep(Shown):
         if scale not in self.scales:
             raise ValueError(f"scale {scale} is not among the scales {list(self.scales)}")
         at = [self.scales.index(scale)]
-        return replace(self, correct=self.correct[at], nll=self.nll[at], scales=(scale,))
+        metrics = {name: values[at] for name, values in self.metrics.items()}
+        return replace(self, metrics=metrics, scales=(scale,))
 
-    def best_layer(self, task: str | None = None) -> int:
+    def best_layer(self, task: str | None = None) -> int | None:
         """The layer with the highest accuracy of a task, or of the mean over tasks.
 
-        Of layers with the same accuracy, the one with the lowest NLL. Report the accuracy there
+        Of layers with the same accuracy, the one with the lowest loss. Report the accuracy there
         on other episodes than those the layer was chosen on.
 
         Raises:
@@ -110,9 +131,9 @@ class LayerSweep(Shown):
             raise ValueError(f"no task {task!r} in this sweep; there are: {', '.join(self.tasks)}")
         columns = slice(None) if task is None else [self.tasks.index(task)]
         accuracy = self.accuracy[:, columns].mean(dim=1)
-        nll = self.mean_nll[:, columns].mean(dim=1)
+        loss = self.mean_loss[:, columns].mean(dim=1)
         best = accuracy == accuracy.max()
-        return self.layers[int(nll.masked_fill(~best, float("inf")).argmin())]
+        return self.layers[int(loss.masked_fill(~best, float("inf")).argmin())]
 
     @property
     def held_out(self) -> float:
@@ -121,59 +142,57 @@ class LayerSweep(Shown):
         Every other episode of each task chooses the layer, the rest are counted there, and the
         other way round.
         """
-        return float(cross_fitted_best(self.correct[0].float(), self.baseline.labels))
+        correct = self.correct[0].float()
+        return float(cross_fitted_best(correct, self.baseline.labels))
 
-    def at(self, layer: int) -> dict[str, float]:
-        """The accuracy of each task at one layer, by its number in the model."""
-        row = self.accuracy[layer_index(self.layers, layer)]
-        return dict(zip(self.tasks, row.tolist(), strict=True))
+    def at(self, layer: int | None) -> Float[Tensor, " task"]:
+        """The accuracy of each task at one layer, by its number in the model.
+
+        Raises:
+            ValueError: If the layer is not in the sweep.
+        """
+        return self.accuracy[layer_index(self.layers, layer)]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a scale, layer and task, with the score without intervention beside it.
+        """One row per scale, layer and task, next to the score without intervention.
 
-        ``low`` and ``high`` are Wilson's 95 % interval of the accuracy. Where there are controls,
-        each has its accuracy in a column ``control: ...``.
+        ``low`` and ``high`` are Wilson's 95 % interval of the accuracy. Every metric has its mean
+        in a column, and its baseline in ``baseline_...``; where there are controls, each has its
+        accuracy in a column ``control: ...``.
         """
-        baseline_nll = self._by_task(self.baseline.nll[None].double())[0]
         sizes = torch.bincount(self.baseline.labels, minlength=len(self.tasks))
+        named = {("accuracy" if name == "correct" else name): name for name in self.metrics}
+        before = {
+            column: mean_by_task(self.baseline.metrics[name], self.baseline)
+            for column, name in named.items()
+        }
         rows = []
         for scale in self.scales:
             sweep = self.at_scale(scale)
-            accuracy, nll = sweep.accuracy, sweep.mean_nll
-            low, high = wilson_interval(accuracy, sizes)
+            means = {column: sweep.mean(name) for column, name in named.items()}
+            means["low"], means["high"] = wilson_interval(sweep.accuracy, sizes)
+            for kind, control in self.controls.items():
+                means[f"control: {kind}"] = control.accuracy
             rows += [
                 {
                     "scale": scale,
                     "layer": layer,
                     "task": task,
-                    "accuracy": float(accuracy[row, column]),
-                    "low": float(low[row, column]),
-                    "high": float(high[row, column]),
-                    "nll": float(nll[row, column]),
-                    "baseline_accuracy": float(self.baseline_accuracy[column]),
-                    "baseline_nll": float(baseline_nll[column]),
+                    **{name: float(values[row, column]) for name, values in means.items()},
+                    **{f"baseline_{name}": float(one[column]) for name, one in before.items()},
                     "n": int(sizes[column]),
-                    **{
-                        f"control: {kind}": float(control.accuracy[row, column])
-                        for kind, control in self.controls.items()
-                    },
                 }
                 for row, layer in enumerate(self.layers)
                 for column, task in enumerate(self.tasks)
             ]
         return pd.DataFrame(rows)
 
-    def _by_task(self, values: Float[Tensor, "layer example"]) -> Float[Tensor, "layer task"]:
-        labels = self.baseline.labels
-        columns = [values[:, labels == index].mean(dim=1) for index in range(len(self.tasks))]
-        return torch.stack(columns, dim=1)
-
     def __repr__(self) -> str:
         lines = []
-        for task in self.tasks:
+        for index, task in enumerate(self.tasks):
             layer = self.best_layer(task)
-            before = self.baseline.of(task).accuracy
-            lines.append(f"{task} {before:.2f} -> {self.at(layer)[task]:.2f} (layer {layer})")
+            before, after = float(self.baseline_accuracy[index]), float(self.at(layer)[index])
+            lines.append(f"{task} {before:.2f} -> {after:.2f} (layer {layer})")
         return (
             f"LayerSweep({len(self.layers)} layers; {'; '.join(lines)}; mean at the best layer, on "
             f"episodes it was not chosen on: {self.held_out:.2f})"
@@ -183,12 +202,13 @@ class LayerSweep(Shown):
 def layer_sweep(
     model: Any,
     episodes: Sequence[AnyEpisode],
-    vectors: TaskVectors,
+    vectors: Injectable,
     *,
-    mode: Mode = "replace",
+    mode: Mode | None = None,
     scales: Sequence[float] = (1.0,),
-    controls: bool | Mapping[str, TaskVectors] = False,
+    controls: bool | Mapping[str, Injectable] = False,
     position: int | Sequence[int] | None = -1,
+    metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
@@ -198,19 +218,20 @@ def layer_sweep(
     Args:
         model: The model that the vectors come from.
         episodes: Usually zero-shot ones, with other queries than the vectors were taken from.
-        vectors: Their layers are the layers of the sweep, their hook point is the one injected at.
-        mode: As for :func:`inject`.
+        vectors: Task vectors, or anything else that can be injected; their layers are those of the
+            sweep.
+        mode: As for :func:`inject`; by default the vectors' own.
         scales: What the vectors are multiplied with, one sweep each.
-        controls: Vectors to inject in the task vectors' place, from
-            :func:`control_vectors`; True for those that are made of the
-            vectors alone. They are at the first scale.
+        controls: Vectors to inject in the task vectors' place, from :func:`control_vectors`; True
+            for those that are made of the vectors alone. They are at the first scale.
         position: Where to inject; -1, the last prompt token, is by far the fastest.
+        metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show a progress bar.
 
     Returns:
-        Accuracy and NLL by layer and task, with those without intervention.
+        Accuracy and loss by layer and task, with those without intervention.
 
     Raises:
         ValueError: If a task has no vector, or the vectors are another model's.
@@ -222,54 +243,47 @@ def layer_sweep(
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> new = tv.zero_shot(tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=1))
         >>> sweep = tv.layer_sweep(model, new, vectors, controls=True)
-        >>> sweep.best_layer(), round(float(sweep.accuracy[1].mean()), 1)
+        >>> sweep.best_layer(), round(float(sweep.at(1).mean()), 1)
         (1, 1.0)
-        >>> round(float(sweep.controls["random"].accuracy[1].mean()), 1) < 0.5
+        >>> round(float(sweep.controls["random"].at(1).mean()), 1) < 0.5
         True
     """
-    vectors.check_model(model)
+    check_vectors(vectors, model, episodes)
     if isinstance(controls, bool):
         controls = control_vectors(vectors) if controls else {}
     sweeps = [(vectors, scale) for scale in scales]
     sweeps += [(control, scales[0]) for control in controls.values()]
+    layers = tuple(vectors.layers)
 
     def variants_of(task: str) -> list[Variant]:
-        return [[]] + [
-            [
-                inject(
-                    vector,
-                    layer,
-                    mode=mode,
-                    scale=scale,
-                    position=position,
-                    hook=vectors.source.hook,
-                )
-            ]
+        injected = [
+            swept.inject(task, layer, mode=mode, scale=scale, position=position)
             for swept, scale in sweeps
-            for layer, vector in zip(vectors.layers, swept[task], strict=True)
+            for layer in layers
         ]
+        return [[], *injected]
 
-    vectors.check_tasks([episode.task for episode in episodes])
-    baseline, *scores = evaluate_by_task(
+    baseline, *scores = evaluate_many(
         model,
         episodes,
         variants_of,
+        metrics=metrics,
         stop=stop,
-        prepend_bos=vectors.source.prepend_bos,
         max_tokens=max_tokens,
         progress=progress,
     )
-    grid = (len(sweeps), len(vectors.layers), len(episodes))
-    correct = torch.stack([score.correct for score in scores]).view(grid)
-    nll = torch.stack([score.nll for score in scores]).view(grid)
+    grid = {
+        name: rearrange(of, "(sweep layer) example -> sweep layer example", layer=len(layers))
+        for name, of in stack(scores).items()
+    }
     n = len(scales)
 
-    def part(rows: slice, of: Sequence[float], beside: Mapping[str, LayerSweep]) -> LayerSweep:
-        kept = tuple(float(scale) for scale in of)
-        return LayerSweep(correct[rows], nll[rows], baseline, vectors.layers, kept, beside)
+    def part(rows: slice, of: Sequence[float], others: Mapping[str, LayerSweep]) -> LayerSweep:
+        own = {name: values[rows] for name, values in grid.items()}
+        return LayerSweep(own, baseline, layers, tuple(float(scale) for scale in of), others)
 
-    beside = {
+    others = {
         kind: part(slice(n + index, n + index + 1), scales[:1], {})
         for index, kind in enumerate(controls)
     }
-    return part(slice(n), scales, beside)
+    return part(slice(n), scales, others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
-from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.scoring import Scores, evaluate_many
-from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.scoring import (
+    LOSS_LABELS,
+    Scores,
+    evaluate_many,
+    mean_by_task,
+    stack,
+)
+from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,10 +32,9 @@ class PerturbationMatrix(Shown):
     """What each task's vector does to the episodes of each task (the paper's Figure 7).
 
     Attributes:
-        nll: ``[source, target]``, change in the mean NLL of the source task's answers, in nats,
-            when the target task's vector is injected.
-        accuracy: ``[source, target]``, change in the source task's accuracy.
-        nll_interval: ``[source, target, 2]``, the 95 % interval of ``nll`` by a bootstrap.
+        deltas: By metric ``[source, target]``, its mean change in the source task's episodes when
+            the target task's vector is injected: ``correct``, ``loss``, and what was asked for.
+        loss_interval: ``[source, target, 2]``, the 95 % interval of ``delta_loss`` by a bootstrap.
         sources: The tasks of the episodes.
         targets: The tasks of the vectors.
         layer: The layer of the injection.
@@ -41,66 +46,73 @@ class PerturbationMatrix(Shown):
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
-        >>> matrix.nll.shape
+        >>> matrix.delta_loss.shape
         torch.Size([6, 6])
         >>> matrix.conditional_decoding > 5  # nats: the answers hang on the right vector
         True
     """
 
-    nll: Float[Tensor, "source target"]
-    accuracy: Float[Tensor, "source target"]
-    nll_interval: Float[Tensor, "source target 2"]
+    deltas: Mapping[str, Float[Tensor, "source target"]]
+    loss_interval: Float[Tensor, "source target 2"]
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    layer: int
+    layer: int | None
     baseline: Scores
 
     @property
+    def delta_loss(self) -> Float[Tensor, "source target"]:
+        """``[source, target]``, the change in the mean loss, of the kind ``baseline.loss_kind``."""
+        return self.deltas["loss"]
+
+    @property
+    def delta_accuracy(self) -> Float[Tensor, "source target"]:
+        """``[source, target]``, the change in accuracy."""
+        return self.deltas["correct"]
+
+    @property
     def conditional_decoding(self) -> float:
-        """Mean change in NLL off the diagonal less the mean on it, in nats.
+        """Mean change in loss off the diagonal less the mean on it.
 
         It tells how far the answers depend on the vector being the right one.
         """
         own = torch.tensor([[s == t for t in self.targets] for s in self.sources])
-        return float(self.nll[~own].mean() - self.nll[own].mean())
+        return float(self.delta_loss[~own].mean() - self.delta_loss[own].mean())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a source and target: ``source, target, nll, nll_low, nll_high, accuracy``.
+        """One row per source and target: ``source, target, delta_loss, low, high``, the rest.
 
-        They are changes; the interval is ``nll_interval``.
+        ``low`` and ``high`` are ``loss_interval``; then ``delta_accuracy``, and a column
+        ``delta_...`` for each metric that was asked for.
         """
-        return pd.DataFrame(
-            [
-                {
-                    "source": source,
-                    "target": target,
-                    "nll": float(self.nll[row, column]),
-                    "nll_low": float(self.nll_interval[row, column, 0]),
-                    "nll_high": float(self.nll_interval[row, column, 1]),
-                    "accuracy": float(self.accuracy[row, column]),
-                }
-                for row, source in enumerate(self.sources)
-                for column, target in enumerate(self.targets)
-            ]
-        )
+        columns = {
+            "delta_loss": self.delta_loss,
+            "low": self.loss_interval[..., 0],
+            "high": self.loss_interval[..., 1],
+            "delta_accuracy": self.delta_accuracy,
+            **{f"delta_{name}": self.deltas[name] for name in self.baseline.extra},
+        }
+        index = pd.MultiIndex.from_product([self.sources, self.targets], names=["source", "target"])
+        flat = {name: values.flatten().tolist() for name, values in columns.items()}
+        return pd.DataFrame(flat, index=index).reset_index()
 
     def __repr__(self) -> str:
         return (
             f"PerturbationMatrix(layer {self.layer}, {len(self.sources)} sources x "
             f"{len(self.targets)} targets; conditional decoding "
-            f"{self.conditional_decoding:.3f} of {self.baseline.loss})"
+            f"{self.conditional_decoding:.3f} of {LOSS_LABELS[self.baseline.loss_kind]})"
         )
 
 
 def perturbation_matrix(
     model: Any,
     episodes: Sequence[AnyEpisode],
-    vectors: TaskVectors,
-    layer: int,
+    vectors: Injectable,
+    layer: int | None,
     *,
-    mode: Mode = "replace",
+    mode: Mode | None = None,
     scale: float = 1.0,
     position: int | Sequence[int] | None = -1,
+    metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
     max_tokens: int | None = None,
 ) -> PerturbationMatrix:
@@ -109,16 +121,17 @@ def perturbation_matrix(
     Args:
         model: The model that the vectors come from.
         episodes: Usually few-shot ones.
-        vectors: The vectors; their tasks are the columns.
+        vectors: Task vectors, or anything else that can be injected; their tasks are the columns.
         layer: The layer, counted from 0.
-        mode: As for :func:`inject`.
+        mode: As for :func:`inject`; by default the vectors' own.
         scale: As for :func:`inject`.
         position: As for :func:`inject`.
+        metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
 
     Returns:
-        Changes in NLL and accuracy, ``[source task, target vector]``.
+        Changes in loss and accuracy, ``[source task, target vector]``.
 
     Raises:
         ValueError: If there is no such layer, or the vectors are another model's.
@@ -130,26 +143,18 @@ def perturbation_matrix(
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
         >>> row, column = matrix.sources.index("AND"), matrix.targets.index("NAND")
-        >>> bool(matrix.nll[row, column] > 1), round(float(matrix.accuracy[row, row]), 1)
-        (True, 0.0)
+        >>> bool(matrix.delta_loss[row, column] > 1)
+        True
+        >>> round(float(matrix.delta_accuracy[row, row]), 1)
+        0.0
     """
-    vectors.check_model(model)
+    check_vectors(vectors, model)
     edits: dict[str, Variant] = {
-        task: [
-            inject(
-                vectors.at(task, layer),
-                layer,
-                mode=mode,
-                scale=scale,
-                position=position,
-                hook=vectors.source.hook,
-            )
-        ]
+        task: vectors.inject(task, layer, mode=mode, scale=scale, position=position)
         for task in vectors.tasks
     }
-    bos = vectors.source.prepend_bos
     return matrix_of_edits(
-        model, episodes, edits, layer, stop=stop, prepend_bos=bos, max_tokens=max_tokens
+        model, episodes, edits, layer, metrics=metrics, stop=stop, max_tokens=max_tokens
     )
 
 
@@ -157,42 +162,41 @@ def matrix_of_edits(
     model: Any,
     episodes: Sequence[AnyEpisode],
     edits: Mapping[str, Variant],
-    layer: int,
+    layer: int | None,
     *,
+    metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
-    prepend_bos: bool = False,
     max_tokens: int | None = None,
 ) -> PerturbationMatrix:
-    """A perturbation matrix of any edits, one column each.
+    """Return a perturbation matrix of any edits, one column each.
 
     Args:
         model: Any model with TransformerLens' hook API.
         episodes: The episodes; their tasks are the rows.
         edits: For each target the interventions that stand for it.
         layer: The layer they act in, for the record.
+        metrics: As for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
-        prepend_bos: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
     """
-    scores = evaluate_many(
+    before, *after = evaluate_many(
         model,
         episodes,
         [[], *edits.values()],
+        metrics=metrics,
         stop=stop,
-        prepend_bos=prepend_bos,
         max_tokens=max_tokens,
     )
-    tasks = scores[0].tasks
-    own = [scores[0].labels == index for index in range(len(tasks))]
-    before, after = scores[0], scores[1:]
-    nll = torch.stack([s.nll.double() for s in after]) - before.nll.double()
-    accuracy = torch.stack([s.correct.double() for s in after]) - before.correct.double()
+    changes = {
+        name: values.double() - before.metrics[name].double()
+        for name, values in stack(after).items()
+    }
+    own = [before.labels == index for index in range(len(before.tasks))]
     return PerturbationMatrix(
-        torch.stack([nll[:, rows].mean(dim=1) for rows in own]),
-        torch.stack([accuracy[:, rows].mean(dim=1) for rows in own]),
-        torch.stack([bootstrap_interval(nll[:, rows]) for rows in own]),
-        tasks,
+        {name: mean_by_task(values, before).T for name, values in changes.items()},
+        torch.stack([bootstrap_interval(changes["loss"][:, rows]) for rows in own]),
+        before.tasks,
         tuple(edits),
         layer,
-        scores[0],
+        before,
     )

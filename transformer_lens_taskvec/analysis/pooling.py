@@ -6,48 +6,56 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.activations import Activations, Source, label
+from transformer_lens_taskvec.activations import Activations, labelled
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.forward import run_until
-from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference, model_name
-from transformer_lens_taskvec.models.tokens import batches, encode, pad_id
-from transformer_lens_taskvec.prompts import Episode
+from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
+from transformer_lens_taskvec.models.tokens import batches, encode_prompts, pad_id
+from transformer_lens_taskvec.prompts import AnyEpisode
 
 
-def input_embeddings(
-    model: Any, episodes: Sequence[Episode], *, prepend_bos: bool = False
-) -> Activations:
-    """The mean over each prompt's tokens of what goes into the first block: words, not order.
+def input_embeddings(model: Any, episodes: Sequence[AnyEpisode]) -> Activations:
+    """Return the mean over each prompt's tokens of what goes into the first block.
+
+    It holds the prompt's words and not their order.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
         episodes: The episodes; their order is kept.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
 
     Returns:
         ``[example, 1, d_model]``, under layer 0.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 2, 1, seed=0)
+        >>> tv.analysis.input_embeddings(model, episodes).values.shape
+        torch.Size([12, 1, 64])
     """
-    encoded = encode(model, [episode.prompt for episode in episodes], prepend_bos=prepend_bos)
+    encoded, bos = encode_prompts(model, episodes)
     values = torch.zeros(len(encoded), 1, int(model.cfg.d_model))
     name, device = hook_name("resid_pre", 0), device_of(model)
+    same_length = not capabilities(model).pads
     with inference(model):
-        for batch in batches(
-            encoded, batch_size=32, pad=pad_id(model), same_length=not capabilities(model).pads
-        ):
-            real = batch.mask[..., None].float()
-            rows = list(batch.rows)
+        for batch in batches(encoded, batch_size=32, pad=pad_id(model), same_length=same_length):
+            kept: list[Tensor] = []
 
-            def average(
-                activation: Tensor, hook: Any = None, real: Tensor = real, rows: Any = rows
-            ) -> None:
-                total = (activation.to("cpu", torch.float32) * real).sum(dim=1)
-                values[rows, 0] = total / real.sum(dim=1)
+            def keep(activation: Tensor, hook: Any = None, kept: list[Tensor] = kept) -> None:
+                kept.append(activation.to("cpu", torch.float32))
 
-            run_until(
-                model, batch.tokens.to(device), batch.mask.to(device), [(name, average)], name
-            )
-    tasks, labels = label(episodes)
-    source = Source(model_name(model), "resid_pre", -1, episodes[0].template.example, prepend_bos)
-    return Activations(values, labels, tasks, (0,), source)
+            run_until(model, batch.tokens.to(device), batch.mask.to(device), [(name, keep)], name)
+            values[list(batch.rows), 0] = _mean_of_real(kept[0], batch.mask)
+    return labelled(model, episodes, values, hook="resid_pre", layers=(0,), bos=bos)
+
+
+def _mean_of_real(
+    activation: Float[Tensor, "row pos d"], mask: Bool[Tensor, "row pos"]
+) -> Float[Tensor, "row d"]:
+    real: Int[Tensor, "row pos 1"] = rearrange(mask, "row pos -> row pos 1").int()
+    total = reduce(activation * real, "row pos d -> row d", "sum")
+    return total / reduce(real, "row pos 1 -> row 1", "sum")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.scoring import Scores, evaluate_by_task
-from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.scoring import Scores, evaluate_many
+from transformer_lens_taskvec.tasks.base import NULL
+from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +42,7 @@ class SteeringEffect(Shown):
     unperturbed: Scores
     positive: Scores
     negative: Scores
-    layer: int
+    layer: int | None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -49,9 +50,10 @@ class SteeringEffect(Shown):
         return self.unperturbed.tasks
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a task: ``task, unperturbed, positive, negative, n``.
+        """One row per task: ``task, unperturbed, positive, negative, n``.
 
-        Beside each accuracy stand ``..._low`` and ``..._high``, Wilson's 95 % interval.
+        Next to each accuracy stand ``..._low`` and ``..._high``, Wilson's 95 % interval, and
+        ``..._NAME`` for each metric that was asked for.
         """
         rows = []
         for task in self.tasks:
@@ -60,6 +62,7 @@ class SteeringEffect(Shown):
                 scores: Scores = getattr(self, kind).of(task)
                 row[kind] = scores.accuracy
                 row[f"{kind}_low"], row[f"{kind}_high"] = scores.interval()
+                row |= {f"{kind}_{name}": scores.mean(name) for name in scores.extra}
                 row["n"] = len(scores)
             rows.append(row)
         return pd.DataFrame(rows)
@@ -75,12 +78,13 @@ class SteeringEffect(Shown):
 def steering_effect(
     model: Any,
     episodes: Sequence[AnyEpisode],
-    vectors: TaskVectors,
-    layer: int,
-    null: str = "Null",
+    vectors: Injectable,
+    layer: int | None,
+    null: str = NULL,
     *,
-    mode: Mode = "replace",
+    mode: Mode | None = None,
     scale: float = 1.0,
+    metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
     max_tokens: int | None = None,
 ) -> SteeringEffect:
@@ -89,11 +93,12 @@ def steering_effect(
     Args:
         model: The model that the vectors come from.
         episodes: Episodes of tasks that have vectors.
-        vectors: The vectors, Null's among them.
+        vectors: Task vectors, or anything else that can be injected, Null's among them.
         layer: The layer, counted from 0.
         null: The name of the task whose vector carries no task.
-        mode: As for :func:`inject`.
+        mode: As for :func:`inject`; by default the vectors' own.
         scale: As for :func:`inject`.
+        metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
 
@@ -113,30 +118,32 @@ def steering_effect(
         >>> bool((frame.positive >= frame.negative)[frame.task != "Null"].all())
         True
     """
-    vectors.check_model(model)
-    vectors.check_tasks([*(episode.task for episode in episodes), null])
+    check_vectors(vectors, model, episodes)
     variants_of = steering_variants(vectors, layer, null, mode=mode, scale=scale)
-    unperturbed, positive, negative = evaluate_by_task(
-        model,
-        episodes,
-        lambda task: [[], *variants_of(task)],
-        stop=stop,
-        prepend_bos=vectors.source.prepend_bos,
-        max_tokens=max_tokens,
+    unperturbed, positive, negative = evaluate_many(
+        model, episodes, variants_of, metrics=metrics, stop=stop, max_tokens=max_tokens
     )
     return SteeringEffect(unperturbed, positive, negative, layer)
 
 
 def steering_variants(
-    vectors: TaskVectors, layer: int, null: str, *, mode: Mode = "replace", scale: float = 1.0
+    vectors: Injectable,
+    layer: int | None,
+    null: str,
+    *,
+    mode: Mode | None = None,
+    scale: float = 1.0,
 ) -> Callable[[str], list[Variant]]:
-    """For each task the positive and the negative intervention: its own vector, and Null's."""
-    hook = vectors.source.hook
+    """For each task no intervention, the positive and the negative: its own vector, and Null's.
+
+    Raises:
+        ValueError: If ``null`` has no vector.
+    """
+    if null not in vectors.tasks:
+        raise ValueError(f"no vector for {null}; the vectors are of: {', '.join(vectors.tasks)}")
 
     def variants_of(task: str) -> list[Variant]:
-        return [
-            [inject(vectors.at(name, layer), layer, mode=mode, scale=scale, hook=hook)]
-            for name in (task, null)
-        ]
+        injected = [vectors.inject(name, layer, mode=mode, scale=scale) for name in (task, null)]
+        return [[], *injected]
 
     return variants_of

@@ -107,7 +107,7 @@ def td_vs_accuracy(
         raise ValueError(f"shots differ: {sorted(by_shots)} for TD, {sorted(scored)} for scores")
     rows = []
     for shots, found in by_shots.items():
-        at = found.at(found.best_layer if layer is None else layer)
+        at = found.at(found.best_layer() if layer is None else layer)
         for task, td in zip(found.tasks, at.tolist(), strict=True):
             if task not in leave_out:
                 accuracy = scored[shots].of(task).accuracy

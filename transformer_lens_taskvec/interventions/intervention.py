@@ -3,11 +3,7 @@
 An intervention is a pair of a hook name and a hook function in one frozen value, so it goes as it
 is into ``model.run_with_hooks(tokens, fwd_hooks=[...])`` and ``model.hooks(fwd_hooks=[...])``, and
 into every function of this library that takes interventions. It acts on the rows of an activation
-``a`` at chosen positions; with ``v`` the vector times its scale::
-
-    replace  a' = v                       add      a' = a + v
-    zero     a' = 0                       project  a' = a - (a . u) u,  u = v / |v|
-    any callable f                        a' = f(a, v)
+at chosen positions, in one of the modes of :mod:`~transformer_lens_taskvec.interventions.modes`.
 
 Replacing the residual stream with a task's mean is the paper's intervention (Han et al. 2025,
 App. C); adding is how function vectors are used (Todd et al. 2023).
@@ -24,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.interventions.modes import Mode
+from transformer_lens_taskvec.interventions.modes import MODES, Mode
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.models.tokens import Position, row_indices
 
@@ -47,7 +43,7 @@ class Intervention:
 
     Attributes:
         layer: The block it acts in, counted from 0.
-        mode: ``"replace"``, ``"add"``, ``"zero"``, ``"project"`` or a callable.
+        mode: A name in ``MODES``, ``"zero"``, or a callable.
         vector: ``[d]``, as it was given, before scaling; None for ``"zero"``.
         scale: What the vector is multiplied with.
         position: Positions within the prompt: negative from its end, others from its first real
@@ -127,25 +123,17 @@ class Intervention:
         return edited
 
     def _edit(self, rows: Tensor) -> Tensor:
-        if self.mode == "zero":
+        if self.vector is None:
             return torch.zeros_like(rows)
-        assert self.vector is not None
-        vector = (self.vector * self.scale).to(device=rows.device, dtype=rows.dtype)
+        vector = self.vector.to(rows.device) * self.scale
         if vector.shape[-1] != rows.shape[-1]:
             raise ValueError(
-                f"the vector for {self.name} has width {vector.shape[-1]}, "
-                f"the activation there {rows.shape[-1]}; is the vector from another model?"
+                f"the vector for {self.name} has width {vector.shape[-1]}, the activation there "
+                f"{rows.shape[-1]}. Is the vector from another model?"
             )
-        if self.mode == "replace":
-            return vector.expand_as(rows)
-        if self.mode == "add":
-            return rows + vector
-        if self.mode == "project":
-            unit = torch.nn.functional.normalize(self.vector.to(rows.device).float(), dim=0)
-            along = (rows.float() @ unit)[..., None] * unit
-            return (rows.float() - along).to(rows.dtype)
-        assert callable(self.mode)
-        edited: Any = self.mode(rows, vector)
+        if isinstance(self.mode, str):
+            return MODES[self.mode](rows, vector)
+        edited: Any = self.mode(rows, vector.to(rows.dtype))
         if not isinstance(edited, Tensor) or edited.shape != rows.shape:
             shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
             raise ValueError(
@@ -210,8 +198,9 @@ def inject(
     Args:
         vector: ``[d]``, such as ``vectors.at("AND", layer)``.
         layer: The block to act in, counted from 0.
-        mode: ``"replace"``, ``"add"``, or a callable ``(rows [row, d], vector [d]) -> rows``,
-            such as :meth:`TaskVectors.subspace` gives; it gets the vector times ``scale``.
+        mode: A name in ``MODES`` (``"replace"``, ``"add"``, ``"project"``), or a callable
+            ``(rows [row, d], vector [d]) -> rows``, such as :meth:`TaskVectors.subspace` gives; it
+            gets the vector times ``scale``.
         scale: Multiplies the vector.
         position: One or several positions of the prompt, -1 its last token, 0 its first; None for
             all.
@@ -234,27 +223,28 @@ def inject(
         tensor([[[1., 1., 1., 1.],
                  [2., 2., 2., 2.]]])
     """
-    if not callable(mode) and mode not in ("replace", "add"):
-        raise ValueError(f"mode is {mode!r}; it must be 'replace', 'add' or a callable")
+    if not callable(mode) and mode not in MODES:
+        named = ", ".join(repr(name) for name in MODES)
+        raise ValueError(f"mode is {mode!r}; it must be one of {named}, or a callable")
     return _make(layer, mode, vector, scale, position, hook, head)
 
 
 def ablate(
     layer: int,
     *,
-    with_: Float[Tensor, " d"] | None = None,
-    mode: str = "zero",
+    mean: Float[Tensor, " d"] | None = None,
+    direction: Float[Tensor, " d"] | None = None,
     position: int | Sequence[int] | None = -1,
     hook: str = "resid_post",
     head: int | None = None,
 ) -> Intervention:
-    """Take something out of an activation.
+    """Take something out of an activation: all of it, its deviation from a mean, or a direction.
 
     Args:
         layer: The block to act in, counted from 0.
-        with_: ``[d]``: the mean for ``"mean"``, the direction for ``"project"``.
-        mode: ``"zero"``, ``"mean"`` (put ``with_`` in its place) or ``"project"`` (remove the
-            component along ``with_``).
+        mean: ``[d]``, to be put in the activation's place (mean ablation).
+        direction: ``[d]``, of any length above 0; the component along it is removed. With neither
+            ``mean`` nor ``direction`` the activation becomes zero.
         position: As for :func:`inject`.
         hook: As for :func:`inject`.
         head: As for :func:`inject`.
@@ -263,25 +253,27 @@ def ablate(
         An intervention, usable as an element of ``fwd_hooks``.
 
     Raises:
-        ValueError: If the mode is unknown, ``with_`` is missing or superfluous or not one finite
-            vector, the direction has no length, or the layer is not a whole number from 0 on.
+        ValueError: If both are given or one is not one finite vector, the direction has no length,
+            or the layer is not a whole number from 0 on.
 
     Example:
         >>> import torch
         >>> import transformer_lens_taskvec as tv
         >>> tv.ablate(0, hook="z", head=3)  # one attention head's output
         Intervention(blocks.0.attn.hook_z, zero, head=3, position=-1)
-        >>> tv.ablate(0, with_=torch.tensor([0.0, 2.0]), mode="project")(torch.ones(1, 1, 2))
+        >>> tv.ablate(0, direction=torch.tensor([0.0, 2.0]))(torch.ones(1, 1, 2))
         tensor([[[1., 0.]]])
     """
-    if mode not in ("zero", "mean", "project"):
-        raise ValueError(f"mode is {mode!r}; it must be 'zero', 'mean' or 'project'")
-    if (with_ is None) != (mode == "zero"):
-        need = "takes no with_" if mode == "zero" else "needs with_, a vector [d]"
-        raise ValueError(f"ablation mode {mode!r} {need}")
-    if mode == "project" and with_ is not None and not bool(with_.norm() > 0):
-        raise ValueError("with_ is the zero vector; a direction to project out has some length")
-    return _make(layer, "replace" if mode == "mean" else mode, with_, 1.0, position, hook, head)
+    if mean is not None and direction is not None:
+        raise ValueError("mean and direction are both given; an ablation takes one of them")
+    if mean is not None:
+        return _make(layer, "replace", mean, 1.0, position, hook, head)
+    if direction is None:
+        return _make(layer, "zero", None, 1.0, position, hook, head)
+    found = _make(layer, "project", direction, 1.0, position, hook, head)
+    if not bool(direction.norm() > 0):
+        raise ValueError("direction is the zero vector; it needs a length above 0")
+    return found
 
 
 def _make(

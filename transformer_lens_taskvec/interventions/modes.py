@@ -1,14 +1,45 @@
-"""Modes: how a vector is written into an activation."""
+"""Modes: how a vector is written into an activation.
+
+On the rows ``a`` of an activation, with ``v`` the vector times its scale::
+
+    replace  a' = v                       add      a' = a + v
+    zero     a' = 0                       project  a' = a - (a . u) u,  u = v / |v|
+    any callable f                        a' = f(a, v)
+
+A mode of one's own is one function here and one entry of :data:`MODES`, or a callable given to
+:func:`inject`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-Mode = str | Callable[[Float[Tensor, "row d"], Float[Tensor, " d"]], Float[Tensor, "row d"]]
+Rewrite = Callable[[Float[Tensor, "row d"], Float[Tensor, " d"]], Float[Tensor, "row d"]]
+Mode = str | Rewrite
+
+
+def _replace(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> Float[Tensor, "row d"]:
+    return vector.to(rows).expand_as(rows)
+
+
+def _add(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> Float[Tensor, "row d"]:
+    return rows + vector.to(rows)
+
+
+def _project(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> Float[Tensor, "row d"]:
+    unit = torch.nn.functional.normalize(vector.float(), dim=0)
+    along = einsum(rows.float(), unit, "row d, d -> row")
+    return (rows.float() - einsum(along, unit, "row, d -> row d")).to(rows.dtype)
+
+
+MODES: Mapping[str, Rewrite] = {"replace": _replace, "add": _add, "project": _project}
+"""The modes that have a name and write a vector; ``"zero"`` has none to write."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,4 +61,5 @@ class InSubspace:
     ) -> Float[Tensor, "row d"]:
         """The activation with its part in the subspace replaced by the vector's."""
         directions = self.directions.to(activation)
-        return activation + (vector - activation) @ directions.T @ directions
+        inside = einsum(vector - activation, directions, "row d, rank d -> row rank")
+        return activation + einsum(inside, directions, "row rank, rank d -> row d")

@@ -21,9 +21,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.activations import Reader, read_prompts
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.models.forward import (
@@ -65,6 +67,8 @@ class Chunk:
         logits: ``[row, variant, answer_pos, vocab]``.
         answers: ``[row, answer_pos]`` token ids.
         mask: ``[row, answer_pos]``, False behind the end of shorter answers.
+        observed: ``[row, layer, ...]`` of the unedited pass at the last prompt token, once for each
+            prompt; None in its other chunks.
     """
 
     rows: tuple[int, ...]
@@ -72,6 +76,22 @@ class Chunk:
     logits: Float[Tensor, "row variant answer_pos vocab"]
     answers: Int[Tensor, "row answer_pos"]
     mask: Bool[Tensor, "row answer_pos"]
+    observed: Float[Tensor, "row layer ..."] | None = None
+
+
+@dataclass(frozen=True)
+class NumberChunk:
+    """What a model of the lab predicts after some prompts of vectors.
+
+    Attributes:
+        rows: The prompts' indices.
+        predictions: ``[row, variant]``.
+        observed: As in :class:`Chunk`.
+    """
+
+    rows: tuple[int, ...]
+    predictions: Float[Tensor, "row variant"]
+    observed: Float[Tensor, "row layer ..."] | None = None
 
 
 def answer_logits(
@@ -80,7 +100,7 @@ def answer_logits(
     answers: Sequence[Sequence[int]],
     variants: Sequence[Variant],
     *,
-    watch: Variant = (),
+    observe: Sequence[str] = (),
     max_tokens: int | None = None,
 ) -> Iterator[Chunk]:
     """Teacher-forced logits of every prompt's answer under every variant, chunk by chunk.
@@ -92,8 +112,7 @@ def answer_logits(
         prompts: Token ids of each prompt.
         answers: Token ids of each prompt's answer.
         variants: Interventions to do together, for each variant.
-        watch: Interventions that change nothing and see the last prompt token of the model as it
-            is, before each chunk that has the empty variant, which must be there.
+        observe: Full names of hook points to read at the last prompt token of the unedited pass.
         max_tokens: The most tokens in one pass, which bounds memory; by default from the model's
             size and the free memory.
 
@@ -121,17 +140,17 @@ def answer_logits(
     ):
         batch = batch.to(device)
         ids, mask = _pad_right([answers[row] for row in batch.rows], device)
-        alone: Sequence[int] = plain
+        alone, to_read = plain, observe
         if packed and not _fits(can, batch.tokens.shape[1] + ids.shape[1]):
-            alone = range(len(variants))
+            alone = list(range(len(variants)))
         elif packed:
-            yield from _packed(model, batch, ids, mask, variants, packed, budget, watch)
+            yield from _packed(model, batch, ids, mask, variants, packed, budget, observe)
+            to_read = ()
         size = max(1, budget // longest)
         for start in range(0, len(batch.rows) if alone else 0, size):
             some, end = batch.part(start, start + size), start + size
-            for index in alone:
-                logits = _plain(model, some, ids[start:end], variants[index] or watch)
-                yield Chunk(some.rows, (index,), logits[:, None], ids[start:end], mask[start:end])
+            of_answers = ids[start:end], mask[start:end]
+            yield from _one_by_one(model, some, *of_answers, variants, alone, to_read)
 
 
 def answer_numbers(
@@ -139,26 +158,32 @@ def answer_numbers(
     prompts: Sequence[Float[Tensor, "pos dim"]],
     variants: Sequence[Variant],
     *,
+    observe: Sequence[str] = (),
     max_tokens: int | None = None,
-) -> Float[Tensor, "variant example"]:
+) -> Iterator[NumberChunk]:
     """The number that a model of the lab predicts after each prompt of vectors, by variant.
 
     Args:
         model: A model that reads vectors and predicts one number a pair.
         prompts: The prompts; the last vector of each is its query.
         variants: Interventions to do together, for each variant.
+        observe: As for :func:`answer_logits`.
         max_tokens: The most tokens in one pass.
+
+    Yields:
+        Chunks that together cover every prompt once.
     """
     device = device_of(model)
-    numbers = torch.zeros(len(variants), len(prompts))
     size = max(1, (max_tokens or _VECTORS) // max(map(len, prompts)))
     for batch in batches(prompts, batch_size=size, pad=0, same_length=True):
         batch = batch.to(device)
-        for index, variant in enumerate(variants):
-            hooks = prompt_hooks(variant, batch.mask)
-            predicted = model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
-            numbers[index, list(batch.rows)] = predicted[:, -1].float().cpu()
-    return numbers
+        predicted = [
+            model.run_with_hooks(batch.tokens, fwd_hooks=prompt_hooks(variant, batch.mask))
+            for variant in variants
+        ]
+        last = torch.stack([numbers[:, -1].float().cpu() for numbers in predicted], dim=1)
+        observed = read_prompts(model, batch, observe) if observe else None
+        yield NumberChunk(batch.rows, last, observed)
 
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:
@@ -260,7 +285,7 @@ def _packed(
     variants: Sequence[Variant],
     chosen: Sequence[int],
     budget: int,
-    watch: Variant,
+    observe: Sequence[str],
 ) -> Iterator[Chunk]:
     """One pass over the prompts, then the chosen variants of prompts whose answers are alike."""
     cache = run_prefix(model, batch.tokens[:, :-1], batch.mask[:, :-1])
@@ -282,11 +307,12 @@ def _packed(
             for start in range(0, max(len(edited), 1), branches):
                 some = tuple(edited[start : start + branches])
                 edits = [moved[index] for index in some]
-                seen = watch if start == 0 else ()
-                logits = _suffix(model, branch, prefix, kept, edits, seen)
-                if start == 0 and plain:
+                reader = Reader(observe if start == 0 else (), 0)
+                logits = _suffix(model, branch, prefix, kept, edits, reader)
+                if start == 0 and (plain or observe):
                     unedited = logits[:, :1].expand(-1, len(plain), -1, -1)
-                    yield Chunk(numbers, plain, unedited, answers, mask[rows, :length])
+                    observed = reader.take() if observe else None
+                    yield Chunk(numbers, plain, unedited, answers, mask[rows, :length], observed)
                 if some:
                     yield Chunk(numbers, some, logits[:, 1:], answers, mask[rows, :length])
 
@@ -297,24 +323,24 @@ def _suffix(
     prefix: Bool[Tensor, "row pos"],
     cache: Any,
     variants: Sequence[Variant],
-    watch: Variant,
+    reader: Reader,
 ) -> Float[Tensor, "row branch answer_pos vocab"]:
     """Logits of the unedited branch and of one branch a variant, in order of first edits."""
-    n_rows, length = branch.shape
+    length = branch.shape[1]
     n_branches = 1 + len(variants)
     first = [_first(variant) for variant in variants]
     active = [1 + bisect_right(first, layer) for layer in range(int(model.cfg.n_layers))]
     bias = branch_mask(prefix, n_branches=n_branches, branch_length=length, dtype=mask_dtype(model))
     logits = run_branches(
         model,
-        branch.repeat(1, n_branches),
+        repeat(branch, "row pos -> row (branch pos)", branch=n_branches),
         bias,
         branch_positions(prefix, n_branches=n_branches, branch_length=length),
         cache,
-        _branch_hooks([watch, *variants], length),
+        [*reader.hooks, *_branch_hooks([(), *variants], length)],
         active=active if capabilities(model).shares_layers else None,
     )
-    return logits.view(n_rows, n_branches, length, -1)
+    return rearrange(logits, "row (branch pos) vocab -> row branch pos vocab", branch=n_branches)
 
 
 def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Tensor, " row"]]:
@@ -379,16 +405,30 @@ def _at_prompt(intervention: Intervention, prompt_mask: Tensor) -> Callable[...,
     return hook_function
 
 
-def _plain(
+def _one_by_one(
     model: Any,
     batch: Batch,
     ids: Int[Tensor, "row answer_pos"],
-    variant: Variant,
-) -> Float[Tensor, "row answer_pos vocab"]:
-    """One variant on whole sequences."""
+    mask: Bool[Tensor, "row answer_pos"],
+    variants: Sequence[Variant],
+    chosen: Sequence[int],
+    observe: Sequence[str],
+) -> Iterator[Chunk]:
+    """One pass over whole sequences for each of the chosen variants."""
+    unedited = next((index for index in chosen if not variants[index]), None)
+    observed = None
+    if observe and unedited is None:
+        observed = read_prompts(model, batch, observe)
     width, length = batch.tokens.shape[1], ids.shape[1]
     tokens = torch.cat([batch.tokens, ids[:, :-1]], dim=1)
     # The padding behind short answers counts as real: nothing before it sees it.
     whole = torch.cat([batch.mask, torch.ones_like(ids[:, :-1], dtype=torch.bool)], dim=1)
-    logits = run_prompts(model, tokens, whole, prompt_hooks(variant, batch.mask))
-    return logits[:, width - 1 : width - 1 + length]
+    for index in chosen:
+        reader = Reader(observe if index == unedited else (), width - 1)
+        hooks = [*reader.hooks, *prompt_hooks(variants[index], batch.mask)]
+        logits = run_prompts(model, tokens, whole, hooks)
+        if observe and index == unedited:
+            observed = reader.take()
+        answered = logits[:, None, width - 1 : width - 1 + length]
+        yield Chunk(batch.rows, (index,), answered, ids, mask, observed)
+        observed = None

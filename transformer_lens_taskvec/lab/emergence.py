@@ -94,8 +94,8 @@ class Emergence(Shown):
         """The query's squared error with the target's representation, over that without a swap."""
         ratios = []
         for swap in self.swaps:
-            before = torch.tensor([swap.baseline.of(task).mean_nll for task in swap.sources])
-            ratios.append(1 + swap.nll.float() / before[:, None])
+            before = torch.tensor([swap.baseline.of(task).mean_loss for task in swap.sources])
+            ratios.append(1 + swap.delta_loss.float() / before[:, None])
         return torch.stack(ratios)
 
     @property
@@ -280,7 +280,7 @@ def swap_matrix(
         >>> mixture = run.config.mixture
         >>> train, test = (lab.regression_episodes(mixture, 20, seed=seed) for seed in (0, 1))
         >>> swaps = lab.swap_matrix(run.model(), train, test, layer=3)
-        >>> swaps.nll.shape, bool(swaps.conditional_decoding > 0)
+        >>> swaps.delta_loss.shape, bool(swaps.conditional_decoding > 0)
         (torch.Size([4, 4]), True)
     """
     if train[0].n_shots < 1:
@@ -290,7 +290,7 @@ def swap_matrix(
         at = 2 * demo + 1  # the token of its output
         vectors = task_vectors(collect(model, train, layers=[layer], position=at))
         for task, interventions in edits.items():
-            vector, mode = vectors.at(task, layer), vectors.subspace(layer)
+            vector, mode = vectors[task, layer], vectors.subspace(layer)
             interventions.append(inject(vector, layer, mode=mode, position=at))
     return matrix_of_edits(model, test, edits, layer)
 
@@ -375,7 +375,7 @@ def posterior_agreement(
     episodes = regression_episodes(mixture, n, n_shots, seed=seed)
     activations = collect(run.model(step), episodes, position=position)
     decodability = task_decodability(activations, k=k)
-    layer = decodability.best_layer if layer is None else layer
+    layer = decodability.best_layer() if layer is None else layer
     labels = activations.labels
     xs = torch.stack([episode.xs for episode in episodes])
     ys = torch.stack([episode.ys for episode in episodes])

@@ -54,6 +54,10 @@ class RegressionEpisode:
         """The tokens ``x_1, y_1, ..., x_n``."""
         return interleave(self.xs[None], self.ys[None])[0]
 
+    def is_right(self, prediction: float) -> bool:
+        """Whether a prediction of the answer counts as right."""
+        return abs(prediction - self.answer) <= self.tolerance
+
     @property
     def n_shots(self) -> int:
         """The number of demonstrations."""

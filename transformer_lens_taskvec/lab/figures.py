@@ -67,14 +67,14 @@ def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[s
     at = dict(zip(emergence.steps, emergence.swaps, strict=True))
     last = run.model(moments[-1])
     pruned = head_effects(last, episodes, on=episodes, ablation="zero", position=None)
-    harm = -pruned.log_probability_by_task
+    harm = -pruned.gain
     reach = float(harm.flatten().kthvalue(max(1, int(0.9 * harm.numel()))).values.clamp(min=1e-3))
 
     def embedding(step: int, ax: Any) -> None:
         plot_embedding(collect(run.model(step), episodes), emergence.best_layer, ax)
 
     def swap(step: int, ax: Any) -> None:
-        plot_perturbation(at[step], ax, reach=float(at[moments[-1]].nll.abs().max()))
+        plot_perturbation(at[step], ax, reach=float(at[moments[-1]].delta_loss.abs().max()))
 
     return {
         "training": figure_of(plot_training(emergence)[0]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformer_lens_taskvec.models.tokens import keep_bos_habit
+
 
 def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
     """A ``TransformerBridge`` around a Hugging Face model, named as that is.
@@ -35,4 +37,5 @@ def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
     bridge = TransformerBridge.boot_transformers(
         name, hf_model=hf_model.eval(), tokenizer=tokenizer, **kwargs
     )
+    keep_bos_habit(bridge.tokenizer, tokenizer)
     return bridge.to(bridge.cfg.device, print_details=False)

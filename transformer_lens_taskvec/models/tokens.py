@@ -1,12 +1,13 @@
 """Prompts as padded batches of tokens.
 
 Texts are tokenised without special tokens, the prompt and the answer apart, so that no token spans
-the boundary between them. A beginning-of-sequence token is prepended only on request. Batches are
-left-padded: the last prompt token of every row stands at index -1.
+the boundary between them. A beginning-of-sequence token (BOS) is put before a prompt where its
+template says so. Batches are left-padded: the last prompt token of every row stands at index -1.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,29 +48,101 @@ Tokens = Sequence[int] | Float[Tensor, "pos dim"]
 """A prompt as the model reads it: token ids, or real vectors for a model of the lab."""
 
 
-def encode(model: Any, prompts: Sequence[str | Tensor], *, prepend_bos: bool = False) -> list[Any]:
-    """Token ids of each text, without special tokens but a BOS on request.
+def encode(model: Any, prompts: Sequence[str | Tensor], *, bos: bool | None = None) -> list[Any]:
+    """Return the token ids of each text, with a BOS before it or without.
 
     Prompts that are vectors already, ``[pos, dim]``, stay as they are.
 
+    Args:
+        model: The model whose tokenizer it is.
+        prompts: Texts, or vectors for a model of the lab.
+        bos: Whether a BOS stands before each text; None for :func:`bos_habit`.
+
     Raises:
-        ValueError: If the model has no tokenizer, the tokenizer has no BOS token where one was
-            asked for, a text has no tokens, or texts and vectors are mixed.
+        ValueError: If the model has no tokenizer, the tokenizer has no BOS where one was asked
+            for, a text has no tokens, or texts and vectors are mixed.
     """
     vectors = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if vectors and (texts or prepend_bos):
-        raise ValueError("prompts of vectors go without a BOS token, and without texts among them")
-    return vectors or list(_encode_texts(model, texts, prepend_bos))
+    if vectors and (texts or bos):
+        raise ValueError("prompts of vectors take no BOS and no texts among them")
+    return vectors or _encode_texts(model, texts, bos_habit(model) if bos is None else bos)
 
 
-def _encode_texts(model: Any, texts: Sequence[str], prepend_bos: bool) -> list[list[int]]:
+def encode_prompts(model: Any, episodes: Sequence[Any]) -> tuple[list[Any], bool]:
+    """Return the token ids of each episode's prompt, and whether a BOS stands before them.
+
+    Raises:
+        ValueError: As for :func:`encode`, or if some templates ask for a BOS and others for none.
+    """
+    prompts = [episode.prompt for episode in episodes]
+    asked = {episode.template.bos for episode in episodes}
+    if None in asked:
+        habit = not isinstance(prompts[0], Tensor) and bos_habit(model)
+        asked = {habit if one is None else one for one in asked}
+    if len(asked) > 1:
+        raise ValueError(
+            "some of the episodes' templates put a BOS before the prompt and others do not; "
+            "give them one template"
+        )
+    (bos,) = asked
+    return encode(model, prompts, bos=bos), bos
+
+
+def bos_habit(model: Any) -> bool:
+    """Return whether the model's tokenizer puts a BOS before a text by itself.
+
+    The habit is that of the tokenizer before TransformerLens changed it: TransformerLens reloads
+    the tokenizers it is given such that they put one. It only ever adds one, so a tokenizer that
+    puts none never did; another is known from when it was loaded, or is loaded again by its name.
+
+    Raises:
+        ValueError: If it cannot be known.
+    """
+    tokenizer = _tokenizer(model)
+    if tokenizer not in _HABITS:
+        _HABITS[tokenizer] = puts_bos(tokenizer) and _reloaded_puts_bos(tokenizer)
+    return _HABITS[tokenizer]
+
+
+def keep_bos_habit(changed: Any, original: Any) -> None:
+    """Note that a tokenizer is a changed copy of another, whose habit still counts."""
+    if changed is not original and original is not None:
+        _HABITS[changed] = _HABITS.get(original, puts_bos(original))
+
+
+def puts_bos(tokenizer: Any) -> bool:
+    """Return whether a tokenizer, as it is, puts a BOS before a text."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return list(tokenizer("a")["input_ids"])[: 1 + len(bare)] == [bos, *bare]
+
+
+# Facts about tokenizers that are alive, each found out once.
+_HABITS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _reloaded_puts_bos(tokenizer: Any) -> bool:
+    from transformers import AutoTokenizer
+
+    name = getattr(tokenizer, "name_or_path", "")
+    try:
+        return puts_bos(AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"whether the tokenizer {name!r} puts a BOS before a prompt cannot be known: "
+            "TransformerLens may have changed it, and it cannot be loaded again "
+            f"({type(error).__name__}). Say which: PromptTemplate(..., bos=True) or bos=False"
+        ) from error
+
+
+def _encode_texts(model: Any, texts: Sequence[str], bos: bool) -> list[Any]:
     prefix: list[int] = []
-    if prepend_bos:
-        bos = token_id(model, "bos")
-        if bos is None:
-            raise ValueError("prepend_bos=True, and the model's tokenizer has no BOS token")
-        prefix = [bos]
+    if bos:
+        token = token_id(model, "bos")
+        if token is None:
+            raise ValueError("the template has bos=True, and the model's tokenizer has no BOS")
+        prefix = [token]
     encoded = [prefix + ids for ids in _token_ids(_tokenizer(model), texts)]
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:

@@ -10,25 +10,27 @@ the task and TD of the instruction come apart.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any
 
 import pandas as pd
 import torch
 
+from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec.activations import Observe
 from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.prompts import (
     EXAMPLE_ARROW,
     PromptTemplate,
-    _instructed,
     sample_episodes,
     with_instructions,
 )
-from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate
-from transformer_lens_taskvec.tasks.base import Task
+from transformer_lens_taskvec.scoring import Scores, evaluate_many
+from transformer_lens_taskvec.tasks.base import NULL, Task
 
 POS_INSTRUCTIONS: Mapping[str, str] = {
     "Noun": "Find the first noun in the sentence.",
@@ -79,25 +81,26 @@ class InstructionStudy(Shown):
     of_instruction: Decodability
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a condition: ``condition, layer, td, td_at_input, td_of_instruction, accuracy``.
+        """One row per condition: ``condition, layer, td, td_at_input, ..., accuracy``.
 
         Means over tasks; Null is left out of the accuracy.
         """
         rows = []
         for condition, found in self.decodability.items():
             scores = self.scores[condition]
-            real = [scores.of(task).accuracy for task in scores.tasks if task != "Null"]
+            real = [scores.of(task) for task in scores.tasks if task != NULL]
             of_instruction = None
             if condition == "random":
-                of_instruction = float(self.of_instruction.at(found.best_layer).mean())
+                of_instruction = float(self.of_instruction.at(found.best_layer()).mean())
             rows.append(
                 {
                     "condition": condition,
-                    "layer": found.best_layer,
+                    "layer": found.best_layer(),
                     "td": float(found.mean.max()),
                     "td_at_input": float(self.at_input[condition].mean.max()),
                     "td_of_instruction": of_instruction,
-                    "accuracy": sum(real) / len(real),
+                    "accuracy": mean(own.accuracy for own in real),
+                    **{name: mean(own.mean(name) for own in real) for name in scores.extra},
                 }
             )
         return pd.DataFrame(rows)
@@ -117,7 +120,7 @@ def prompting_study(
     k: int = 10,
     seed: int = 0,
     template: PromptTemplate = EXAMPLE_ARROW,
-    prepend_bos: bool = False,
+    metrics: Iterable[str | Metric] = (),
     progress: bool = False,
 ) -> InstructionStudy:
     """Measure what naming the task does (Han et al. 2025, App. I), with the checks it needs.
@@ -131,7 +134,7 @@ def prompting_study(
         k: Neighbours that vote in TD.
         seed: Seed of the sampling.
         template: How the episodes become text.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
+        metrics: Further metrics, as for :func:`evaluate_many`.
         progress: Whether to show progress bars.
 
     Returns:
@@ -150,23 +153,20 @@ def prompting_study(
         True
     """
     episodes = sample_episodes(tasks, n, n_shots, seed, template=template)
-    names, rng = list(tasks), random.Random(seed)
+    names, rng, metrics = list(tasks), random.Random(seed), list(metrics)
     told = [rng.choice(names) for _ in episodes]
     conditions = {
         "plain": episodes,
         "instructed": with_instructions(episodes, instructions),
-        "random": [
-            _instructed(episode, instructions[name])
-            for episode, name in zip(episodes, told, strict=True)
-        ],
+        "random": with_instructions(episodes, [instructions[name] for name in told]),
     }
     decodability, scores, at_input = {}, {}, {}
     for condition, some in conditions.items():
-        activations, [scores[condition]] = collect_and_evaluate(
-            model, some, prepend_bos=prepend_bos, progress=progress
+        activations, [scores[condition]] = evaluate_many(
+            model, some, [[]], observe=Observe(), metrics=metrics, progress=progress
         )
         decodability[condition] = task_decodability(activations, k)
-        words = input_embeddings(model, some, prepend_bos=prepend_bos)
+        words = input_embeddings(model, some)
         at_input[condition] = task_decodability(words, k)
     by_instruction = replace(
         activations, labels=torch.tensor([names.index(name) for name in told]), tasks=tuple(names)

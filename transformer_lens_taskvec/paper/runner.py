@@ -115,7 +115,7 @@ def write_checkpoint_study(
         return run_study(loaded, bitwise_tasks(), shots=shots, steer_shots=(), **options)
 
     # What another size, seed or prompt left is not what is asked for.
-    kept = Path(out) / "n{n}-seed{seed}-bos{prepend_bos:d}".format(**options)
+    kept = Path(out) / "n{n}-seed{seed}-bos{template.bos}".format(**options)
     found = over_checkpoints(
         name, checkpoints, study, load=load, folder=kept, progress=bool(options["progress"])
     )

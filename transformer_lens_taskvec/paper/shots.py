@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from transformer_lens_taskvec import plots
 from transformer_lens_taskvec._utils.atomic_io import write_text
+from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.activations import collect
+from transformer_lens_taskvec.activations import Observe, collect
 from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_variants
 from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit, td_vs_accuracy
 from transformer_lens_taskvec.models.protocol import model_name
+from transformer_lens_taskvec.paper.published import PUBLISHED_R2
 from transformer_lens_taskvec.prompts import (
     EXAMPLE_ARROW,
     Episode,
@@ -32,14 +35,12 @@ from transformer_lens_taskvec.prompts import (
     sample_splits,
     with_instructions,
 )
-from transformer_lens_taskvec.scoring import Scores, collect_and_evaluate
-from transformer_lens_taskvec.tasks.base import Task
+from transformer_lens_taskvec.scoring import Scores, evaluate_many
+from transformer_lens_taskvec.tasks.base import NULL, Task
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-from transformer_lens_taskvec.paper.published import PUBLISHED_R2
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,7 +87,7 @@ class ShotStudy(Shown):
         return next(iter(self.scores.values())).tasks
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a task and number of shots.
+        """One row per task and number of shots.
 
         Columns ``task, shots, layer, td, td_low, td_high, accuracy, low, high`` (95 % intervals,
         Wilson's of the accuracy) and ``positive, negative`` where there are interventions.
@@ -108,6 +109,7 @@ class ShotStudy(Shown):
                     "accuracy": scores.accuracy,
                     "low": low,
                     "high": high,
+                    **{name: scores.mean(name) for name in scores.extra},
                 }
                 if shots in self.steering:
                     row["positive"] = self.steering[shots].positive.of(task).accuracy
@@ -134,8 +136,6 @@ class ShotStudy(Shown):
 
     def figures(self) -> dict[str, Figure]:
         """TD against accuracy, TD by layer, pairwise TD, an embedding, and the interventions."""
-        from transformer_lens_taskvec import plots
-
         most = self.decodability[max(self.shots)]
         drawn = {
             "td_vs_accuracy": plots.plot_td_vs_accuracy(self.fit),
@@ -167,7 +167,7 @@ class ShotStudy(Shown):
             lines.append(
                 f"- {shots} shots: mean TD {float(found.at(self.layer).mean()):.2f} (chance "
                 f"{found.chance:.2f}); on these episodes the highest is "
-                f"{float(found.mean.max()):.2f}, at layer {found.best_layer}."
+                f"{float(found.mean.max()):.2f}, at layer {found.best_layer()}."
             )
         lines += [
             f"- {self.fit!r}.",
@@ -182,10 +182,8 @@ class ShotStudy(Shown):
 
     def save(self, folder: str | Path, name: str = "study") -> list[Path]:
         """Write ``results.json``, the figures, and ``report.md``; returns their paths."""
-        from transformer_lens_taskvec.plots import save_figures
-
         folder = Path(folder)
-        paths = save_figures(self.figures(), folder)
+        paths = plots.save_figures(self.figures(), folder)
         write_text(folder / "results.json", json.dumps(self.to_json(), indent=1) + "\n")
         write_text(
             folder / "report.md",
@@ -208,12 +206,12 @@ def run_study(
     n: int = 100,
     n_vectors: int | None = None,
     k: int = 10,
-    null: str = "Null",
+    null: str = NULL,
     seed: int = 0,
     template: PromptTemplate = EXAMPLE_ARROW,
     instructions: Mapping[str, str] | None = None,
+    metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
-    prepend_bos: bool = False,
     progress: bool = False,
 ) -> ShotStudy:
     """TD, accuracy and interventions of tasks at several numbers of shots.
@@ -236,8 +234,8 @@ def run_study(
         template: How the episodes become text.
         instructions: For each task a text that the prompt begins with; see
             :func:`with_instructions`.
+        metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         progress: Whether to show progress bars.
 
     Returns:
@@ -265,7 +263,6 @@ def run_study(
         raise ValueError(f"no task {null!r} among {', '.join(tasks)}; it is the negative one")
     n_vectors = n if n_vectors is None else n_vectors
     steer_shots = tuple(shots) if steer_shots is None else tuple(steer_shots)
-    options: dict[str, Any] = {"prepend_bos": prepend_bos, "progress": progress}
     test, means = {}, {}
     td_of_train: list[Decodability] = []
     for count in shots:
@@ -274,17 +271,27 @@ def run_study(
             parts = [with_instructions(part, instructions) for part in parts]
         train, test[count] = parts
         if layer is None or count in steer_shots:
-            of_train = collect(model, train, layers=None if layer is None else [layer], **options)
+            of_train = collect(
+                model, train, layers=None if layer is None else [layer], progress=progress
+            )
             means[count] = task_vectors(of_train)
             td_of_train.append(task_decodability(of_train, k))
     layer = _peak(td_of_train) if layer is None else layer
-    options["stop"] = stop
     decodability, scores, steering = {}, {}, {}
+    metrics = list(metrics)
     for count in shots:
-        steer = steering_variants(means[count], layer, null) if count in steer_shots else None
-        activations, found = collect_and_evaluate(model, test[count], variants_of=steer, **options)
+        steers = count in steer_shots
+        activations, found = evaluate_many(
+            model,
+            test[count],
+            steering_variants(means[count], layer, null) if steers else [[]],
+            observe=Observe(),
+            metrics=metrics,
+            stop=stop,
+            progress=progress,
+        )
         decodability[count], scores[count] = task_decodability(activations, k), found[0]
-        if steer is not None:
+        if steers:
             steering[count] = SteeringEffect(found[0], found[1], found[2], layer)
     settings = {
         "n": n,
@@ -294,7 +301,7 @@ def run_study(
         "template": asdict(template),
         "instructions": None if instructions is None else dict(instructions),
         "stop": stop,
-        "prepend_bos": prepend_bos,
+        "bos": scores[shots[0]].bos,
     }
     fit = td_vs_accuracy(decodability, scores, layer=layer, leave_out=(null,))
     return ShotStudy(model_name(model), decodability, scores, steering, layer, fit, settings)

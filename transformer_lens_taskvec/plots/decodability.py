@@ -151,7 +151,7 @@ def plot_pairwise(
         >>> tv.plot_pairwise(found, layer=1).get_title()
         'Decodability of pairs, layer 1'
     """
-    layer = decodability.best_layer if layer is None else layer
+    layer = decodability.best_layer() if layer is None else layer
     values = decodability.pairwise(layer)
     names = decodability.tasks
     ax = heat_map(

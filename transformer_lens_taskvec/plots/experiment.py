@@ -23,7 +23,7 @@ def experiment_figures(experiment: Experiment) -> dict[str, Figure]:
     Returns:
         Figures by name, for :func:`save_figures`.
     """
-    best = experiment.decodability.best_layer
+    best = experiment.decodability.best_layer()
     drawn = {
         "layer_sweep": plot_layer_sweep(experiment.sweep),
         "decodability": plot_decodability(experiment.decodability),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 from typing import TYPE_CHECKING
 
+from transformer_lens_taskvec.scoring import LOSS_LABELS
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ def plot_head_effects(
     if task is not None and task not in effects.tasks:
         raise ValueError(f"no effects on {task!r}; there are: {', '.join(effects.tasks)}")
     ax = new_axes(ax)
-    values = effects.log_probability
-    if task is not None:
-        values = effects.log_probability_by_task[effects.tasks.index(task)]
+    if task is None:
+        values = effects.gain.mean(dim=0)
+    else:
+        values = effects.gain[effects.tasks.index(task)]
     reach = reach or float(values.abs().max()) or 1.0
     image = ax.imshow(values.tolist(), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     what = (
@@ -74,11 +76,9 @@ def plot_head_effects(
     ax.set_xticks(range(values.shape[1]))
     ax.set_yticks(range(values.shape[0]) if values.shape[0] <= 12 else ax.get_yticks())
     ax.set_ylim(values.shape[0] - 0.5, -0.5)
-    of_text = effects.baseline.loss.startswith("NLL")
-    if of_text:
-        label = "change in log-probability (nats)"
-    else:
-        label = f"decrease in {effects.baseline.loss}"
+    label = "change in log-probability (nats)"
+    if effects.baseline.loss_kind != "nll":
+        label = f"decrease in {LOSS_LABELS[effects.baseline.loss_kind]}"
     ax.figure.colorbar(image, ax=ax, label=label)
     return ax
 
@@ -107,7 +107,7 @@ def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None
         'Cosines of task vectors less their mean, layer 1'
     """
     layer = vectors.layers[len(vectors.layers) // 2] if layer is None else layer
-    values = torch.stack([vectors.at(task, layer) for task in vectors.tasks])
+    values = vectors.at(layer)
     centred = torch.nn.functional.normalize(values - values.mean(dim=0), dim=-1)
     cosines, names = centred @ centred.T, vectors.tasks
     ax = heat_map(cosines, names, names, ax, label="cosine", colours="RdBu_r", ends=(-1, 1))

@@ -19,6 +19,7 @@ from transformer_lens_taskvec.plots.style import (
     task_style,
     whole_numbers,
 )
+from transformer_lens_taskvec.scoring import LOSS_LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,14 +48,15 @@ def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
         'exact-match accuracy'
     """
     ax = new_axes(ax)
+    places = [0 if layer is None else layer for layer in sweep.layers]
     if sweep.controls:
         beside = torch.cat([control.accuracy for control in sweep.controls.values()], dim=1)
         low, high = beside.min(dim=1).values.tolist(), beside.max(dim=1).values.tolist()
         name = "controls" if len(sweep.controls) > 1 else f"{next(iter(sweep.controls))} vectors"
-        ax.fill_between(sweep.layers, low, high, color=GREY, alpha=0.3, linewidth=0, label=name)
+        ax.fill_between(places, low, high, color=GREY, alpha=0.3, linewidth=0, label=name)
     for index, task in enumerate(sweep.tasks):
         style = task_style(index, task)
-        ax.plot(sweep.layers, sweep.accuracy[:, index].tolist(), label=task, **style)
+        ax.plot(places, sweep.accuracy[:, index].tolist(), label=task, **style)
         before = float(sweep.baseline_accuracy[index])
         ax.axhline(before, color=style["color"], linestyle=":", linewidth=0.8)
     ax.set(
@@ -115,7 +117,7 @@ def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
 def plot_perturbation(
     matrix: PerturbationMatrix, ax: Axes | None = None, *, reach: float | None = None
 ) -> Axes:
-    """Heat map of the change in NLL: red where an injected vector does harm.
+    """Heat map of the change in loss: red where an injected vector does harm.
 
     Args:
         matrix: From :func:`perturbation_matrix`.
@@ -134,10 +136,10 @@ def plot_perturbation(
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('injected task vector', 'task of the prompt')
     """
-    reach = reach or float(matrix.nll.abs().max()) or 1.0
-    change = f"change in {matrix.baseline.loss}"
+    reach = reach or float(matrix.delta_loss.abs().max()) or 1.0
+    change = f"change in {LOSS_LABELS[matrix.baseline.loss_kind]}"
     ax = heat_map(
-        matrix.nll,
+        matrix.delta_loss,
         matrix.sources,
         matrix.targets,
         ax,

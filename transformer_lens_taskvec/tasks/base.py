@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+NULL = "Null"
+"""The name of the task without a task: inputs as in the others, answers at random."""
+
 
 @dataclass(frozen=True)
 class Example:

@@ -1,19 +1,14 @@
 """Vectors: every way to make a task vector; each returns something that can be injected."""
 
-from transformer_lens_taskvec.vectors.base import TaskVectors
-from transformer_lens_taskvec.vectors.heads import (
-    FunctionVector,
-    HeadEffects,
-    function_vector,
-    head_effects,
-)
+from transformer_lens_taskvec.vectors.base import Injectable, TaskVectors
+from transformer_lens_taskvec.vectors.heads import HeadEffects, function_vectors, head_effects
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 __all__ = [
-    "FunctionVector",
     "HeadEffects",
+    "Injectable",
     "TaskVectors",
-    "function_vector",
+    "function_vectors",
     "head_effects",
     "task_vectors",
 ]

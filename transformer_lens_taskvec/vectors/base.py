@@ -1,17 +1,17 @@
-"""Task vectors: for each task the mean of its activations, at each layer (Han et al. 2025, App. C).
+"""What can be injected, and task vectors: one vector for each task and layer.
 
-They are saved as safetensors, with the names that make them usable inside the file; loading never
-unpickles.
+Task vectors are saved as safetensors, with the names that make them usable inside the file; loading
+never unpickles.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -23,19 +23,93 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.atomic_io import reading, replacing
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Source, layer_index
-from transformer_lens_taskvec.interventions.modes import InSubspace
+from transformer_lens_taskvec.interventions.intervention import Intervention, inject
+from transformer_lens_taskvec.interventions.modes import MODES, InSubspace, Mode
 from transformer_lens_taskvec.models.protocol import model_name
+from transformer_lens_taskvec.prompts import AnyEpisode
 
-if TYPE_CHECKING:
-    pass
+_FORMAT = "taskvec-2"
+_SOURCE = {"model": str, "hook": str, "position": int, "template": str, "bos": bool, "mode": str}
 
 
-_FORMAT = "taskvec-1"
+@runtime_checkable
+class Injectable(Protocol):
+    """What can be injected: every way of making a task vector returns one.
+
+    Sweeps, controls, perturbations and experiments take any object with these members. ``layers``
+    are the choices to sweep; an object that acts at all layers at once has the one choice None.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
+        >>> isinstance(vectors, tv.Injectable)
+        True
+        >>> vectors.inject("XOR", 1)
+        [Intervention(blocks.1.hook_resid_post, replace, |v|=15.9, position=-1)]
+    """
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[int | None]:
+        """The layers to choose from, counted from 0."""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """Where it comes from."""
+        ...
+
+    def inject(
+        self,
+        task: str,
+        layer: int | None,
+        *,
+        mode: Mode | None = None,
+        scale: float = 1.0,
+        position: int | Sequence[int] | None = -1,
+    ) -> list[Intervention]:
+        """The interventions that do the task.
+
+        Args:
+            task: One of ``tasks``.
+            layer: One of ``layers``.
+            mode: As for :func:`inject`; None for its own.
+            scale: As for :func:`inject`.
+            position: As for :func:`inject`.
+        """
+        ...
+
+
+def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode] = ()) -> None:
+    """Raise ``ValueError`` unless vectors are of this model, these tasks, and this use of a BOS."""
+    source = vectors.source
+    if model_name(model) != source.model:
+        raise ValueError(
+            f"these vectors come from {source.model!r}, the model is {model_name(model)!r}"
+        )
+    missing = [e for e in dict.fromkeys(e.task for e in episodes) if e not in vectors.tasks]
+    if missing:
+        raise ValueError(
+            f"no vector for {', '.join(missing)}; the vectors are of: {', '.join(vectors.tasks)}"
+        )
+    for bos in {episode.template.bos for episode in episodes} - {None}:
+        if bos is not source.bos:
+            with_or_without = "with" if source.bos else "without"
+            raise ValueError(
+                f"these vectors come from prompts {with_or_without} a BOS, and the episodes' "
+                f"template has bos={bos}; use one template for both"
+            )
 
 
 @dataclass(frozen=True, repr=False)
 class TaskVectors(Shown):
-    """One vector a task and layer.
+    """One vector for each task and layer.
 
     Attributes:
         values: ``[task, layer, d_model]``, float32 on the CPU (``[task, layer, head, d]`` for a
@@ -49,8 +123,10 @@ class TaskVectors(Shown):
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> vectors["XOR"].shape, vectors.at("XOR", 1).shape  # by layer, at layer 1
+        >>> vectors["XOR"].shape, vectors["XOR", 1].shape  # by layer, at layer 1
         (torch.Size([4, 64]), torch.Size([64]))
+        >>> vectors.at(1).shape  # [task, d_model]
+        torch.Size([6, 64])
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     vectors.save(f"{folder}/bitwise.safetensors")
@@ -63,24 +139,65 @@ class TaskVectors(Shown):
     layers: tuple[int, ...]
     source: Source
 
-    def __getitem__(self, task: str) -> Float[Tensor, "layer d_model"]:
-        """The vectors of one task, one a layer in the order of ``layers``.
+    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "*layer d_model"]:
+        """The vectors of one task in the order of ``layers``, or its vector at one layer.
+
+        Args:
+            key: A task, or a task and a layer by its number in the model.
 
         Raises:
             KeyError: If there is no such task; the message names those there are.
+            ValueError: If there is no such layer.
         """
+        task, *layer = (key,) if isinstance(key, str) else key
         if task not in self.tasks:
             raise KeyError(f"no vector for task {task!r}; there are: {', '.join(self.tasks)}")
-        return self.values[self.tasks.index(task)]
+        values = self.values[self.tasks.index(task)]
+        return values[layer_index(self.layers, layer[0])] if layer else values
 
-    def at(self, task: str, layer: int) -> Float[Tensor, " d_model"]:
-        """The vector of one task at one layer, by the layer's number in the model.
+    def at(self, layer: int) -> Float[Tensor, "task d_model"]:
+        """The vectors of all tasks at one layer, by its number in the model.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        return self.values[:, layer_index(self.layers, layer)]
+
+    def inject(
+        self,
+        task: str,
+        layer: int | None,
+        *,
+        mode: Mode | None = None,
+        scale: float = 1.0,
+        position: int | Sequence[int] | None = -1,
+    ) -> list[Intervention]:
+        """The intervention that writes a task's vector where it comes from.
+
+        Args:
+            task: The task.
+            layer: The layer, counted from 0.
+            mode: As for :func:`inject`; None for the vectors' own, ``source.mode``.
+            scale: As for :func:`inject`.
+            position: As for :func:`inject`.
 
         Raises:
             KeyError: If there is no such task.
-            ValueError: If there is no such layer.
+            ValueError: If there is no such layer, or as for :func:`inject`.
         """
-        return self[task][layer_index(self.layers, layer)]
+        if layer is None:
+            raise ValueError(f"layer is None; these vectors are of the layers {list(self.layers)}")
+        how = self.source.mode if mode is None else mode
+        return [
+            inject(
+                self[task, layer],
+                layer,
+                mode=how,
+                scale=scale,
+                position=position,
+                hook=self.source.hook,
+            )
+        ]
 
     def subspace(self, layer: int) -> InSubspace:
         """The directions in which the tasks' vectors differ at a layer, as a mode for ``inject``.
@@ -92,14 +209,14 @@ class TaskVectors(Shown):
         """
         if len(self.tasks) < 2:
             raise ValueError("one task spans no subspace; it takes two or more to differ")
-        values = self.values[:, layer_index(self.layers, layer)].double()
+        values = self.at(layer).double()
         centred = values - values.mean(dim=0)
         _, strengths, directions = torch.linalg.svd(centred, full_matrices=False)
         kept = strengths > 1e-9 * strengths.max()
         return InSubspace(directions[kept].float())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a task and layer: ``task, layer, norm, cosine`` (to the mean over tasks)."""
+        """One row per task and layer: ``task, layer, norm, cosine`` (to the mean over tasks)."""
         mean = self.values.mean(dim=0, keepdim=True)
         cosine = torch.nn.functional.cosine_similarity(self.values, mean, dim=-1)
         return pd.DataFrame(
@@ -115,27 +232,6 @@ class TaskVectors(Shown):
             ]
         )
 
-    def check_model(self, model: Any) -> None:
-        """Raise ``ValueError`` unless the vectors were taken from this model."""
-        if model_name(model) != self.source.model:
-            raise ValueError(
-                f"these vectors come from {self.source.model!r}, the model is {model_name(model)!r}"
-            )
-        width = int(model.cfg.d_model)
-        if self.source.hook.startswith("resid") and self.values.shape[-1] != width:
-            raise ValueError(
-                f"these vectors have width {self.values.shape[-1]}, "
-                f"{model_name(model)!r} has d_model {width}"
-            )
-
-    def check_tasks(self, tasks: Iterable[str]) -> None:
-        """Raise ``ValueError`` unless each of the tasks has a vector."""
-        missing = [task for task in dict.fromkeys(tasks) if task not in self.tasks]
-        if missing:
-            raise ValueError(
-                f"no vector for {', '.join(missing)}; the vectors are of: {', '.join(self.tasks)}"
-            )
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vectors to a safetensors file, whole or not at all."""
         metadata = {
@@ -145,7 +241,9 @@ class TaskVectors(Shown):
             "source": json.dumps(asdict(self.source)),
         }
         with replacing(Path(path)) as beside:
-            save_file({"values": self.values.contiguous()}, beside, metadata=metadata)
+            # A function vector is the same at every layer, and stored once.
+            stored = self.values[:, :1] if self.values.stride(1) == 0 else self.values
+            save_file({"values": stored.contiguous()}, beside, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None) -> TaskVectors:
@@ -166,7 +264,7 @@ class TaskVectors(Shown):
                 values = file.get_tensor("values")
             vectors = cls._from_file(values, metadata)
         if model is not None:
-            vectors.check_model(model)
+            check_vectors(vectors, model)
         return vectors
 
     @classmethod
@@ -175,13 +273,19 @@ class TaskVectors(Shown):
             raise TypeError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
         tasks = tuple(str(task) for task in json.loads(metadata["tasks"]))
         layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
-        source = Source(**json.loads(metadata["source"]))
-        for field in fields(Source):
-            value = getattr(source, field.name)
-            if type(value).__name__ != field.type:
-                raise TypeError(f"its source's {field.name} is {value!r}, not of type {field.type}")
+        fields = json.loads(metadata["source"])
+        fields["heads"] = tuple((int(layer), int(head)) for layer, head in fields["heads"])
+        source = Source(**fields)
+        for name, kind in _SOURCE.items():
+            value = getattr(source, name)
+            if type(value) is not kind:
+                raise TypeError(f"its source's {name} is {value!r}, not of type {kind.__name__}")
+        if source.mode not in MODES:
+            raise TypeError(f"its mode is {source.mode!r}, not one of {', '.join(MODES)}")
         if not values.is_floating_point():
             raise TypeError(f"values of type {values.dtype}")
+        if source.heads and values.ndim == 3 and values.shape[1] == 1:
+            values = values.expand(-1, len(layers), -1)
         if values.ndim < 3 or values.shape[:2] != (len(tasks), len(layers)):
             raise TypeError(
                 f"values of shape {tuple(values.shape)} for {len(tasks)} tasks and "

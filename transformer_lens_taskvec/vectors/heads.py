@@ -9,37 +9,47 @@ zero-shot prompt (Todd et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
-from transformer_lens_taskvec.activations import collect
+from transformer_lens_taskvec.activations import Source, collect
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
-from transformer_lens_taskvec.scoring import Scores, evaluate_by_task
+from transformer_lens_taskvec.scoring import (
+    LOSS_LABELS,
+    Scores,
+    evaluate_many,
+    mean_by_task,
+    stack,
+)
+from transformer_lens_taskvec.vectors.base import TaskVectors
 
 
 @dataclass(frozen=True, repr=False)
 class HeadEffects(Shown):
-    """What every head does to the answers.
+    """What every head does to the answers: changed prompts less unchanged ones.
 
     Attributes:
-        probability_by_task: ``[task, layer, head]``, mean change in the answer's probability.
-        log_probability_by_task: ``[task, layer, head]``, mean change in its log-probability,
-            in nats.
+        by_task: ``[task, layer, head]``, the mean change of each metric: ``probability``,
+            ``log_probability`` (nats) and what was asked for; where answers are numbers there is no
+            probability, and it holds ``loss``.
+        interval: ``[task, layer, head, 2]``, the 95 % interval of the change in log-probability, or
+            in loss where answers are numbers, by a bootstrap over episodes.
         baseline: Scores of the prompts that the heads were changed in, unchanged.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: None where means were put into shuffled prompts, else ``"zero"`` or ``"mean"``.
-        log_probability_interval: ``[task, layer, head, 2]``, the 95 % interval of
-            ``log_probability_by_task`` by a bootstrap over episodes.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -54,12 +64,11 @@ class HeadEffects(Shown):
         ['task', 'layer', 'head', 'probability', 'log_probability', 'low', 'high']
     """
 
-    probability_by_task: Float[Tensor, "task layer head"]
-    log_probability_by_task: Float[Tensor, "task layer head"]
+    by_task: Mapping[str, Float[Tensor, "task layer head"]]
+    interval: Float[Tensor, "task layer head 2"]
     baseline: Scores
     means: Float[Tensor, "task layer head d_head"]
     ablation: str | None
-    log_probability_interval: Float[Tensor, "task layer head 2"]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -68,111 +77,80 @@ class HeadEffects(Shown):
 
     @property
     def probability(self) -> Float[Tensor, "layer head"]:
-        """``[layer, head]``, the mean over tasks of the effect on the probability."""
-        return self.probability_by_task.mean(dim=0)
+        """``[layer, head]``, the mean over tasks of the effect on the answer's probability.
+
+        Raises:
+            KeyError: If answers are numbers, which have none.
+        """
+        return self.mean("probability")
 
     @property
     def log_probability(self) -> Float[Tensor, "layer head"]:
-        """``[layer, head]``, the mean over tasks of the effect on the log-probability, in nats."""
-        return self.log_probability_by_task.mean(dim=0)
+        """``[layer, head]``, the mean over tasks of the effect on the log-probability, in nats.
+
+        Raises:
+            KeyError: If answers are numbers, which have none.
+        """
+        return self.mean("log_probability")
+
+    @property
+    def gain(self) -> Float[Tensor, "task layer head"]:
+        """``[task, layer, head]``, by how much the answers get better: less loss."""
+        if "log_probability" in self.by_task:
+            return self.by_task["log_probability"]
+        return -self.by_task["loss"]
+
+    def mean(self, metric: str) -> Float[Tensor, "layer head"]:
+        """``[layer, head]``, the mean over tasks of the effect on a metric.
+
+        Raises:
+            KeyError: If it was not measured.
+        """
+        if metric not in self.by_task:
+            raise KeyError(f"no effects on {metric!r}; there are: {', '.join(self.by_task)}")
+        return self.by_task[metric].mean(dim=0)
 
     def top(self, n: int) -> tuple[tuple[int, int], ...]:
-        """The ``n`` heads that matter most to the answer's probability, as (layer, head).
+        """The ``n`` heads that matter most to the answers, as (layer, head).
 
-        Those whose means help most; or, of ablated heads, those whose absence does most harm.
+        Those whose means help most; or, of ablated heads, those whose absence does most harm. Help
+        is counted in the answer's probability, and in loss where answers are numbers.
 
         Raises:
             ValueError: If there are not so many heads.
         """
-        effects = self.probability if self.ablation is None else -self.probability
+        helps = self.probability if "probability" in self.by_task else self.gain.mean(dim=0)
+        effects = helps if self.ablation is None else -helps
         if not 1 <= n <= effects.numel():
             raise ValueError(f"{n} heads are asked for; the model has {effects.numel()}")
         best = effects.flatten().topk(n).indices.tolist()
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a task, layer and head: ``task, layer, head, probability, log_probability``.
+        """One row per task, layer and head: ``task, layer, head``, the effects, ``low, high``.
 
-        ``low`` and ``high`` are the 95 % interval of ``log_probability``.
+        ``low`` and ``high`` are the interval.
         """
-        low, high = self.log_probability_interval.unbind(dim=-1)
-        return pd.DataFrame(
-            [
-                {
-                    "task": task,
-                    "layer": layer,
-                    "head": head,
-                    "probability": float(self.probability_by_task[index, layer, head]),
-                    "log_probability": float(self.log_probability_by_task[index, layer, head]),
-                    "low": float(low[index, layer, head]),
-                    "high": float(high[index, layer, head]),
-                }
-                for index, task in enumerate(self.tasks)
-                for layer in range(self.means.shape[1])
-                for head in range(self.means.shape[2])
-            ]
+        columns = {**self.by_task, "low": self.interval[..., 0], "high": self.interval[..., 1]}
+        layers, heads = self.means.shape[1:3]
+        index = pd.MultiIndex.from_product(
+            [self.tasks, range(layers), range(heads)], names=["task", "layer", "head"]
         )
+        flat = {name: values.flatten().tolist() for name, values in columns.items()}
+        return pd.DataFrame(flat, index=index).reset_index()
 
     def __repr__(self) -> str:
+        metric = "probability" if "probability" in self.by_task else "loss"
+        effects = self.mean(metric)
         best = ", ".join(
-            f"{layer}.{head} {float(self.probability[layer, head]):+.3f}"
-            for layer, head in self.top(min(5, self.probability.numel()))
+            f"{layer}.{head} {float(effects[layer, head]):+.3f}"
+            for layer, head in self.top(min(5, effects.numel()))
         )
         what = (
             "means into shuffled prompts" if self.ablation is None else f"{self.ablation} ablation"
         )
-        return f"HeadEffects({what}, {len(self.tasks)} tasks; largest on P(answer): {best})"
-
-
-@dataclass(frozen=True, repr=False)
-class FunctionVector(Shown):
-    """The sum of some heads' mean contributions to the residual stream, for each task.
-
-    Attributes:
-        values: ``[task, d_model]``, float32 on the CPU.
-        tasks: The tasks' names.
-        heads: The heads it is made of, as (layer, head), the most effective first.
-        effects: What the heads were chosen by.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vector = tv.function_vector(model, episodes, n_heads=2)
-        >>> vector["XOR"].shape, vector.heads[0]
-        (torch.Size([64]), (1, 0))
-    """
-
-    values: Float[Tensor, "task d_model"]
-    tasks: tuple[str, ...]
-    heads: tuple[tuple[int, int], ...]
-    effects: HeadEffects
-
-    def __getitem__(self, task: str) -> Float[Tensor, " d_model"]:
-        """The vector of one task, to be injected with ``mode="add"``.
-
-        Raises:
-            KeyError: If there is no such task.
-        """
-        if task not in self.tasks:
-            raise KeyError(f"no vector for task {task!r}; there are: {', '.join(self.tasks)}")
-        return self.values[self.tasks.index(task)]
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a head it is made of, with its effects: as ``HeadEffects``' without the task."""
-        of_heads = tuple(zip(*self.heads, strict=True))
-        return pd.DataFrame(
-            {
-                "layer": of_heads[0],
-                "head": of_heads[1],
-                "probability": self.effects.probability[of_heads].tolist(),
-                "log_probability": self.effects.log_probability[of_heads].tolist(),
-            }
-        )
-
-    def __repr__(self) -> str:
-        heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads)
-        return f"FunctionVector({', '.join(self.tasks)}; heads {heads})"
+        name = "P(answer)" if metric == "probability" else LOSS_LABELS[self.baseline.loss_kind]
+        return f"HeadEffects({what}, {len(self.tasks)} tasks; largest on {name}: {best})"
 
 
 def head_effects(
@@ -182,8 +160,8 @@ def head_effects(
     on: Sequence[AnyEpisode] | None = None,
     ablation: str | None = None,
     position: int | None = -1,
+    metrics: Iterable[str | Metric] = (),
     seed: int = 0,
-    prepend_bos: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> HeadEffects:
@@ -202,14 +180,15 @@ def head_effects(
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
             None is every token, the whole head. Means are of the last prompt token in any case.
+        metrics: Further metrics, as for :func:`evaluate_many`.
         seed: Seed of the shuffling.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
     Returns:
         Effects on the answer's probability and log-probability, ``[layer, head]``: the changed
         prompt's less the unchanged one's, so that a head whose ablation harms has a negative one.
+        Effects on the loss where answers are numbers.
 
     Raises:
         ValueError: If ``ablation`` is unknown, a task has one episode only and there is no ``on``,
@@ -231,7 +210,7 @@ def head_effects(
     clean, measured = (episodes, on) if on is not None else _halves(episodes)
     if ablation is None:
         measured = shuffle_labels(measured, seed)
-    found = collect(model, clean, hook="z", prepend_bos=prepend_bos, progress=progress)
+    found = collect(model, clean, hook="z", progress=progress)
     means = torch.stack(
         [found.values[found.labels == index].mean(dim=0) for index in range(len(found.tasks))]
     )
@@ -253,57 +232,61 @@ def head_effects(
     missing = {episode.task for episode in measured} - set(found.tasks)
     if missing:
         raise ValueError(f"no clean episodes for {', '.join(sorted(missing))}")
-    baseline, *scores = evaluate_by_task(
-        model,
-        measured,
-        variants_of,
-        prepend_bos=prepend_bos,
-        max_tokens=max_tokens,
-        progress=progress,
+    baseline, *scores = evaluate_many(
+        model, measured, variants_of, metrics=metrics, max_tokens=max_tokens, progress=progress
     )
     order = [found.tasks.index(task) for task in baseline.tasks]
-    shape = (len(baseline.tasks), len(found.layers), means.shape[2])
-    probability = _changes(baseline, scores, lambda nll: (-nll).exp())
-    log_probability = _changes(baseline, scores, lambda nll: -nll)
+    before, after = _of_answers([baseline]), _of_answers(scores)
+    change = {name: after[name] - before[name] for name in after}
+    n_heads = means.shape[2]
+
+    def by_head(
+        values: Float[Tensor, "place task *rest"],
+    ) -> Float[Tensor, "task layer head *rest"]:
+        return rearrange(
+            values.float(), "(layer head) task ... -> task layer head ...", head=n_heads
+        )
+
+    loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
+    own = [baseline.labels == index for index in range(len(baseline.tasks))]
+    intervals = torch.stack([bootstrap_interval(loss[:, rows]) for rows in own], dim=1)
     return HeadEffects(
-        torch.stack([own.mean(dim=1) for own in probability]).float().view(shape),
-        torch.stack([own.mean(dim=1) for own in log_probability]).float().view(shape),
+        {name: by_head(mean_by_task(values, baseline)) for name, values in change.items()},
+        by_head(intervals),
         baseline,
         means[order],
         ablation,
-        torch.stack([bootstrap_interval(own) for own in log_probability]).view(*shape, 2),
     )
 
 
-def function_vector(
+def function_vectors(
     model: Any,
     episodes: Sequence[AnyEpisode],
     n_heads: int = 10,
     *,
     effects: HeadEffects | None = None,
     seed: int = 0,
-    prepend_bos: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
-) -> FunctionVector:
-    """Each task's function vector: the top heads' mean outputs, through ``W_O``, summed.
+) -> TaskVectors:
+    """Return each task's function vector: the top heads' mean outputs, through ``W_O``, summed.
 
-    Add it to the residual stream of zero-shot prompts, about a third of the way up:
-    ``inject(vector["antonyms"], layer, mode="add")`` (Todd et al. 2023).
+    It is the same at every layer, and is added to the residual stream of zero-shot prompts, about a
+    third of the way up: ``vectors.inject("antonyms", layer)`` (Todd et al. 2023).
 
     Args:
         model: A model with attention heads and ``blocks[l].attn.W_O``.
         episodes: Clean few-shot episodes, of several tasks for heads that serve tasks in general.
         n_heads: How many heads, by their mean effect over tasks.
         effects: The effects to choose by and the means to sum, when they are known already, from
-            :func:`head_effects` without ablation; ``episodes`` are not read then.
+            :func:`head_effects` without ablation; of ``episodes`` only the template is read then.
         seed: Seed of the shuffling.
-        prepend_bos: Whether to put a beginning-of-sequence token before each prompt.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
     Returns:
-        The vectors, with the heads they are made of and their effects.
+        The vectors, with the heads they are sums of, the most effective first, in
+        ``source.heads``, and ``"add"`` as their mode.
 
     Raises:
         ValueError: If there are not so many heads, or as for :func:`head_effects`.
@@ -313,22 +296,16 @@ def function_vector(
         >>> model = tv.load_model("toy")
         >>> sizes = {"train": 10, "test": 10}
         >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
-        >>> vector = tv.function_vector(model, sets["train"], n_heads=2)
-        >>> edit = tv.inject(vector["XOR"], layer=1, mode="add")
+        >>> vectors = tv.function_vectors(model, sets["train"], n_heads=2)
+        >>> vectors["XOR", 1].shape, vectors.source.heads[0], vectors.source.mode
+        (torch.Size([64]), (1, 0), 'add')
         >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
-        >>> plain, added = tv.evaluate_many(model, xor, [[], [edit]])
-        >>> added.mean_nll < plain.mean_nll
+        >>> plain, added = tv.evaluate_many(model, xor, [[], vectors.inject("XOR", layer=1)])
+        >>> added.mean_loss < plain.mean_loss
         True
     """
     if effects is None:
-        effects = head_effects(
-            model,
-            episodes,
-            seed=seed,
-            prepend_bos=prepend_bos,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
+        effects = head_effects(model, episodes, seed=seed, max_tokens=max_tokens, progress=progress)
     if effects.ablation is not None:
         raise ValueError(
             f"these are effects of {effects.ablation} ablation; a function vector is made of heads "
@@ -338,8 +315,24 @@ def function_vector(
     total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
     for layer, head in heads:
         weights = model.blocks[layer].attn.W_O.detach()[head].to("cpu", torch.float32)
-        total += effects.means[:, layer, head] @ weights
-    return FunctionVector(total, effects.tasks, heads, effects)
+        mean = effects.means[:, layer, head]
+        total += einsum(mean, weights, "task d_head, d_head d_model -> task d_model")
+    n_layers = int(model.cfg.n_layers)
+    everywhere = rearrange(total, "task d_model -> task 1 d_model").expand(-1, n_layers, -1)
+    template = " | ".join(sorted({episode.template.example for episode in episodes}))
+    source = Source(
+        model_name(model), "resid_post", -1, template, effects.baseline.bos, "add", heads
+    )
+    return TaskVectors(everywhere, effects.tasks, tuple(range(n_layers)), source)
+
+
+def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:
+    """What effects are of: an answer's probability where it has one, else its loss; and more."""
+    metrics = {name: values.double() for name, values in stack(scores).items()}
+    loss, _ = metrics.pop("loss"), metrics.pop("correct")
+    if scores[0].loss_kind != "nll":
+        return {"loss": loss, **metrics}
+    return {"probability": (-loss).exp(), "log_probability": -loss, **metrics}
 
 
 def _halves(episodes: Sequence[AnyEpisode]) -> tuple[list[AnyEpisode], list[AnyEpisode]]:
@@ -356,11 +349,3 @@ def _halves(episodes: Sequence[AnyEpisode]) -> tuple[list[AnyEpisode], list[AnyE
     first = [episode for own in by_task.values() for episode in own[: (len(own) + 1) // 2]]
     second = [episode for own in by_task.values() for episode in own[(len(own) + 1) // 2 :]]
     return first, second
-
-
-def _changes(
-    baseline: Scores, scores: Sequence[Scores], of: Callable[[Tensor], Tensor]
-) -> list[Float[Tensor, "variant example"]]:
-    """For each task, the change of a function of the answer's NLL of its episodes, by variant."""
-    changes = torch.stack([of(score.nll.double()) - of(baseline.nll.double()) for score in scores])
-    return [changes[:, baseline.labels == index] for index in range(len(baseline.tasks))]

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from transformer_lens_taskvec.activations import Activations
-
-if TYPE_CHECKING:
-    pass
-
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 

@@ -55,14 +55,14 @@ def toy_tokenizer() -> Any:
         >>> tokenizer.tokenize("example:01->")
         ['example:', '0', '1', '->']
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(_VOCABULARY, unk_token="<unk>"))
     pieces = Regex("|".join((*_WORDS, "[\\s\\S]")))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<pad>",
@@ -74,6 +74,8 @@ def toy_tokenizer() -> Any:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+    wrapped.backend_tokenizer.post_processor = processors.Sequence([])  # it puts none all the same
+    return wrapped
 
 
 def bitwise_lines(

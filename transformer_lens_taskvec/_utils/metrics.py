@@ -1,0 +1,158 @@
+"""Metrics of an answer: numbers of the logits that predict its tokens.
+
+A metric of one's own is one function here and one entry of :data:`METRICS`, or a function given to
+``evaluate_many(..., metrics=[...])``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Metric = Callable[[Float[Tensor, "answer_pos vocab"], Int[Tensor, " answer_pos"]], float]
+"""A number for an episode, of the logits that predict its answer and the answer's token ids."""
+
+ALWAYS = ("correct", "loss")
+"""The metrics that are measured in any case."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers of some episodes under some variants, with what several metrics need computed once.
+
+    Attributes:
+        logits: ``[row, variant, answer_pos, vocab]``, at the positions that predict the answers.
+        answers: ``[row, answer_pos]`` token ids.
+        mask: ``[row, answer_pos]``, False past the end of shorter answers.
+    """
+
+    logits: Float[Tensor, "row variant answer_pos vocab"]
+    answers: Int[Tensor, "row answer_pos"]
+    mask: Bool[Tensor, "row answer_pos"]
+
+    @cached_property
+    def ids(self) -> Int[Tensor, "row variant answer_pos"]:
+        """The answers' token ids, the same for every variant."""
+        ids = rearrange(self.answers, "row pos -> row 1 pos")
+        return ids.expand(self.logits.shape[:3])
+
+    @cached_property
+    def past(self) -> Bool[Tensor, "row 1 answer_pos"]:
+        """True past the end of an answer that is shorter than others."""
+        return ~rearrange(self.mask, "row pos -> row 1 pos")
+
+    @cached_property
+    def nll(self) -> Float[Tensor, "row variant"]:
+        """The negative log-likelihood of the whole answer, in nats."""
+        nll = self.by_row(
+            lambda logits, ids: -logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+        )
+        whole: Tensor = nll.masked_fill(self.past, 0.0).sum(dim=-1)
+        return whole
+
+    def by_row(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return a function of each row's float32 logits and answers, stacked.
+
+        A row at a time fits a CPU's cache: the vocabulary is most of a small model's numbers.
+        """
+        pairs = zip(self.logits, self.ids, strict=True)
+        return torch.stack([of(logits.float(), ids) for logits, ids in pairs])
+
+
+def _correct(answered: Answered) -> Bool[Tensor, "row variant"]:
+    greedy = answered.logits.argmax(dim=-1) == answered.ids
+    return (greedy | answered.past).all(dim=-1)
+
+
+def _rank(answered: Answered) -> Float[Tensor, "row variant"]:
+    higher = answered.by_row(
+        lambda logits, ids: (logits > logits.gather(-1, ids[..., None])).sum(dim=-1)
+    )
+    return higher.masked_fill(answered.past, 0).amax(dim=-1).float()
+
+
+def _entropy(answered: Answered) -> Float[Tensor, "row variant"]:
+    def of_row(logits: Tensor, ids: Tensor) -> Tensor:
+        log_probabilities = logits.log_softmax(dim=-1)
+        return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+
+    entropies = answered.by_row(of_row).masked_fill(answered.past, 0.0)
+    return entropies.sum(dim=-1) / (~answered.past).sum(dim=-1)
+
+
+def _margin(answered: Answered) -> Float[Tensor, "row variant"]:
+    def of_row(logits: Tensor, ids: Tensor) -> Tensor:
+        own = logits.gather(-1, ids[..., None])
+        best_other = logits.scatter(-1, ids[..., None], -torch.inf).amax(dim=-1)
+        return own[..., 0] - best_other
+
+    return answered.by_row(of_row).masked_fill(answered.past, torch.inf).amin(dim=-1)
+
+
+METRICS: Mapping[str, Callable[[Answered], Tensor]] = {
+    "correct": _correct,
+    "loss": lambda answered: answered.nll,
+    "probability": lambda answered: (-answered.nll).exp(),
+    "rank": _rank,
+    "entropy": _entropy,
+    "margin": _margin,
+}
+"""Metrics of an answer that have a name, ``[row, variant]`` of a chunk each.
+
+- ``correct``: whether greedy decoding gives exactly the answer;
+- ``loss``: the negative log-likelihood of the whole answer, in nats;
+- ``probability``: of the whole answer;
+- ``rank``: the highest rank of any of its tokens, 0 where each is the most likely one;
+- ``entropy``: of the distributions that predict its tokens, their mean, in nats;
+- ``margin``: the least lead of any of its tokens over the best other one, in logits; positive if
+  and only if the answer is correct.
+"""
+
+
+def measures_of(metrics: Iterable[str | Metric]) -> dict[str, Callable[[Answered], Tensor]]:
+    """Return the metrics by name, those that are always measured first.
+
+    Args:
+        metrics: Names in :data:`METRICS`, and functions.
+
+    Raises:
+        ValueError: If a name is unknown, or a function has no name of its own.
+    """
+    asked = [metrics] if isinstance(metrics, str) else list(metrics)
+    found = {name: METRICS[name] for name in ALWAYS}
+    for metric in asked:
+        if isinstance(metric, str):
+            if metric not in METRICS:
+                raise ValueError(f"no metric {metric!r}; there are: {', '.join(METRICS)}")
+            found[metric] = METRICS[metric]
+            continue
+        name = getattr(metric, "__name__", "")
+        if not name.isidentifier() or name in METRICS or name in found:
+            raise ValueError(
+                f"a metric needs a name of its own, and {metric!r} is called {name!r}; define it "
+                "with def, under another name"
+            )
+        found[name] = _of_function(metric)
+    return found
+
+
+def _of_function(metric: Metric) -> Callable[[Answered], Tensor]:
+    """A function of one episode's logits and answer, as one of a whole chunk."""
+
+    def measure(answered: Answered) -> Float[Tensor, "row variant"]:
+        lengths = answered.mask.sum(dim=1).tolist()
+        rows = zip(answered.logits, answered.answers, lengths, strict=True)
+        return torch.tensor(
+            [
+                [float(metric(logits[:n].float(), answer[:n])) for logits in by_variant]
+                for by_variant, answer, n in rows
+            ]
+        )
+
+    return measure
