@@ -118,7 +118,7 @@ def test_the_readme_has_one_test_command_for_ci() -> None:
     assert README.read_text().count("from a clone of this repository:\n\n```bash\npip install") == 2
 
 
-@named
+@pytest.mark.parametrize("document", [*DOCUMENTS, *NOTEBOOKS], ids=lambda path: path.stem)
 def test_the_model_is_called_by_its_full_name(document: Path) -> None:
     assert not re.search(r"SmolLM2-135M(?!-Instruct)", document.read_text())
 
