@@ -41,7 +41,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!transformer_lens_taskvec\.).*|.*\.(_\w+|[
 
 # Docstrings name public things without their namespace, and are to be found by that name.
 def by_name(app, env, node, content):
-    if node.get("refdomain") != "py" or node.get("refspecific"):
+    if node.get("refdomain") != "py" or node["reftype"] == "attr":
         return None
     node["refspecific"] = True
     target = node["reftarget"].removeprefix("transformer_lens_taskvec.")
