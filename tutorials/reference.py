@@ -1,4 +1,4 @@
-"""Build the reference: README, notebooks with their outputs, and a page a module from docstrings.
+"""Build the reference: README, pages, notebooks with their outputs, and docstrings by module.
 
 python tutorials/reference.py               # to site/; needs the extra `site`
 python tutorials/reference.py --out public  # elsewhere
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import posixpath
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 from sphinx.cmd.build import build_main
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec import lab
 
 ROOT = Path(__file__).parents[1]
 CONF = r"""
@@ -35,92 +36,137 @@ autodoc_default_options = {"members": True}
 # The interactive figure of a notebook is for notebooks.
 suppress_warnings = ["mystnb.unknown_mime_type"]
 nitpicky = True
-# Types of other packages have no pages here.
-nitpick_ignore_regex = [("py:.*", r"(?!transformer_lens_taskvec\.).*")]
+# What belongs to other packages, what is private and type variables have no pages here.
+nitpick_ignore_regex = [("py:.*", r"(?!transformer_lens_taskvec\.).*|.*\.(_\w+|[A-Z])")]
+
+# Docstrings name public things without their namespace, and are to be found by that name.
+def by_name(app, env, node, content):
+    if node.get("refdomain") != "py" or node["reftype"] == "attr":
+        return None
+    node["refspecific"] = True
+    target = node["reftarget"].removeprefix("transformer_lens_taskvec.")
+    return env.get_domain("py").resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], target, node, content
+    )
+
+def setup(app):
+    app.connect("missing-reference", by_name)
 """
 MODULES = {
+    "loading": "Models",
     "tasks": "Tasks",
     "prompts": "Prompts",
-    "models": "Models",
-    "collect": "Activations",
-    "vectors": "Task vectors",
+    "activations": "Activations",
+    "vectors": "Vectors",
     "interventions": "Interventions",
-    "evaluate": "Scores",
-    "generate": "Generation",
+    "scoring": "Scores",
+    "generation": "Generation",
     "controls": "Controls",
-    "comparison": "Comparisons",
-    "sweeps": "Layer sweeps",
-    "analyses": "Perturbation and steering",
-    "heads": "Heads and function vectors",
-    "decodability": "Decodability",
-    "fits": "Decodability and accuracy",
-    "experiment": "The whole experiment",
-    "studies": "The paper's studies",
-    "checkpoints": "Studies over checkpoints",
-    "prompting": "Instructions",
-    "finetune": "Finetuning by depth",
+    "analysis": "Analyses",
+    "experiment": "The main job",
     "plots": "Figures",
+    "paper": "The paper's studies",
     "lab": "The lab",
 }
 """Modules in the order of the pages, with the pages' titles."""
-BESIDE = {
-    "collect": ["Source"],
-    "prompts": ["AnyEpisode"],
-    "interventions": ["Mode", "InSubspace"],
-    "decodability": ["Method"],
-    "tasks": ["Sentence", "MappingTask"],
+PAGES = (
+    "your-model",
+    "methods",
+    "results",
+    "controls",
+    "lab",
+    "toy-model",
+    "extending",
+    "comparison",
+    "faq",
+    "glossary",
+)
+"""The pages of the guide, in their order."""
+HOMES = {"models": "loading"}
+"""Modules whose public names stand on the page of another."""
+NAMESPACES = (tv, tv.tasks, tv.analysis, tv.plots, tv.paper, tv.lab)
+"""Where public names are looked for; one that is in several is documented under the first."""
+ALONGSIDE = {
+    "loading": ["models.HookedModel"],
+    "activations": ["activations.Source"],
+    "prompts": ["prompts.AnyEpisode"],
+    "interventions": ["interventions.Mode", "interventions.InSubspace"],
+    "analysis": ["analysis.classifiers.Method"],
 }
-"""Types in the signatures of public functions that are not at the top level themselves."""
+"""Types in the signatures of public functions that are in no namespace themselves."""
 
 
 def public_names() -> dict[str, list[str]]:
-    """The full names of what is public, by module.
+    """Return the full names of what is public, by the module on whose page it stands.
 
     Raises:
-        ValueError: If a public name is of a module that has no page.
+        ValueError: If a public name belongs to a module that has no page.
     """
     found = {
-        module: [f"{tv.__name__}.{module}.{name}" for name in BESIDE.get(module, [])]
+        module: [f"{tv.__name__}.{name}" for name in ALONGSIDE.get(module, [])]
         for module in MODULES
     }
-    for package in (tv, lab):
+    placed: set[str] = set()
+    for package in NAMESPACES:
         for name in package.__all__:
-            module = "lab" if package is lab else _module_of(name)
-            if module not in found:
-                raise ValueError(f"{name} is of {module}, which has no page")
-            found[module].append(f"{package.__name__}.{name}")
+            if name in placed or isinstance(getattr(package, name), ModuleType):
+                continue
+            placed.add(name)
+            found[_module_of(package, name)].append(f"{package.__name__}.{name}")
     return found
 
 
-def _module_of(name: str) -> str:
-    """The module within the package in which a public name can be found."""
+def _is_defined(thing: object) -> bool:
+    """Whether it is a class or function of this library, not a constant or an alias."""
+    return str(getattr(thing, "__module__", "")).startswith(f"{tv.__name__}.") and callable(thing)
+
+
+def _module_of(package: ModuleType, name: str) -> str:
+    """Return the module on whose page a public name stands."""
+    thing = getattr(package, name)
+    home = thing.__module__ if _is_defined(thing) else _first_with(name, thing)
+    module = home.removeprefix(f"{tv.__name__}.").partition(".")[0]
+    module = HOMES.get(module, module)
+    if module not in MODULES:
+        raise ValueError(f"{name} belongs to {home or 'no module'}, which has no page")
+    return module
+
+
+def _first_with(name: str, thing: object) -> str:
+    """Return the first module, in the order of the pages, that holds a constant."""
     for module in MODULES:
         whole = importlib.import_module(f"{tv.__name__}.{module}")
-        if getattr(whole, name, None) is getattr(tv, name) and _is_home(whole.__name__, name):
-            return module
-    return "nowhere"
+        if getattr(whole, name, None) is thing:
+            return whole.__name__
+    return ""
 
 
-def _is_home(module: str, name: str) -> bool:
-    """Whether a class or function was defined in the module or below it; constants are."""
-    origin = getattr(getattr(tv, name), "__module__", module)
-    constant = name.isupper()
-    return constant or origin == module or origin.startswith(f"{module}.")
+def _source_of(full: str) -> str:
+    """Return where a constant is assigned, with its docstring below, given its public name."""
+    place, _, name = full.rpartition(".")
+    thing = getattr(importlib.import_module(place), name)
+    for module in sorted(sys.modules):
+        whole = sys.modules[module]
+        if module.startswith(f"{tv.__name__}.") and getattr(whole, name, None) is thing:
+            source = Path(whole.__file__ or "").read_text()
+            if re.search(rf"^{name}\b.* = ", source, re.MULTILINE):
+                return f"{module}.{name}"
+    raise ValueError(f"{full} is assigned in no module")
 
 
 def page(module: str, title: str, names: list[str]) -> str:
-    """The source of a module's page: its docstring, and those of its public names."""
+    """Return the source of a module's page: its docstring, and those of its public names."""
     whole = importlib.import_module(f"{tv.__name__}.{module}")
-    package = lab.__name__ if module == "lab" else tv.__name__
-    lines = [f".. currentmodule:: {package}", ""]
+    lines = [f".. currentmodule:: {tv.__name__}", ""]
     lines += [title, "=" * len(title), "", whole.__doc__ or "", ""]
     for full in names:
         place, _, name = full.rpartition(".")
-        thing = getattr(sys.modules[place], name)
+        thing = getattr(importlib.import_module(place), name)
         kind = "class" if isinstance(thing, type) else "function"
-        if not callable(thing):  # its docstring stands below it, in its own module
-            kind, full = "data", f"{whole.__name__}.{name}"
-        lines += [f".. auto{kind}:: {full}", *(["   :no-value:"] if kind == "data" else []), ""]
+        options = []
+        if not _is_defined(thing):
+            kind, full, options = "data", _source_of(full), ["   :no-value:"]
+        lines += [f".. auto{kind}:: {full}", *options, ""]
     return "\n".join(lines)
 
 
@@ -131,31 +177,45 @@ def contents(caption: str, pages: list[str]) -> str:
 
 def write_sources(source: Path) -> None:
     """Write what Sphinx reads."""
-    for notebook in sorted((ROOT / "tutorials").glob("0*.ipynb")):
-        (source / "tutorials").mkdir(exist_ok=True)
+    tutorials = ROOT / "tutorials"
+    shutil.copytree(tutorials / "figures", source / "tutorials" / "figures")
+    shutil.copytree(tutorials / "pages", source / "tutorials" / "pages")
+    for notebook in sorted(tutorials.glob("0*.ipynb")):
         shutil.copy(notebook, source / "tutorials")
-    shutil.copytree(ROOT / "tutorials" / "figures", source / "tutorials" / "figures")
     names = public_names()
     for module, title in MODULES.items():
         (source / f"{module}.rst").write_text(page(module, title, names[module]))
     for extra in ("CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / extra, source)
-
-    def kept(link: re.Match[str]) -> str:
-        """A link into the repository stays where the site has the file, and else is its text."""
-        text, target = link.groups()
-        inside = "://" in target or target.startswith("#") or (source / target).is_file()
-        return link.group() if inside else text
-
-    readme = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)]+)\)", kept, (ROOT / "README.md").read_text())
-    notebooks = sorted((source / "tutorials").glob("0*.ipynb"))
+    pages = [f"tutorials/pages/{name}" for name in PAGES]
+    notebooks = [f"tutorials/{path.stem}" for path in sorted((source / "tutorials").glob("0*"))]
     tables = [
-        contents("Tutorials", [f"tutorials/{notebook.stem}" for notebook in notebooks]),
+        contents("Guide", pages),
+        contents("Tutorials", notebooks),
         contents("Reference", list(MODULES)),
         contents("Project", ["CHANGELOG", "CONTRIBUTING"]),
     ]
-    (source / "index.md").write_text("\n".join([readme, *tables]))
+    shutil.copy(ROOT / "README.md", source / "index.md")
+    for text in (*source.glob("*.md"), *source.glob("tutorials/pages/*.md")):
+        text.write_text(_with_site_links(text, source))
+    with (source / "index.md").open("a") as index:
+        index.write("\n".join(["", *tables]))
     (source / "conf.py").write_text(CONF)
+
+
+def _with_site_links(text: Path, source: Path) -> str:
+    """Return a page whose links to files that the site does not have are their text."""
+
+    def kept(link: re.Match[str]) -> str:
+        said, target = link.groups()
+        file, hash_mark, anchor = target.partition("#")
+        if "://" in target or not file:
+            return link.group()
+        if (text.parent / file).is_file():
+            return f"[{said}]({posixpath.normpath(file)}{hash_mark}{anchor})"
+        return said
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)]+)\)", kept, text.read_text())
 
 
 def build(out: Path) -> int:
