@@ -12,10 +12,10 @@ import pytest
 
 from transformer_lens_taskvec.tasks.algorithmic import ListTask, algorithmic_tasks
 from transformer_lens_taskvec.tasks.base import Example, MappingTask, Task
+from transformer_lens_taskvec.tasks.formats.json_pairs import load_mapping
 from transformer_lens_taskvec.tasks.mappings import (
     knowledge_tasks,
     linguistic_tasks,
-    load_mapping,
     translation_tasks,
 )
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from transformer_lens_taskvec.tasks.base import Task
-from transformer_lens_taskvec.tasks.conllu import load_conllu
-from transformer_lens_taskvec.tasks.pos import POS_TAGS, PosTask, Sentence, pos_tasks
-from transformer_lens_taskvec.tasks.sentences import detokenise, generate_sentences
-from transformer_lens_taskvec.tasks.treebank import load_treebank
+from transformer_lens_taskvec.tasks.formats.conllu import load_conllu
+from transformer_lens_taskvec.tasks.formats.treebank import load_treebank
+from transformer_lens_taskvec.tasks.pos import POS_TAGS, PosTask, pos_tasks
+from transformer_lens_taskvec.tasks.sentences import Sentence, detokenise, generate_sentences
 
 SIX = {"NOUN", "ADJ", "VERB", "ADV", "ADP", "PRON"}
 EWT = Path(__file__).parents[2] / "shared" / "data" / "ud_english_ewt"

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+NULL = "Null"
+"""The name of the task without a rule (Han et al. 2025, §4), whose answers are random."""
+
 
 @dataclass(frozen=True)
 class Example:
