@@ -3,6 +3,7 @@
 from transformer_lens_taskvec.tasks.algorithmic import algorithmic_tasks
 from transformer_lens_taskvec.tasks.base import NULL, Example, MappingTask, Task, mapping_task
 from transformer_lens_taskvec.tasks.bitwise import bitwise_tasks
+from transformer_lens_taskvec.tasks.code import code_tasks
 from transformer_lens_taskvec.tasks.formats.conllu import load_conllu
 from transformer_lens_taskvec.tasks.formats.json_pairs import load_mapping
 from transformer_lens_taskvec.tasks.formats.treebank import load_treebank
@@ -26,6 +27,7 @@ __all__ = [
     "algorithmic_tasks",
     "all_tasks",
     "bitwise_tasks",
+    "code_tasks",
     "find_tasks",
     "generate_sentences",
     "knowledge_tasks",

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from transformer_lens_taskvec.tasks.algorithmic import ALGORITHMIC, algorithmic_tasks
 from transformer_lens_taskvec.tasks.base import NULL, Task
 from transformer_lens_taskvec.tasks.bitwise import BITWISE, bitwise_tasks
+from transformer_lens_taskvec.tasks.code import CODE, code_tasks
 from transformer_lens_taskvec.tasks.mappings import (
     KNOWLEDGE,
     LINGUISTIC,
@@ -59,6 +60,7 @@ FAMILIES = (
     Family("knowledge", knowledge_tasks, KNOWLEDGE, "countries, landmarks and elements"),
     Family("translation", translation_tasks, TRANSLATION, "words in English and other languages"),
     Family("algorithmic", algorithmic_tasks, ALGORITHMIC, "rules on letters, numbers and lists"),
+    Family("code", code_tasks, CODE, "identifiers, number bases, operators and languages"),
     Family("bitwise", bitwise_tasks, BITWISE, "logical operations on two binary numbers"),
     Family("pos", pos_tasks, tuple(POS_TAGS), "the first word of one part of speech"),
 )
