@@ -16,6 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import _smollm as smollm
+from transformer_lens_taskvec.loading import load_checkpoint
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.protocol import inference
 
@@ -101,6 +102,12 @@ def test_an_unknown_model_is_answered_with_near_names() -> None:
         tv.load_model("gpt2-huge")
     with pytest.raises(ValueError, match="Names are 'smollm2', 'gemma3-270m', 'toy', the path of"):
         tv.load_hf_model("gemma3")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m", "some.gguf"])
+def test_a_model_without_checkpoints_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' has no checkpoints"):
+        load_checkpoint(name, "main")
 
 
 def test_a_missing_gemma_is_answered_with_the_command_and_the_terms(

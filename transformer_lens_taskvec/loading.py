@@ -72,8 +72,12 @@ def load_checkpoint(name: str, checkpoint: int | str) -> Any:
         As for :func:`load_model`.
 
     Raises:
-        ValueError: As for :func:`load_model`.
+        ValueError: As for :func:`load_model`, or if the model has no checkpoints.
     """
+    if name in _smollm.PACKAGED or _is_gguf(name):
+        raise ValueError(
+            f"{name!r} has no checkpoints; use 'toy', or a model on the hub with revisions"
+        )
     if name == "toy":
         from transformer_lens_taskvec.lab.toy.model import shipped_toy_run
 

@@ -27,7 +27,7 @@ _SEPARATOR = ", "
 class ListTask:
     """Pick one item of a comma-separated list of different words.
 
-    The length of each list is drawn first, all lengths with equal chance, and then its words.
+    The length of each list is drawn first, all lengths equally likely, and then its words.
 
     Args:
         name: The task's name in results.
@@ -38,7 +38,7 @@ class ListTask:
 
     Raises:
         ValueError: If the lengths are out of order or range, ``item`` is outside the shortest
-            list, or a word is empty, stands twice or holds a comma.
+            list, or a word is empty, is repeated or has a comma.
 
     Example:
         >>> import random
@@ -67,11 +67,14 @@ class ListTask:
                 f"use {-self.min_length} to {self.min_length - 1}"
             )
         if len(set(self.words)) < len(self.words):
-            raise ValueError(f"the words of task {self.name!r} must be distinct; drop the doubles")
+            raise ValueError(
+                f"the words of task {self.name!r} must be distinct; remove the duplicates"
+            )
         for word in self.words:
             if not word.strip() or "," in word:
                 raise ValueError(
-                    f"a list cannot have the word {word!r}; words have no comma and are not empty"
+                    f"a list cannot contain the word {word!r}; "
+                    "words must be non-empty and have no commas"
                 )
 
     def __len__(self) -> int:
@@ -96,7 +99,7 @@ class ListTask:
             rng: The only source of randomness.
 
         Returns:
-            Examples whose ``x`` is the words with ``", "`` between them.
+            Examples whose ``x`` is the words joined by ``", "``.
 
         Raises:
             ValueError: If ``n`` is negative or more than the number of lists.

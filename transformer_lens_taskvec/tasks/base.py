@@ -114,7 +114,7 @@ def mapping_task(
         The task, with its pairs in the order given.
 
     Raises:
-        ValueError: If there are no pairs, a text is empty, or an input stands twice.
+        ValueError: If there are no pairs, a text is empty, or an input occurs twice.
 
     Example:
         >>> import random

@@ -55,7 +55,7 @@ class BitwiseTask:
             rng: The only source of randomness, also of Null's answers.
 
         Returns:
-            Examples whose ``x`` is the two numbers with a space between them.
+            Examples whose ``x`` is the two numbers separated by a space.
 
         Raises:
             ValueError: If ``n`` is negative or more than the number of pairs.
@@ -85,9 +85,7 @@ class BitwiseTask:
 
 
 def bitwise_tasks(n_bits: int = 5, null: bool = True) -> dict[str, Task]:
-    """Make the bitwise-arithmetic tasks: the result of an operation on two binary numbers.
-
-    They are those of Han et al. 2025, §4.
+    """Make the bitwise-arithmetic tasks (Han et al. 2025, §4): operations on binary numbers.
 
     Args:
         n_bits: The number of binary digits, 1 to 16; the paper uses 5.

@@ -18,9 +18,9 @@ def load_mapping(path: str | os.PathLike[str], name: str | None = None) -> Mappi
 
     The shapes are ``{"x": "y", ...}`` and ``[{"input": "x", "output": "y"}, ...]``, the latter
     that of the function-vectors data sets (Todd et al. 2023); other keys of an entry are
-    ignored. Where an input stands more than once, in either shape, the first pair counts and
+    ignored. Where an input occurs more than once, in either shape, the first pair counts and
     the later ones are dropped, since inputs of a task are distinct. Texts are kept as they
-    stand, spaces included.
+    are, spaces included.
 
     Args:
         path: A UTF-8 JSON file, with or without a byte order mark.
@@ -64,7 +64,7 @@ def _parse(path: Path) -> object:
             f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8"
         ) from error
     try:
-        # A dict would keep the last of several equal keys without a word; tuples keep them all.
+        # A dict would silently keep the last of several equal keys; tuples keep them all.
         return json.loads(text, object_pairs_hook=tuple)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
