@@ -70,9 +70,7 @@ FAULTS = [
         "layer.keys[rows], layer.values[rows * 0]",
         ENGINE,
     ),
-    Fault(
-        "interventions/intervention.py", "return rows + vector", "return rows + self.vector", EDITS
-    ),
+    Fault("interventions/modes.py", "rows + vector.to(rows)", "rows + 2 * vector.to(rows)", EDITS),
     Fault(
         "interventions/intervention.py",
         "edited[rows, at] = self.edit(",
@@ -82,7 +80,7 @@ FAULTS = [
     Fault(
         "interventions/intervention.py", "edited = activation.clone()", "edited = activation", EDITS
     ),
-    Fault("interventions/intervention.py", "[..., None] * unit", "[..., None] * unit * 2", EDITS),
+    Fault("interventions/modes.py", "einsum(along, unit,", "2 * einsum(along, unit,", EDITS),
     Fault(
         "models/tokens.py",
         "width - lengths.cpu() + one",
@@ -90,15 +88,15 @@ FAULTS = [
         f"tests/test_evaluate.py tests/test_generate.py {PACKAGE}/models/tokens.py",
     ),
     Fault(
-        "scoring.py",
-        "== answers) | behind).all(dim=-1)",
-        "== answers) | behind).any(dim=-1)",
+        "_utils/metrics.py",
+        "(greedy | answered.past).all(dim=-1)",
+        "(greedy | answered.past).any(dim=-1)",
         "tests/test_evaluate.py",
     ),
     Fault(
-        "scoring.py",
-        "masked_fill(behind, 0.0)",
-        "masked_fill(behind, 1.0)",
+        "_utils/metrics.py",
+        "nll.masked_fill(self.past, 0.0)",
+        "nll.masked_fill(self.past, 1.0)",
         "tests/test_evaluate.py",
     ),
     Fault("analysis/classifiers.py", '.fill_diagonal_(float("inf"))', "", TD),
@@ -146,7 +144,12 @@ FAULTS = [
     Fault(
         "controls.py", "values.roll(1, dims=0)", "values.roll(0, dims=0)", "tests/test_controls.py"
     ),
-    Fault("analysis/perturbation.py", " - before.loss.double()", "", "tests/test_analyses.py"),
+    Fault(
+        "analysis/perturbation.py",
+        " - before.metrics[name].double()",
+        "",
+        "tests/test_analyses.py",
+    ),
 ]
 
 

@@ -143,9 +143,3 @@ def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, ["run", "--tasks", "upper_case,en_fr", "--out", str(out)])
     assert outcome.exit_code == 2
     assert out.read_text() == "mine"
-
-
-def test_tasks_are_listed_with_an_example() -> None:
-    outcome = CliRunner().invoke(app, ["tasks"])
-    assert outcome.exit_code == 0
-    assert len(outcome.output.splitlines()) == len(tv.tasks.all_tasks())

@@ -21,10 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import kill_studies
 import matplotlib.pyplot as plt
 import pytest
@@ -278,7 +276,7 @@ def make_cache(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
     (folder / "config.json").write_text("{}")
     names = ("model.safetensors", "config.json")
-    manifest = {"format": 1, "crc32": {name: smollm._crc32(folder / name) for name in names}}
+    manifest = {"format": 2, "crc32": {name: smollm._crc32(folder / name) for name in names}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -493,7 +491,7 @@ def test_the_cache_reads_no_file_outside_of_it(name: str, tmp_path: Path) -> Non
 
 
 def test_a_cache_without_weights_or_with_endless_brackets_is_damaged(tmp_path: Path) -> None:
-    for text in ('{"format": 1, "crc32": {}}', "[" * 100_000):
+    for text in ('{"format": 2, "crc32": {}}', "[" * 100_000):
         (tmp_path / "manifest.json").write_text(text)
         assert not smollm._is_intact(tmp_path)
 
@@ -535,7 +533,6 @@ class Writer:
 
 WRITERS = [
     Writer("experiment", lambda result, out: result.save(out), 1_000),
-    Writer("experiment", lambda result, out: result.save(out), 50_000),
     Writer("study", lambda result, out: result.save(out), 1_000),
     Writer("study", lambda result, out: result.save(out), 50_000),
     Writer("vectors", lambda result, out: result.save(out / "v.safetensors"), 100),
@@ -668,26 +665,24 @@ def in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[int]:
 
 def fill(number: int) -> None:
     """What a process does that wants the model: it must find it whole from then on."""
-    folder = smollm.smollm2_folder()
+    folder = smollm.packaged_folder("smollm2")
     for _ in range(100):
         if not smollm._is_intact(folder):
             raise SystemExit(3)
 
 
-def stand_in(scratch: Path, fields: Any, state_dict: Any) -> None:
+def stand_in(folder: Path, model: Any, tokenizer: Any) -> None:
     """Small files in the place of the model; making it takes longer than finding it damaged."""
     time.sleep(0.1)
-    make_cache(scratch)
+    folder.mkdir()
+    make_cache(folder)
 
 
 @pytest.mark.parametrize("before", ["nothing", "a damaged cache"])
 def test_processes_that_fill_the_cache_at_once_all_find_it_whole(
     before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    empty = SimpleNamespace(fields={}, tensors=[])
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: empty)
-    monkeypatch.setattr(smollm, "_gguf_path", lambda: tmp_path)
-    monkeypatch.setattr(smollm, "_state_dict", lambda *args: {})
+    monkeypatch.setattr(smollm, "read_gguf", lambda path, **kwargs: (None, None))
     monkeypatch.setattr(smollm, "_write", stand_in)
     for attempt in range(8):
         root = tmp_path / str(attempt)

@@ -86,7 +86,7 @@ def test_scores_are_squared_errors(model: Any) -> None:
     errors = (predicted - torch.tensor([episode.answer for episode in some])).square()
     torch.testing.assert_close(scores.loss, errors)
     assert scores.correct.tolist() == (errors.sqrt() <= 0.3).tolist()
-    assert scores.loss == "squared error" and "squared error" in repr(scores)
+    assert scores.loss_kind == "squared_error" and "squared error" in repr(scores)
 
 
 def test_interventions_act_as_hooks_do(model: Any) -> None:

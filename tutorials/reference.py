@@ -89,7 +89,7 @@ NAMESPACES = (tv, tv.tasks, tv.analysis, tv.plots, tv.paper, tv.lab)
 ALONGSIDE = {
     "loading": ["models.HookedModel"],
     "activations": ["activations.Source"],
-    "prompts": ["prompts.AnyEpisode"],
+    "prompts": ["prompts.AnyEpisode", "prompts.ChatTemplate"],
     "interventions": ["interventions.Mode", "interventions.InSubspace"],
     "analysis": ["analysis.classifiers.Method"],
 }

@@ -37,5 +37,5 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def line_error(path: Path, number: int, problem: str) -> ValueError:
-    """Make the error for a line that cannot be read as what it should be."""
+    """Return the error for a line that is not what it should be."""
     return ValueError(f"{path}, line {number}: the line {problem}")

@@ -14,10 +14,10 @@ from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_
 from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit, td_vs_accuracy
 
 __all__ = [
+    "AccuracyFit",
     "Comparison",
     "Decodability",
     "DecodabilityNull",
-    "AccuracyFit",
     "LayerSweep",
     "PerturbationMatrix",
     "SteeringEffect",

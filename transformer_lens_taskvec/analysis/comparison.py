@@ -98,7 +98,7 @@ def compare(
         >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
         >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
-        >>> edits = [[tv.inject(vectors.at(task, 1), layer=1)] for task in ("XOR", "OR")]
+        >>> edits = [vectors.inject(task, layer=1) for task in ("XOR", "OR")]
         >>> own, other = tv.evaluate_many(model, xor, edits)
         >>> comparison = tv.compare(own, {"vector of OR": other})
         >>> comparison.to_frame()[["task", "against", "n"]].values.tolist()

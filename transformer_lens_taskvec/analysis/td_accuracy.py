@@ -12,6 +12,7 @@ from jaxtyping import Float
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.analysis.decodability import Decodability
 from transformer_lens_taskvec.scoring import Scores
+from transformer_lens_taskvec.tasks.base import NULL
 
 Interval = tuple[float, float]
 
@@ -70,7 +71,7 @@ def td_vs_accuracy(
     scores: Scores | Mapping[int, Scores],
     *,
     layer: int | None = None,
-    leave_out: tuple[str, ...] = ("Null",),
+    leave_out: tuple[str, ...] = (NULL,),
     n_resamples: int = 2_000,
     seed: int = 0,
 ) -> AccuracyFit:

@@ -57,7 +57,7 @@ class Intervention:
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> edit = tv.inject(vectors.at("XOR", 1), layer=1)
+        >>> edit = tv.inject(vectors["XOR", 1], layer=1)
         >>> name, hook_function = edit  # a pair, as in fwd_hooks
         >>> name
         'blocks.1.hook_resid_post'
@@ -196,7 +196,7 @@ def inject(
     """Write a vector into an activation (Han et al. 2025, App. C).
 
     Args:
-        vector: ``[d]``, such as ``vectors.at("AND", layer)``.
+        vector: ``[d]``, such as ``vectors["AND", layer]``.
         layer: The block to act in, counted from 0.
         mode: A name in ``MODES`` (``"replace"``, ``"add"``, ``"project"``), or a callable
             ``(rows [row, d], vector [d]) -> rows``, such as :meth:`TaskVectors.subspace` gives; it
@@ -292,7 +292,7 @@ def _make(
             shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
             raise ValueError(
                 f"vector must be one vector [d], got {shape}; "
-                "pick a layer first, as in vectors.at('AND', layer)"
+                "pick a layer first, as in vectors['AND', layer]"
             )
         if not bool(torch.isfinite(vector).all()):
             raise ValueError("vector has NaN or infinite entries")

@@ -19,10 +19,10 @@ from transformer_lens_taskvec.paper.shots import ShotStudy, run_study
 __all__ = [
     "BITWISE_INSTRUCTIONS",
     "POS_INSTRUCTIONS",
-    "FinetuningStudy",
-    "LoraSettings",
     "CheckpointStudy",
+    "FinetuningStudy",
     "InstructionStudy",
+    "LoraSettings",
     "ShotStudy",
     "finetune_layers",
     "finetuning_study",

@@ -39,7 +39,7 @@ POS_INSTRUCTIONS: Mapping[str, str] = {
     "Adverb": "Find the first adverb in the sentence.",
     "Preposition": "Find the first preposition in the sentence.",
     "Pronoun": "Find the first pronoun in the sentence.",
-    "Null": "Find any word in the sentence.",
+    NULL: "Find any word in the sentence.",
 }
 """Instructions that name the part of speech."""
 
@@ -51,7 +51,7 @@ BITWISE_INSTRUCTIONS: Mapping[str, str] = {
     "NOR": "NOR",
     "XOR": "XOR",
     "XNOR": "XNOR",
-    "Null": "Random",
+    NULL: "Random",
 }
 """Instructions that name the operator; for :func:`prompting_study` and ``run_study``."""
 

@@ -14,6 +14,7 @@ from transformer_lens_taskvec.plots.style import (
     task_style,
     two_axes,
 )
+from transformer_lens_taskvec.tasks.base import NULL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @styled
 def plot_checkpoints(
-    found: CheckpointStudy, axes: Sequence[Axes] | None = None, *, leave_out: str = "Null"
+    found: CheckpointStudy, axes: Sequence[Axes] | None = None, *, leave_out: str = NULL
 ) -> tuple[Axes, Axes]:
     """TD and accuracy over training checkpoints, a line a task (the paper's Figure 5).
 

@@ -21,7 +21,16 @@ def experiment_figures(experiment: Experiment) -> dict[str, Figure]:
         experiment: From :func:`run_experiment`.
 
     Returns:
-        Figures by name, for :func:`save_figures`.
+        Figures by name, for :func:`~transformer_lens_taskvec.plots.save_figures`.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> import transformer_lens_taskvec as tv
+        >>> tasks = tv.bitwise_tasks(null=False)
+        >>> found = tv.run_experiment(tv.load_model("toy"), tasks, n_shots=4, n=4)
+        >>> list(tv.plots.experiment_figures(found))
+        ['layer_sweep', 'decodability', 'embedding']
+        >>> plt.close("all")
     """
     best = experiment.decodability.best_layer()
     drawn = {

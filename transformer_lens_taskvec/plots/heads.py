@@ -62,10 +62,8 @@ def plot_head_effects(
     if task is not None and task not in effects.tasks:
         raise ValueError(f"no effects on {task!r}; there are: {', '.join(effects.tasks)}")
     ax = new_axes(ax)
-    if task is None:
-        values = effects.gain.mean(dim=0)
-    else:
-        values = effects.gain[effects.tasks.index(task)]
+    gain = effects.gain
+    values = gain.mean(dim=0) if task is None else gain[effects.tasks.index(task)]
     reach = reach or float(values.abs().max()) or 1.0
     image = ax.imshow(values.tolist(), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     what = (

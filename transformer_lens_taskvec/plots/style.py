@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.atomic_io import write_whole
+from transformer_lens_taskvec.tasks.base import NULL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,10 +69,17 @@ GREY = "#808080"
 
 
 def task_style(index: int, task: str = "") -> dict[str, Any]:
-    """The colour and marker of the task at ``index`` in a result's list of tasks.
+    """Return the colour and marker of the task at ``index`` in a result's list of tasks.
 
     So a task looks the same in all figures of results that list the same tasks. The task called
     ``Null`` is grey wherever it stands.
+
+    Args:
+        index: The task's place in the list.
+        task: Its name.
+
+    Returns:
+        Keyword arguments for ``Axes.plot``.
 
     Example:
         >>> task_style(0)
@@ -79,7 +87,7 @@ def task_style(index: int, task: str = "") -> dict[str, Any]:
         >>> task_style(6, "Null")
         {'color': '#808080', 'marker': 'x'}
     """
-    if task == "Null":
+    if task == NULL:
         return {"color": GREY, "marker": "x"}
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -88,7 +96,22 @@ def task_style(index: int, task: str = "") -> dict[str, Any]:
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Draw in the style of the package, and leave matplotlib's settings as they were."""
+    """Make a function draw in the style of the package, and leave matplotlib's settings alone.
+
+    Args:
+        draw: A function that draws.
+
+    Returns:
+        The same function, for use as a decorator.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> @styled
+        ... def draw():
+        ...     return plt.rcParams["axes.spines.top"]
+        >>> draw(), plt.rcParams["axes.spines.top"]
+        (False, True)
+    """
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -188,7 +211,18 @@ def whole_numbers(ax: Axes) -> None:
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that axes belong to."""
+    """Return the figure that axes belong to.
+
+    Args:
+        ax: The axes.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> figure, ax = plt.subplots()
+        >>> figure_of(ax) is figure
+        True
+        >>> plt.close(figure)
+    """
     figure: Any = ax.figure
     return cast("Figure", figure)
 

@@ -185,7 +185,7 @@ _TEMPLATES = tuple(
 
 
 def fill(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Draw a template and a scene and fill the one with words of the other.
+    """Draw a template and a scene, and fill the template with words of the scene.
 
     Args:
         rng: The only source of randomness.
@@ -205,7 +205,7 @@ def fill(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _article(following: list[str], obj: str) -> str:
-    """Give the indefinite article before these words: "a", "an", or "some" for a mass noun."""
+    """Return the indefinite article before these words: "a", "an", or "some" for a mass noun."""
     if obj in vocabulary.MASS_NOUNS and obj in following[:2]:
         return "some"
     word = following[0]

@@ -1,6 +1,6 @@
 """The words of ``generate_sentences``, by meaning and part of speech.
 
-Every word form has one part of speech in the whole vocabulary (so no noun "cook" beside a verb
+Every word form has one part of speech in the whole vocabulary (so no noun "cook" alongside a verb
 "cook"), and words on whose tag annotators disagree are left out: participles as adjectives,
 "that", "there", subordinating conjunctions, compound nouns, verb particles.
 """
@@ -58,7 +58,7 @@ class Scene:
 
 
 def plural(noun: str) -> str:
-    """Give the plural of a noun of the vocabulary."""
+    """Return the plural of a noun in the vocabulary."""
     return _IRREGULAR_PLURALS.get(noun) or _with_s(noun)
 
 

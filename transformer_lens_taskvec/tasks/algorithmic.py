@@ -6,6 +6,7 @@ import math
 import random
 import string
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -26,7 +27,7 @@ _SEPARATOR = ", "
 class ListTask:
     """Pick one item of a comma-separated list of different words.
 
-    The length of each list is drawn first, all lengths with equal chance, and then its words.
+    The length of each list is drawn first, all lengths equally likely, and then its words.
 
     Args:
         name: The task's name in results.
@@ -37,7 +38,7 @@ class ListTask:
 
     Raises:
         ValueError: If the lengths are out of order or range, ``item`` is outside the shortest
-            list, or a word is empty, stands twice or holds a comma.
+            list, or a word is empty, is repeated or has a comma.
 
     Example:
         >>> import random
@@ -66,11 +67,14 @@ class ListTask:
                 f"use {-self.min_length} to {self.min_length - 1}"
             )
         if len(set(self.words)) < len(self.words):
-            raise ValueError(f"the words of task {self.name!r} must be distinct; drop the doubles")
+            raise ValueError(
+                f"the words of task {self.name!r} must be distinct; remove the duplicates"
+            )
         for word in self.words:
             if not word.strip() or "," in word:
                 raise ValueError(
-                    f"a list cannot have the word {word!r}; words have no comma and are not empty"
+                    f"a list cannot contain the word {word!r}; "
+                    "words must be non-empty and have no commas"
                 )
 
     def __len__(self) -> int:
@@ -95,7 +99,7 @@ class ListTask:
             rng: The only source of randomness.
 
         Returns:
-            Examples whose ``x`` is the words with ``", "`` between them.
+            Examples whose ``x`` is the words joined by ``", "``.
 
         Raises:
             ValueError: If ``n`` is negative or more than the number of lists.
@@ -109,10 +113,25 @@ class ListTask:
         return list(examples.values())
 
 
+_PAIRS: dict[str, Callable[[tuple[str, ...]], Iterable[tuple[str, str]]]] = {
+    "upper_case": lambda words: ((word, word.upper()) for word in words),
+    "lower_case": lambda words: ((word.upper(), word) for word in words),
+    "capitalize": lambda words: ((word, word.capitalize()) for word in words),
+    "first_letter": lambda words: ((word, word[0]) for word in words),
+    "last_letter": lambda words: ((word, word[-1]) for word in words),
+    "next_letter": lambda _: pairwise(string.ascii_lowercase),
+    "previous_letter": lambda _: pairwise(reversed(string.ascii_lowercase)),
+    "next_number": lambda _: ((str(n), str(n + 1)) for n in range(_MAX_NUMBER + 1)),
+}
+_ITEMS = {"list_first": 0, "list_last": -1}
+ALGORITHMIC = (*_PAIRS, *_ITEMS)
+"""The names of the tasks of :func:`algorithmic_tasks`."""
+
+
 def algorithmic_tasks() -> dict[str, Task]:
     """Make the tasks whose answer follows from the input by a rule.
 
-    The words are 315 common lower-case English words of up to five letters, of this package.
+    The words are 315 common lower-case English words of up to five letters.
 
     Returns:
         ``upper_case``, ``lower_case``, ``capitalize``, ``first_letter`` and ``last_letter`` of a
@@ -128,19 +147,10 @@ def algorithmic_tasks() -> dict[str, Task]:
         ListTask('list_first', item=0, lists of 3 to 5 of 315 words)
     """
     words = _read_words()
-    letters = string.ascii_lowercase
     return by_name(
         [
-            mapping_task("upper_case", {word: word.upper() for word in words}),
-            mapping_task("lower_case", {word.upper(): word for word in words}),
-            mapping_task("capitalize", {word: word.capitalize() for word in words}),
-            mapping_task("first_letter", {word: word[0] for word in words}),
-            mapping_task("last_letter", {word: word[-1] for word in words}),
-            mapping_task("next_letter", pairwise(letters)),
-            mapping_task("previous_letter", pairwise(reversed(letters))),
-            mapping_task("next_number", {str(n): str(n + 1) for n in range(_MAX_NUMBER + 1)}),
-            ListTask("list_first", 0, words),
-            ListTask("list_last", -1, words),
+            *(mapping_task(name, pairs(words)) for name, pairs in _PAIRS.items()),
+            *(ListTask(name, item, words) for name, item in _ITEMS.items()),
         ]
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 NULL = "Null"
-"""The name of the task without a task: inputs as in the others, answers at random."""
+"""The name of the task without a rule (Han et al. 2025, §4), whose answers are random."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,12 @@ class MappingTask:
     Attributes:
         name: The task's name in results.
         pairs: The pairs, with distinct inputs.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> task = tv.mapping_task("plural", {"cat": "cats"})
+        >>> isinstance(task, tv.tasks.MappingTask), len(task)
+        (True, 1)
     """
 
     name: str
@@ -114,7 +120,7 @@ def mapping_task(
         The task, with its pairs in the order given.
 
     Raises:
-        ValueError: If there are no pairs, a text is empty, or an input stands twice.
+        ValueError: If there are no pairs, a text is empty, or an input occurs twice.
 
     Example:
         >>> import random

@@ -6,10 +6,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformer_lens_taskvec.tasks.base import Example, Task, by_name, check_sample_size
+from transformer_lens_taskvec.tasks.base import NULL, Example, Task, by_name, check_sample_size
 
 _MAX_BITS = 16
-_NULL = "Null"
 # Each operation as the integer formula of the two numbers and the mask of n ones.
 _OPERATIONS: dict[str, Callable[[int, int, int], int]] = {
     "AND": lambda a, b, ones: a & b,
@@ -19,6 +18,8 @@ _OPERATIONS: dict[str, Callable[[int, int, int], int]] = {
     "XOR": lambda a, b, ones: a ^ b,
     "XNOR": lambda a, b, ones: ones ^ a ^ b,
 }
+BITWISE = tuple(_OPERATIONS)
+"""The names of the tasks of :func:`bitwise_tasks` but for Null."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class BitwiseTask:
     n_bits: int = 5
 
     def __post_init__(self) -> None:
-        if self.name != _NULL and self.name not in _OPERATIONS:
-            known = ", ".join((*_OPERATIONS, _NULL))
+        if self.name != NULL and self.name not in _OPERATIONS:
+            known = ", ".join((*_OPERATIONS, NULL))
             raise ValueError(f"unknown bitwise operation {self.name!r}; use one of {known}")
         if not 1 <= self.n_bits <= _MAX_BITS:
             raise ValueError(f"n_bits={self.n_bits} is out of range; use 1 to {_MAX_BITS} bits")
@@ -54,7 +55,7 @@ class BitwiseTask:
             rng: The only source of randomness, also of Null's answers.
 
         Returns:
-            Examples whose ``x`` is the two numbers with a space between them.
+            Examples whose ``x`` is the two numbers separated by a space.
 
         Raises:
             ValueError: If ``n`` is negative or more than the number of pairs.
@@ -73,7 +74,7 @@ class BitwiseTask:
     def _example(self, pair: int, rng: random.Random) -> Example:
         ones = (1 << self.n_bits) - 1
         a, b = pair >> self.n_bits, pair & ones
-        if self.name == _NULL:
+        if self.name == NULL:
             result = rng.getrandbits(self.n_bits)
         else:
             result = _OPERATIONS[self.name](a, b, ones)
@@ -84,9 +85,7 @@ class BitwiseTask:
 
 
 def bitwise_tasks(n_bits: int = 5, null: bool = True) -> dict[str, Task]:
-    """Make the bitwise-arithmetic tasks: the result of an operation on two binary numbers.
-
-    They are those of Han et al. 2025, §4.
+    """Make the bitwise-arithmetic tasks (Han et al. 2025, §4): operations on binary numbers.
 
     Args:
         n_bits: The number of binary digits, 1 to 16; the paper uses 5.
@@ -107,5 +106,5 @@ def bitwise_tasks(n_bits: int = 5, null: bool = True) -> dict[str, Task]:
         >>> tasks["XOR"].sample(1, random.Random(1))
         [Example(x='01000 10011', y='11011')]
     """
-    names = (*_OPERATIONS, _NULL) if null else tuple(_OPERATIONS)
+    names = (*BITWISE, NULL) if null else BITWISE
     return by_name([BitwiseTask(name, n_bits) for name in names])

@@ -1,17 +1,13 @@
-"""Mapping tasks: fixed lists of word pairs, shipped here or read from public JSON files."""
+"""Mapping tasks: word pairs from the lists in this package."""
 
 from __future__ import annotations
 
-import json
-import os
-import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 
-from transformer_lens_taskvec.tasks.base import Example, MappingTask, Task, by_name, mapping_task
+from transformer_lens_taskvec.tasks.base import Task, by_name, mapping_task
 
-# A list of pairs, and the name of the task that asks for it the other way round, if one does.
+# A list of pairs, and the name of the task in the reverse direction, if there is one.
 _LINGUISTIC = {
     "antonyms": None,
     "singular_plural": "plural_singular",
@@ -28,13 +24,24 @@ _KNOWLEDGE = {
     "element_symbol": None,
 }
 _TRANSLATION = {"en_fr": "fr_en", "en_es": "es_en", "en_de": "de_en"}
-_EXPECTED_SHAPE = '{"x": "y", ...} or [{"input": "x", "output": "y"}, ...]'
+
+
+def _names(table: Mapping[str, str | None]) -> tuple[str, ...]:
+    return tuple(name for both in table.items() for name in both if name is not None)
+
+
+LINGUISTIC = _names(_LINGUISTIC)
+"""The names of the tasks of :func:`linguistic_tasks`."""
+KNOWLEDGE = _names(_KNOWLEDGE)
+"""The names of the tasks of :func:`knowledge_tasks`."""
+TRANSLATION = _names(_TRANSLATION)
+"""The names of the tasks of :func:`translation_tasks`."""
 
 
 def linguistic_tasks() -> dict[str, Task]:
-    """Make the tasks on English word forms and meanings, from word lists of this package.
+    """Make the tasks about English word forms and antonyms, from word lists in this package.
 
-    No word stands twice among the antonyms, in either column, so that a demonstration never
+    No word occurs twice among the antonyms, in either column, so that a demonstration never
     gives away the answer to a query.
 
     Returns:
@@ -52,7 +59,7 @@ def linguistic_tasks() -> dict[str, Task]:
 
 
 def knowledge_tasks() -> dict[str, Task]:
-    """Make the tasks on facts of the world, from lists of this package.
+    """Make the tasks about facts of the world, from lists in this package.
 
     Each input has one answer: countries without one undisputed capital are not in
     ``country_capital``, and those on two continents, or named after theirs, are not in
@@ -72,9 +79,9 @@ def knowledge_tasks() -> dict[str, Task]:
 
 
 def translation_tasks() -> dict[str, Task]:
-    """Make the tasks of translating single words, from word lists of this package.
+    """Make the tasks of translating single words, from word lists in this package.
 
-    Nouns stand without an article (German ones with their capital), verbs in the infinitive
+    Nouns have no article (German ones with their capital), verbs in the infinitive
     and adjectives in the masculine singular. Words spelled alike in both languages are left
     out: copying the input would answer them.
 
@@ -91,49 +98,9 @@ def translation_tasks() -> dict[str, Task]:
     return _tasks(_TRANSLATION)
 
 
-def load_mapping(path: str | os.PathLike[str], name: str | None = None) -> MappingTask:
-    """Read a task from a JSON file of input-output pairs, in either of two public shapes.
-
-    The shapes are ``{"x": "y", ...}`` and ``[{"input": "x", "output": "y"}, ...]``, the latter
-    that of the function-vectors data sets (Todd et al. 2023); other keys of an entry are
-    ignored. Where an input stands more than once, in either shape, the first pair counts and
-    the later ones are dropped, since inputs of a task are distinct. Texts are kept as they
-    stand, spaces included.
-
-    Args:
-        path: A UTF-8 JSON file, with or without a byte order mark.
-        name: The task's name in results; by default the file's name without its ending.
-
-    Returns:
-        The pairs as a task, in the file's order.
-
-    Raises:
-        ValueError: If the file is not UTF-8, not JSON, of another shape or without pairs, or an
-            input or output is not a text with visible characters. The message names the file,
-            and the line or the number of the entry, counted from 0.
-        OSError: If the file cannot be read.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> import transformer_lens_taskvec as tv
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "colours.json")
-        ...     _ = path.write_text('{"sky": "blue", "grass": "green"}')
-        ...     tv.load_mapping(path)
-        MappingTask('colours', 2 pairs: 'sky' -> 'blue', 'grass' -> 'green')
-    """
-    path = Path(path)
-    first: dict[str, Example] = {}
-    for example in _examples(path, _parse(path)):
-        first.setdefault(example.x, example)
-    if not first:
-        raise ValueError(f"{path} has no pairs; give at least one, as {_EXPECTED_SHAPE}")
-    return mapping_task(path.stem if name is None else name, first.values())
-
-
-def _tasks(names: Mapping[str, str | None]) -> dict[str, Task]:
+def _tasks(table: Mapping[str, str | None]) -> dict[str, Task]:
     tasks: list[Task] = []
-    for forward, reverse in names.items():
+    for forward, reverse in table.items():
         pairs = _read_pairs(forward)
         tasks.append(mapping_task(forward, pairs))
         if reverse is not None:
@@ -149,82 +116,3 @@ def _read_pairs(name: str) -> list[tuple[str, str]]:
         x, y = line.split("\t")
         pairs.append((x, y))
     return pairs
-
-
-def _parse(path: Path) -> object:
-    """Parse a JSON file; its objects become tuples of (key, value), its arrays lists."""
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8"
-        ) from error
-    try:
-        # A dict would keep the last of several equal keys without a word; tuples keep them all.
-        return json.loads(text, object_pairs_hook=tuple)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: has a number that is too long to read ({error})") from error
-    except RecursionError as error:
-        raise ValueError(
-            f"{path}: the JSON is nested too deeply to read; expected {_EXPECTED_SHAPE}"
-        ) from error
-
-
-def _examples(path: Path, content: object) -> Iterator[Example]:
-    if isinstance(content, tuple):
-        for index, (x, y) in enumerate(content):
-            yield Example(_text(path, index, "input", x), _text(path, index, "output", y))
-    elif isinstance(content, list):
-        for index, entry in enumerate(content):
-            fields = dict(entry) if isinstance(entry, tuple) else {}
-            if "input" not in fields or "output" not in fields:
-                raise _entry_error(
-                    path,
-                    index,
-                    f"expected an object with an input and an output, got {_describe(entry)}",
-                )
-            yield Example(
-                _text(path, index, "input", fields["input"]),
-                _text(path, index, "output", fields["output"]),
-            )
-    else:
-        raise _shape_error(path, content)
-
-
-def _text(path: Path, index: int, side: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _entry_error(path, index, f"the {side} must be a string, got {_describe(value)}")
-    if not value.strip():
-        raise _entry_error(path, index, f"the {side} is empty; give it a text or drop the entry")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _entry_error(
-            path,
-            index,
-            f"the {side} {reprlib.repr(value)} has half of a surrogate pair, which is no character",
-        ) from error
-    return value
-
-
-def _shape_error(path: Path, content: object) -> ValueError:
-    return ValueError(f"{path}: expected {_EXPECTED_SHAPE}, got {_describe(content)}")
-
-
-def _entry_error(path: Path, index: int, problem: str) -> ValueError:
-    return ValueError(f"{path}, entry {index} (counted from 0): {problem}")
-
-
-def _describe(value: object) -> str:
-    """Say what a parsed JSON value is, in JSON's words."""
-    if isinstance(value, tuple):
-        keys = ", ".join(reprlib.repr(key) for key, _ in value[:4])
-        return f"an object with the keys {keys}" if value else "an empty object"
-    if isinstance(value, list):
-        return f"an array of length {len(value)}"
-    # ``true`` and ``null`` rather than Python's True and None; long strings are cut short.
-    return reprlib.repr(value) if isinstance(value, str) else json.dumps(value)

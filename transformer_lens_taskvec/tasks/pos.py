@@ -7,17 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from transformer_lens_taskvec.tasks.base import Example, Task, by_name, check_sample_size
+from transformer_lens_taskvec.tasks.base import NULL, Example, Task, by_name, check_sample_size
 from transformer_lens_taskvec.tasks.sentences import Sentence, generate_sentences
-
-if TYPE_CHECKING:
-    pass
-
-
-__all__ = ["POS_TAGS", "PosTask", "Sentence", "pos_tasks"]
-
 
 POS_TAGS: Mapping[str, str] = MappingProxyType(
     {
@@ -29,14 +21,7 @@ POS_TAGS: Mapping[str, str] = MappingProxyType(
         "Pronoun": "PRON",
     }
 )
-
-
-_NULL = "Null"
-
-
 _NOT_WORDS = frozenset(["PUNCT", "SYM"])
-
-
 _WORD_CHARACTER = re.compile(r"\w")
 
 
@@ -93,14 +78,14 @@ class PosTask:
 
 
 def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) -> dict[str, Task]:
-    """Make the part-of-speech tasks (Han et al. 2025, §4): a sentence's first word of one kind.
+    """Make the part-of-speech tasks (Han et al. 2025, §4): the first word of one kind.
 
     All tasks use the same sentences: those with all six parts of speech, each text once. A
-    sentence is left out too if one of its answers does not stand by itself in the text, as
-    "gon" does not in "I'm gonna go". An answer is spelled as in the sentence.
+    sentence is also left out if one of its answers is not a word by itself in the text, as
+    "gon" is not in "I'm gonna go". An answer is spelled as in the sentence.
 
     Args:
-        sentences: Tagged sentences, from :func:`load_conllu` for example; by default 6,000
+        sentences: Tagged sentences, for example from :func:`load_conllu`; by default 6,000
             generated ones.
         null: Whether to add Null, whose answer is a randomly chosen word, as the last task.
 
@@ -120,6 +105,13 @@ def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) ->
         >>> tasks["Adverb"].sample(1, random.Random(0))
         [Example(x='Slowly, they walked toward a small village.', y='Slowly')]
     """
+    pool = _usable(sentences)
+    tasks = [PosTask(name, tag, pool) for name, tag in POS_TAGS.items()]
+    return by_name([*tasks, PosTask(NULL, None, pool)] if null else tasks)
+
+
+def _usable(sentences: Iterable[Sentence] | None) -> tuple[Sentence, ...]:
+    """Give the sentences in which every task has an answer, each text once."""
     given = tuple(generate_sentences() if sentences is None else sentences)
     usable: dict[str, Sentence] = {}
     for sentence in given:
@@ -130,9 +122,7 @@ def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) ->
             f"none of the {len(given)} sentences given has all six parts of speech "
             f"({', '.join(POS_TAGS.values())}); check that their tags are UPOS tags"
         )
-    pool = tuple(usable.values())
-    tasks = [PosTask(name, tag, pool) for name, tag in POS_TAGS.items()]
-    return by_name([*tasks, PosTask(_NULL, None, pool)] if null else tasks)
+    return tuple(usable.values())
 
 
 def _is_usable(sentence: Sentence) -> bool:
@@ -162,18 +152,18 @@ def _stands_alone(word: str, text: str) -> bool:
 def split_pos_tasks(
     sentences: Sequence[Sentence] | None = None, *, test_share: float = 0.2, seed: int = 0
 ) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Part-of-speech tasks on disjoint train and test sentences (80/20 in the paper, App. G).
+    """Make part-of-speech tasks on disjoint train and test sentences (Han et al. 2025, App. G).
 
     Args:
-        sentences: Tagged sentences; by default those that the package makes itself.
-        test_share: The share of the sentences that go to the test tasks.
+        sentences: Tagged sentences; by default 6,000 generated ones.
+        test_share: The share of the sentences in the test tasks, 0.2 in the paper.
         seed: Seed of the split.
 
     Returns:
         The train tasks and the test tasks, by name, Null last.
 
     Raises:
-        ValueError: If ``test_share`` is not between 0 and 1, or a part has no usable sentence.
+        ValueError: If ``test_share`` is not between 0 and 1, or either part has no usable sentence.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -185,7 +175,7 @@ def split_pos_tasks(
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share is {test_share}; it must be between 0 and 1")
-    pool = list(next(iter(pos_tasks(sentences).values())).sentences)  # type: ignore[attr-defined]
+    pool = list(_usable(sentences))
     random.Random(seed).shuffle(pool)
     n_test = round(test_share * len(pool))
     return pos_tasks(pool[n_test:]), pos_tasks(pool[:n_test])

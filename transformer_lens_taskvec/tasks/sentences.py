@@ -28,7 +28,7 @@ class Sentence:
             words.
 
     Raises:
-        ValueError: If there are no words, or not one tag for each.
+        ValueError: If there are no words, or not exactly one tag for each.
 
     Example:
         >>> from transformer_lens_taskvec.tasks import Sentence
@@ -56,7 +56,7 @@ class Sentence:
         return detokenise(self.words) if self.source_text is None else self.source_text
 
     def first(self, tag: str) -> str | None:
-        """Give the first word with this tag, as it stands in the text, or None if none has it."""
+        """Return the first word with this tag, spelled as in the text, or None if none has it."""
         return self.words[self.tags.index(tag)] if tag in self.tags else None
 
 
@@ -64,7 +64,7 @@ def detokenise(words: Iterable[str]) -> str:
     """Join words into text, closing up punctuation and the parts of contractions.
 
     Args:
-        words: Tokens in the way of the Penn Treebank.
+        words: Tokens in the style of the Penn Treebank.
 
     Returns:
         The text, with the treebank's ``` `` ``` and ``''`` quotes as ``"``.
@@ -85,7 +85,7 @@ def detokenise(words: Iterable[str]) -> str:
 
 @functools.lru_cache(maxsize=4)
 def generate_sentences(n: int = 6000, seed: int = 0) -> tuple[Sentence, ...]:
-    """Generate distinct English sentences that each have all six parts of speech of the tasks.
+    """Generate distinct English sentences that each have all six of the tasks' parts of speech.
 
     A sentence is a template of :mod:`~transformer_lens_taskvec.tasks._grammar` filled with words
     that belong to one scene (a kitchen, an office, a farm), 8 to 16 words without punctuation.
@@ -97,7 +97,7 @@ def generate_sentences(n: int = 6000, seed: int = 0) -> tuple[Sentence, ...]:
         seed: Equal arguments give equal sentences.
 
     Returns:
-        The sentences, no text twice.
+        The sentences, no two with the same text.
 
     Raises:
         ValueError: If ``n`` is out of range.

@@ -47,7 +47,7 @@ class Injectable(Protocol):
         >>> isinstance(vectors, tv.Injectable)
         True
         >>> vectors.inject("XOR", 1)
-        [Intervention(blocks.1.hook_resid_post, replace, |v|=15.9, position=-1)]
+        [Intervention(blocks.1.hook_resid_post, replace, |v|=3.41, position=-1)]
     """
 
     @property

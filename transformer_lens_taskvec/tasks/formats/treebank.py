@@ -32,12 +32,12 @@ def load_treebank(path: str | os.PathLike[str]) -> list[Sentence]:
     """Read the sentences of the Penn Treebank, with universal parts of speech.
 
     Tags are mapped to UPOS by the tag alone: every VB is VERB and every IN is ADP, auxiliaries
-    and subordinating conjunctions too. Traces are dropped, brackets unescaped, and the text is
-    put together from the words.
+    and subordinating conjunctions too. Traces are dropped, brackets unescaped, and the words
+    joined into the text.
 
     Args:
-        path: A bracketed file, or a directory in which (or in folders of which) ``.mrg`` files
-            lie, as in NLTK's ``corpora/treebank``.
+        path: A bracketed file, or a directory with ``.mrg`` files in it or in its
+            subdirectories, such as NLTK's ``corpora/treebank``.
 
     Returns:
         The sentences in the order of the file names and files, repeated ones included.
@@ -68,7 +68,7 @@ def load_treebank(path: str | os.PathLike[str]) -> list[Sentence]:
 
 @dataclass
 class _Node:
-    """An open bracket: where it opened, and what has stood in it so far."""
+    """An open bracket: where it opened, and what it has contained so far."""
 
     line: int
     label: str | None = None
@@ -116,7 +116,7 @@ def _read_atom(path: Path, number: int, stack: list[_Node], token: str) -> None:
     node = stack[-1]
     if node.has_children or node.word is not None:
         raise line_error(
-            path, number, f"has {token[:40]!r} where a bracket is due; a word is '(TAG word)'"
+            path, number, f"has {token[:40]!r} where a bracket is expected; a word is '(TAG word)'"
         )
     if node.label is None:
         node.label = token
@@ -125,7 +125,7 @@ def _read_atom(path: Path, number: int, stack: list[_Node], token: str) -> None:
 
 
 def _close(path: Path, number: int, node: _Node) -> tuple[str, str] | None:
-    """Give the word and tag of a closed bracket, or None for a phrase or a trace."""
+    """Return the word and tag of a closed bracket, or None for a phrase or a trace."""
     if node.has_children or node.label == _TRACE:
         return None
     if node.label is None or node.word is None:
@@ -135,7 +135,7 @@ def _close(path: Path, number: int, node: _Node) -> tuple[str, str] | None:
     tag = _UPOS.get(node.label.split("|")[0])
     if tag is None:
         raise line_error(
-            path, number, f"has the tag {node.label[:40]!r}, which is not of the Penn Treebank"
+            path, number, f"has the tag {node.label[:40]!r}, which is not a Penn Treebank tag"
         )
     word = _ESCAPES.get(node.word, node.word)
     return word.replace("\\/", "/").replace("\\*", "*"), tag

@@ -23,9 +23,9 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
     r"""Read the sentences of a CoNLL-U file with their universal parts of speech.
 
     Words are the lines with a plain number; a contraction counts as its parts ("did", "n't"),
-    and empty nodes, which the sentence does not pronounce, do not count. The text is the
-    ``# text`` comment, or else the forms joined as ``SpaceAfter=No`` tells. :func:`pos_tasks` sees
-    to it that answers stand by themselves in that text.
+    and empty nodes, which are not pronounced, are skipped. The text is the ``# text`` comment, or
+    without one the forms, with a space after each that has no ``SpaceAfter=No``.
+    :func:`pos_tasks` leaves out sentences whose answers are not separate words in that text.
 
     Args:
         path: The file, in UTF-8; it is read line by line.
@@ -66,7 +66,7 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
 
 
 class _Block:
-    """The lines of one sentence, as far as they have been read."""
+    """The lines of one sentence, read so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,7 +121,7 @@ class _Block:
                 self._print(form, spaced)
 
     def sentence(self) -> Sentence:
-        """Give the sentence of the lines read, which must reach the end of its last range."""
+        """Return the sentence of the lines read, which must reach the end of its last range."""
         if self.range_end > len(self.words):
             raise line_error(
                 self.path,
@@ -138,5 +138,6 @@ class _Block:
         return line_error(
             self.path,
             number,
-            f"has the id {identifier[:40]!r} where {expected} is due; ids count the words from 1",
+            f"has the id {identifier[:40]!r} where {expected} is expected; "
+            "ids count the words from 1",
         )

@@ -1,0 +1,1 @@
+"""Readers of public file formats: JSON pairs, CoNLL-U, the Penn Treebank."""

@@ -1,0 +1,119 @@
+"""The families of tasks in the package: one entry each, and tasks by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from transformer_lens_taskvec.tasks.algorithmic import ALGORITHMIC, algorithmic_tasks
+from transformer_lens_taskvec.tasks.base import NULL, Task
+from transformer_lens_taskvec.tasks.bitwise import BITWISE, bitwise_tasks
+from transformer_lens_taskvec.tasks.code import CODE, code_tasks
+from transformer_lens_taskvec.tasks.mappings import (
+    KNOWLEDGE,
+    LINGUISTIC,
+    TRANSLATION,
+    knowledge_tasks,
+    linguistic_tasks,
+    translation_tasks,
+)
+from transformer_lens_taskvec.tasks.pos import POS_TAGS, pos_tasks
+
+__all__ = ["FAMILIES", "NULL", "Family", "all_tasks", "find_tasks"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tasks that are made together.
+
+    Attributes:
+        name: The family's name.
+        maker: Makes the tasks, by name; it may make others too, such as Null.
+        tasks: The names of the family's tasks, known without making them.
+        description: What the tasks have in common, in a few words.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> family = tv.tasks.FAMILIES[0]
+        >>> family.name, family.tasks[:3]
+        ('linguistic', ('antonyms', 'singular_plural', 'plural_singular'))
+    """
+
+    name: str
+    maker: Callable[[], dict[str, Task]]
+    tasks: tuple[str, ...]
+    description: str
+
+    def make(self) -> dict[str, Task]:
+        """Make the family's tasks.
+
+        Returns:
+            The tasks by name, in the order of :attr:`tasks`.
+        """
+        made = self.maker()
+        return {name: made[name] for name in self.tasks}
+
+
+FAMILIES = (
+    Family("linguistic", linguistic_tasks, LINGUISTIC, "English word forms and antonyms"),
+    Family("knowledge", knowledge_tasks, KNOWLEDGE, "countries, landmarks and elements"),
+    Family("translation", translation_tasks, TRANSLATION, "words in English and other languages"),
+    Family("algorithmic", algorithmic_tasks, ALGORITHMIC, "rules on letters, numbers and lists"),
+    Family("code", code_tasks, CODE, "identifiers, number bases, operators and languages"),
+    Family("bitwise", bitwise_tasks, BITWISE, "logical operations on two binary numbers"),
+    Family("pos", pos_tasks, tuple(POS_TAGS), "the first word of one part of speech"),
+)
+"""The families of tasks, in the order in which ``taskvec tasks`` lists them."""
+
+
+def all_tasks() -> dict[str, Task]:
+    """Make every task in the package but the Null classes.
+
+    Returns:
+        The tasks of all :data:`FAMILIES`, by name.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> tasks = tv.tasks.all_tasks()
+        >>> tasks["antonyms"]
+        MappingTask('antonyms', 201 pairs: 'able' -> 'unable', 'above' -> 'below', ...)
+        >>> [name for name in tasks if name.startswith("en_")]
+        ['en_fr', 'en_es', 'en_de']
+    """
+    return {name: task for family in FAMILIES for name, task in family.make().items()}
+
+
+def find_tasks(names: Iterable[str]) -> dict[str, Task]:
+    """Make tasks by their names, and only the families that these belong to.
+
+    Args:
+        names: Names of tasks; ``taskvec tasks`` lists them.
+
+    Returns:
+        The tasks by name, in the order asked for.
+
+    Raises:
+        ValueError: If there are no names, or no task has one of them; the message suggests others.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> tv.find_tasks(["country_capital"])["country_capital"].pairs[0].y
+        'Kabul'
+        >>> tv.find_tasks(["antonym"])
+        Traceback (most recent call last):
+        ValueError: no task named 'antonym'; did you mean antonyms? `taskvec tasks` lists them all
+    """
+    wanted = list(names)
+    if not wanted:
+        raise ValueError("no task named; give at least one, `taskvec tasks` lists them")
+    family_of = {task: family for family in FAMILIES for task in family.tasks}
+    for name in wanted:
+        if name not in family_of:
+            near = get_close_matches(name, family_of, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ";"
+            raise ValueError(f"no task named {name!r}{hint} `taskvec tasks` lists them all")
+    made: dict[str, Task] = {}
+    for family in dict.fromkeys(family_of[name] for name in wanted):
+        made |= family.make()
+    return {name: made[name] for name in wanted}
