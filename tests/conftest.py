@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jaxtyping
+
+PACKAGE = Path(__file__).parents[1] / "transformer_lens_taskvec"
+# Shapes and types are checked at every call, except where time is measured, and in the command
+# line, whose arguments typer makes.
+if not any("benchmarks" in argument for argument in sys.argv):
+    rooms = [path.stem for path in PACKAGE.iterdir() if path.stem not in ("cli", "__main__")]
+    jaxtyping.install_import_hook([f"{PACKAGE.name}.{room}" for room in rooms], "checked.beartyped")
 
 import pytest
 import zoo
@@ -19,6 +30,14 @@ SHARED = Path(__file__).parents[2] / "shared"
 """Real data that lies beside a development checkout; tests that read it skip without it."""
 
 CLASSES = ["bridge"] if zoo.HookedTransformer is None else ["bridge", "hooked_transformer"]
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Calls without the checks: of what the package itself must refuse, or must not disturb."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

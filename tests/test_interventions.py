@@ -112,6 +112,7 @@ def test_the_declarative_form_is_accepted_by_transformer_lens() -> None:
         (lambda: tv.inject(V, 0, mode=lambda a, v: a[:1])(rows()), "must return the shape"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_what_makes_no_sense_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

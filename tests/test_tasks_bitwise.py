@@ -66,6 +66,7 @@ def test_null_answers_are_random_digits_that_do_not_depend_on_the_input() -> Non
 
 
 @pytest.mark.parametrize("name", ["XOR", "Null"])
+@pytest.mark.usefixtures("unchecked")  # beartype draws at random what it looks at
 def test_equal_seeds_give_equal_samples_without_the_global_random_state(name: str) -> None:
     task = bitwise_tasks()[name]
     state = random.getstate()

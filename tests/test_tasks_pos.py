@@ -95,6 +95,7 @@ def test_a_sentence_whose_answer_is_glued_to_another_word_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["Verb", "Null"])
+@pytest.mark.usefixtures("unchecked")  # beartype draws at random what it looks at
 def test_equal_seeds_give_equal_samples_without_the_global_random_state(name: str) -> None:
     task = pos_tasks()[name]
     state = random.getstate()

@@ -23,7 +23,7 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, collect
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
 from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
-from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_sweep
+from transformer_lens_taskvec.analysis.sweep import LayerSweep, layer_sweep
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.models.protocol import check_layers
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_splits, zero_shot

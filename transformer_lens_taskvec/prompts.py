@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformer_lens_taskvec.tasks.base import Example, Task
 
@@ -192,6 +192,7 @@ EXAMPLE_ARROW = PromptTemplate("example:{x}->{y}")
 QA = PromptTemplate("Q: {x}\nA: {y}", separator="\n\n")
 
 
+@runtime_checkable
 class AnyEpisode(Protocol):
     """What collecting and evaluating need of an episode.
 

@@ -7,10 +7,10 @@ from transformer_lens_taskvec.analysis.decodability import (
     decodability_sensitivity,
     task_decodability,
 )
-from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep, layer_sweep
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_effect
+from transformer_lens_taskvec.analysis.sweep import LayerSweep, layer_sweep
 from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit, td_vs_accuracy
 
 __all__ = [

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -185,7 +185,7 @@ class Intervention:
 
 def inject(
     vector: Float[Tensor, " d"],
-    layer: int,
+    layer: SupportsIndex,
     *,
     mode: Mode = "replace",
     scale: float = 1.0,
@@ -230,7 +230,7 @@ def inject(
 
 
 def ablate(
-    layer: int,
+    layer: SupportsIndex,
     *,
     mean: Float[Tensor, " d"] | None = None,
     direction: Float[Tensor, " d"] | None = None,
@@ -277,7 +277,7 @@ def ablate(
 
 
 def _make(
-    layer: int,
+    layer: SupportsIndex,
     mode: Mode,
     vector: Tensor | None,
     scale: float,

@@ -343,7 +343,7 @@ def _suffix(
     return rearrange(logits, "row (branch pos) vocab -> row branch pos vocab", branch=n_branches)
 
 
-def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Tensor, " row"]]:
+def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Tensor, " some"]]:
     """Rows to run together: among many variants, those with answers of one length.
 
     What pads a shorter answer is run once a variant.

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transformer_lens_taskvec.analysis.layer_sweep import LayerSweep
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix
 from transformer_lens_taskvec.analysis.steering import SteeringEffect
+from transformer_lens_taskvec.analysis.sweep import LayerSweep
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
     GREY,
