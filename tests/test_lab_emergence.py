@@ -17,7 +17,7 @@ from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.lab.emergence import Emergence
-from transformer_lens_taskvec.lab.training.runs import Run
+from transformer_lens_taskvec.lab.training.regression import Run
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.plots import save_figures
 from transformer_lens_taskvec.vectors.base import TaskVectors
@@ -193,7 +193,7 @@ def test_the_posterior_is_held_against_neighbours(run: Run) -> None:
     assert few.posterior.mean() < many.posterior.mean()
     assert few.correlation > 0.3 and many.neighbours.mean() > 0.9
     other = lab.RegressionFamilies(dim=8, n_points=16)
-    with pytest.raises(ValueError, match="SparseLinearMixture"):
+    with pytest.raises(ValueError, match="RegressionFamilies has no exact posterior"):
         lab.posterior_agreement(Run(run.path, _with(run, other), 0, run.steps, run.mse, ()), 3)
 
 

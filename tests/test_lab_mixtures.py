@@ -124,7 +124,9 @@ def test_a_family_of_ones_own_is_a_function() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"basis \(0, 4\) leaves the 4 dimensions"):
+    with pytest.raises(
+        ValueError, match=r"basis \(0, 4\) is out of range: dim is 4, so coordinates are 0 to 3"
+    ):
         SparseLinearMixture(dim=4, bases=((0, 4),))
     with pytest.raises(ValueError, match="each once"):
         SparseLinearMixture(dim=4, bases=((0, 0),))

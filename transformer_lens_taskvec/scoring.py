@@ -264,8 +264,9 @@ def _number_scores(
 ) -> Scores:
     """Scores where answers are numbers."""
     off = predicted - torch.tensor([episode.answer for episode in episodes])
-    within = off.abs() <= torch.tensor([episode.tolerance for episode in episodes])
-    return Scores(within, off.square(), labels, tasks, None, False, "squared error")
+    pairs = zip(episodes, predicted.tolist(), strict=True)
+    right = torch.tensor([episode.is_right(value) for episode, value in pairs])
+    return Scores(right, off.square(), labels, tasks, None, False, "squared error")
 
 
 def collect_and_evaluate(

@@ -27,7 +27,7 @@ leaves many answers right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +35,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from transformer_lens_taskvec._utils.atomic_io import reading
-from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.toy.lines import (
@@ -61,12 +58,7 @@ from transformer_lens_taskvec.lab.toy.lines import (
     training_view,
 )
 from transformer_lens_taskvec.lab.training.recipe import Recipe
-from transformer_lens_taskvec.lab.training.runs import (
-    checkpoint_path,
-    export_checkpoints,
-    read_metrics,
-    read_settings,
-)
+from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
 _EVAL_SEED = 3_000_003
@@ -121,6 +113,12 @@ class ToyConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        sizes = (self.n_layers, self.n_heads, self.d_model, self.d_mlp)
+        if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] % sizes[1]:
+            raise ValueError(
+                f"n_layers, n_heads, d_model and d_mlp are {sizes}; they must be positive, and "
+                "d_model a multiple of n_heads"
+            )
         if min(self.by_arrow, self.two_tasks) < 0 or self.by_arrow + self.two_tasks > 1:
             raise ValueError(
                 f"by_arrow={self.by_arrow} and two_tasks={self.two_tasks} must be shares that "
@@ -232,13 +230,30 @@ class ToyConfig(Recipe):
         td = max(sum(layer) / len(layer) for layer in record["td"])
         return f"accuracy {sum(operators) / len(operators):.2f} TD {td:.2f}"
 
-    def load(self, path: Path) -> ToyRun:
-        """The run in a folder."""
-        return load_toy_run(path)
+    def fewest_weights(self) -> int:
+        """The weights of the blocks' matrices."""
+        return self.n_layers * (4 * self.d_model + 3 * self.d_mlp) * self.d_model
+
+    def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> ToyRun:
+        """The run in a folder, given its evaluations."""
+        shapes = {
+            "nll": (len(TASKS),),
+            "accuracy": (len(TASKS), LINES),
+            "td": (self.n_layers, len(TASKS) - 1),
+        }
+        measured = {
+            name: torch.tensor([record[name] for record in records], dtype=torch.float32)
+            for name in shapes
+        }
+        for name, shape in shapes.items():
+            if records and measured[name].shape[1:] != shape:
+                raise ValueError(f"{name} of shape {tuple(measured[name].shape[1:])}, not {shape}")
+            measured[name] = measured[name].view(len(records), *shape)
+        return ToyRun(path, self, seed, tuple(record["step"] for record in records), **measured)
 
 
 @dataclass(frozen=True, repr=False)
-class ToyRun(Shown):
+class ToyRun(TrainingRun):
     """A training run of the toy model, finished or not, as it stands in its folder.
 
     Attributes:
@@ -261,10 +276,7 @@ class ToyRun(Shown):
         (True, 1.0)
     """
 
-    path: Path
     config: ToyConfig
-    seed: int
-    steps: tuple[int, ...]
     nll: Float[Tensor, "checkpoint task"]
     accuracy: Float[Tensor, "checkpoint task shots"]
     td: Float[Tensor, "checkpoint layer operator"]
@@ -273,11 +285,6 @@ class ToyRun(Shown):
     def tasks(self) -> tuple[str, ...]:
         """The six operators, and Null."""
         return TASKS
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last step has been taken."""
-        return bool(self.steps) and self.steps[-1] == self.config.steps
 
     def model(self, step: int | None = None, **kwargs: Any) -> Any:
         """The model at a checkpoint, the last one by default, as a ``TransformerBridge``.
@@ -289,30 +296,10 @@ class ToyRun(Shown):
         Raises:
             ValueError: If there is no checkpoint of that step.
         """
-        if not self.steps:
-            raise ValueError(f"{self.path} holds no checkpoint yet; train goes on with the run")
-        step = self.steps[-1] if step is None else step
-        if step not in self.steps:
-            raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
-        file, config = checkpoint_path(self.path, step), self.config
-        with reading(file, "damaged checkpoint, or another run's"):
-            weights = load_file(file)
-            n_layer = (4 * config.d_model + 3 * config.d_mlp) * config.d_model
-            if config.n_layers * n_layer > sum(value.numel() for value in weights.values()):
-                raise ValueError("it is too small for the model that config.json describes")
-            hf_model = config.llama()
-            hf_model.load_state_dict(weights)
+        step = self.checkpoint(step)
+        hf_model = self.restored(step, self.config.llama)
         hf_model.config.name_or_path = f"{self.path.name}@{step}"
         return bridge_from_hf(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
-
-    def export(self, path: str | Path, steps: Sequence[int]) -> ToyRun:
-        """Write some of the checkpoints in float16 as a run of their own.
-
-        Raises:
-            ValueError: If there is no checkpoint at one of the steps, or the folder holds a run.
-        """
-        export_checkpoints(self.path, Path(path), steps, torch.float16)
-        return load_toy_run(path)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a checkpoint, task and number of demonstrations: ``step ... accuracy``."""
@@ -337,60 +324,10 @@ class ToyRun(Shown):
         )
 
 
-def load_toy_run(path: str | Path) -> ToyRun:
-    """Read a run of the toy model from its folder.
-
-    Args:
-        path: The folder that ``train`` wrote.
-
-    Returns:
-        The run.
-
-    Raises:
-        FileNotFoundError: If there is no run in the folder.
-        ValueError: If it is a run on a mixture.
-
-    Example:
-        >>> from transformer_lens_taskvec import lab
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = lab.shipped_toy_run().export(f"{folder}/last", steps=[1500])
-        ...     lab.load_toy_run(f"{folder}/last").steps
-        (1500,)
-    """
-    path = Path(path)
-    saved = read_settings(path)
-    if "mixture" in saved:
-        raise ValueError(f"{path} holds a run on a mixture; read it with load_run")
-    with reading(path / "config.json", "damaged settings of a run"):
-        saved["betas"] = tuple(saved["betas"])
-        known = saved.keys() & ToyConfig().described().keys()
-        config = ToyConfig(**{name: saved[name] for name in known})
-        sizes = (config.n_layers, config.n_heads, config.d_model, config.d_mlp)
-        if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] % sizes[1]:
-            raise ValueError(f"no model has {sizes} layers, heads, width and width of MLPs")
-        seed = int(saved["seed"])
-    records = read_metrics(path)
-    with reading(path / "metrics.jsonl", "not the evaluations of this run"):
-        shapes = {
-            "nll": (len(TASKS),),
-            "accuracy": (len(TASKS), LINES),
-            "td": (config.n_layers, len(TASKS) - 1),
-        }
-        measured = {
-            name: torch.tensor([record[name] for record in records], dtype=torch.float32)
-            for name in shapes
-        }
-        for name, shape in shapes.items():
-            if records and measured[name].shape[1:] != shape:
-                raise ValueError(f"{name} of shape {tuple(measured[name].shape[1:])}, not {shape}")
-    return ToyRun(path, config, seed, tuple(record["step"] for record in records), **measured)
-
-
 def shipped_toy_run() -> ToyRun:
-    """The run that comes with the package: a few checkpoints, the last of which is the toy model.
+    """Return the run that ships with the package; its last checkpoint is the toy model.
 
-    ``taskvec train --preset toy`` makes it anew; here its weights are float16.
+    ``taskvec train --preset toy`` retrains it. The shipped weights are float16.
 
     Returns:
         The run.
@@ -400,7 +337,8 @@ def shipped_toy_run() -> ToyRun:
         >>> lab.shipped_toy_run().model().cfg.n_layers  # the same as load_model("toy")
         4
     """
-    return load_toy_run(Path(__file__).parents[1] / "shipped" / "toy")
+    run: ToyRun = load_run(Path(__file__).parents[1] / "shipped" / "toy")
+    return run
 
 
 @dataclass(frozen=True)
