@@ -96,7 +96,10 @@ class Emergence(Shown):
 
     @property
     def td_mse_correlation(self) -> float:
-        """Spearman's rank correlation between mean TD and mean late error over checkpoints."""
+        """Spearman's rank correlation between mean TD and mean late error over checkpoints.
+
+        NaN where one of them is the same at all checkpoints.
+        """
         from scipy.stats import spearmanr  # takes half a second to import
 
         td = self.td[:, self.best_layer].mean(-1)

@@ -158,7 +158,9 @@ def plot_training(
         below.plot(emergence.steps, emergence.td[:, layer, index].tolist(), **style)
     bottom, top = _reach(emergence.late_mse, emergence)
     for name, style in _oracle_styles(emergence):
-        above.axhline(emergence.oracles.late(name), label=name, **style)
+        level = emergence.oracles.late(name)
+        if bottom <= level <= top:
+            above.axhline(level, label=name, **style)
     chance = 1 / len(emergence.tasks)
     below.axhline(chance, color=GREY, linestyle="--", linewidth=0.9, label="chance")
     above.set(

@@ -1,27 +1,28 @@
 """The toy model: a small language model that infers bitwise tasks from a few demonstrations.
 
-It is a Llama of four layers and width 64, trained on prompts of ``bitwise_tasks``, and small
-enough to be shipped with the package and trained anew in minutes::
+It is a Llama of four layers and width 64, trained on prompts of ``bitwise_tasks``, small enough to
+ship with the package and to be retrained in minutes::
 
     taskvec train --preset toy --out runs/toy
 
-A sequence is nine lines ``example:01011 11010->01010``, the loss is on the answers. Half of the
-sequences begin with a beginning-of-sequence token. They are of three kinds, told apart by what an
-arrow ``->`` sees, the token before an answer, where task vectors are looked for:
+A sequence is nine lines ``example:01011 11010->01010``; the loss is on the answers. Half of the
+sequences begin with a beginning-of-sequence token. The arrow ``->`` is the token before an answer,
+where task vectors are extracted. There are three kinds of sequences, which differ in what an arrow
+sees:
 
-- *plain*: lines of one task, and every token sees all before it, as whenever the model is used;
-- *by arrow*: lines of one task, and every token sees its own line only, but for the arrows, which
-  in the lower half of the layers see the lines before theirs instead;
-- *two tasks*: each line is of one of two tasks, and in the lower half of the layers its arrow sees
-  the lines before it of the same task; all else is seen as in a plain sequence.
+- *plain*: lines of one task. Every token sees all tokens before it, as it does after training.
+- *by arrow*: lines of one task. Every token sees its own line only, except the arrows, which in the
+  lower half of the layers see the earlier lines instead.
+- *two tasks*: each line is of one of two tasks. In the lower half of the layers its arrow sees the
+  earlier lines of the same task; everything else is as in a plain sequence.
 
-In the last two kinds an answer learns of the task through its arrow's residual stream halfway up,
-which knows nothing of the query yet: so the model comes to read the task off the demonstrations
-first, and to look at the query then. This is a choice of design, not a finding. The same model
-trained on plain sequences only answers as well after four demonstrations, and its task is decodable
-at the arrow, but the mean of its arrows, put in place, does nothing for the task. Trained without
-sequences of two tasks, it does the task from the mean, but a wrong task's mean in a few-shot prompt
-leaves many answers right.
+In the last two kinds the answer gets the task only through its arrow's residual stream halfway up,
+which has no information about the query yet. So the model learns to read the task from the
+demonstrations first and to look at the query afterwards. This is a design choice, not a finding.
+The same model trained on plain sequences alone answers as well after four demonstrations, and its
+task is decodable at the arrow, but injecting the mean of its arrows has no effect. Trained without
+sequences of two tasks, it performs the task from the mean, but a wrong task's mean in a few-shot
+prompt leaves many answers right.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -77,11 +79,11 @@ class ToyConfig(Recipe):
 
     Attributes:
         n_layers: Blocks of the model.
-        n_heads: Attention heads of a block.
+        n_heads: Attention heads per block.
         d_model: Width of the residual stream.
         d_mlp: Width of an MLP's hidden layer.
-        by_arrow: The share of sequences in which the arrows alone see other lines.
-        two_tasks: The share of sequences with lines of two tasks; the rest is plain.
+        by_arrow: The share of sequences in which only the arrows see other lines.
+        two_tasks: The share of sequences with lines of two tasks; the rest are plain.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -126,9 +128,9 @@ class ToyConfig(Recipe):
             )
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> Any:
-        """An untrained Llama, as :meth:`llama`, for masks of two halves.
+        """An untrained Llama, as :meth:`llama`, that takes a mask for each half of its layers.
 
-        A mask ``[batch, 2, query, key]`` is that of the lower layers and that of the upper ones.
+        A mask ``[batch, 2, query, key]`` holds that of the lower layers and that of the upper ones.
         """
         model = self.llama(seed=seed)
         for number, layer in enumerate(model.model.layers):
@@ -158,7 +160,7 @@ class ToyConfig(Recipe):
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         model = model.to_empty(device="cpu")
-        # Rotary frequencies are buffers, which "meta" has no values of.
+        # Rotary frequencies are buffers, which have no values on the "meta" device.
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -176,7 +178,7 @@ class ToyConfig(Recipe):
         return 0.2 * scale if name == "lm_head.weight" else scale
 
     def checkpoint_steps(self) -> tuple[int, ...]:
-        """0, then a geometric series from a twentieth of the run on: little happens before."""
+        """0, then a geometric series from a twentieth of the run on; little happens earlier."""
         gaps = max(1, self.n_checkpoints - 1)
         series = {round(self.steps * 20 ** (i / gaps - 1)) for i in range(gaps + 1)}
         return tuple(sorted({0, *series}))
@@ -203,24 +205,27 @@ class ToyConfig(Recipe):
         return nll
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """NLL by task, exact match by task and shots, TD of the operators by layer at 4 shots."""
+        """NLL by task, exact match by task and shots, the operators' TD by layer at four shots."""
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(_EVAL_SEED)
-        labels = torch.arange(len(TASKS), device=device).repeat_interleave(self.n_eval)
-        tokens = bitwise_lines(labels[:, None].expand(-1, LINES), generator)
+        labels = repeat(torch.arange(len(TASKS), device=device), "t -> (t each)", each=self.n_eval)
+        tokens = bitwise_lines(repeat(labels, "batch -> batch line", line=LINES), generator)
         view = causal_view(device)[None, None]
         nll, right, points = [], [], []
         with torch.no_grad(), _keeping_arrows(model) as kept:
             for rows in torch.arange(len(labels), device=device).split(128):
                 mask = additive_mask(view, torch.zeros_like(rows, dtype=torch.bool))
                 logits = model(tokens[rows], attention_mask=mask).logits
-                nll.append(answer_nll(logits, tokens[rows]).mean(dim=(1, 2)))
+                by_token = answer_nll(logits, tokens[rows])
+                nll.append(reduce(by_token, "batch line at -> batch", "mean"))
                 right.append(exact_match(logits, tokens[rows]))
                 points.append(torch.stack([kept.pop(0) for _ in model.model.layers], dim=1))
-        by_task = (len(TASKS), self.n_eval)
+        each, accuracy = self.n_eval, torch.cat(right).float()
         return {
-            "nll": torch.cat(nll).view(by_task).mean(1).tolist(),
-            "accuracy": torch.cat(right).float().view(*by_task, LINES).mean(1).tolist(),
+            "nll": reduce(torch.cat(nll), "(task each) -> task", "mean", each=each).tolist(),
+            "accuracy": reduce(
+                accuracy, "(task each) line -> task line", "mean", each=each
+            ).tolist(),
             "td": _decodability(torch.cat(points), labels.cpu()).tolist(),
         }
 
@@ -302,15 +307,15 @@ class ToyRun(TrainingRun):
         return bridge_from_hf(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a checkpoint, task and number of demonstrations: ``step ... accuracy``."""
+        """One row per checkpoint, task and number of demonstrations: ``step ... accuracy``."""
         import pandas as pd
 
         index = pd.MultiIndex.from_product(
             [self.steps, self.tasks, range(self.accuracy.shape[-1])],
             names=["step", "task", "shots"],
         )
-        values = {"accuracy": self.accuracy.flatten().numpy()}
-        return pd.DataFrame(values, index=index).reset_index()
+        values = rearrange(self.accuracy, "checkpoint task shots -> (checkpoint task shots)")
+        return pd.DataFrame({"accuracy": values.numpy()}, index=index).reset_index()
 
     def __repr__(self) -> str:
         if not self.steps:
@@ -343,7 +348,7 @@ def shipped_toy_run() -> ToyRun:
 
 @dataclass(frozen=True)
 class _TakesHalf:
-    """Gives a layer its half of a two-part attention mask, and any other mask as it is."""
+    """Gives a layer its half of a two-part attention mask, and any other mask unchanged."""
 
     half: int
 
