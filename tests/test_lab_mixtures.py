@@ -133,7 +133,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="n_points"):
         SparseLinearMixture(n_points=1)
     with pytest.raises(ValueError, match="noise_variance"):
-        RegressionFamilies(noise_variance=-1)
+        RegressionFamilies(noise_variance=-1.0)
     with pytest.raises(ValueError, match=r"labels must be \[3\]"):
         SparseLinearMixture().sample(3, seeded(), labels=torch.tensor([0]))
     wrong = RegressionFamilies({"flat": lambda xs, generator: xs[..., 0, 0]})

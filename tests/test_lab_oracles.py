@@ -199,12 +199,12 @@ def test_oracles_of_the_wrong_shape_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_wrong_arguments_are_named() -> None:
     batch = draw(SparseLinearMixture(), 2)
     with pytest.raises(ValueError, match="penalty must be positive"):
-        ridge(batch.xs, batch.ys, penalty=0)
+        ridge(batch.xs, batch.ys, penalty=0.0)
     with pytest.raises(ValueError, match="alpha must be positive"):
-        lasso(batch.xs, batch.ys, alpha=0)
+        lasso(batch.xs, batch.ys, alpha=0.0)
     with pytest.raises(ValueError, match="bases name coordinate 23, but xs have 16"):
         bayes(SparseLinearMixture.orthogonal(6, 4), batch)
     with pytest.raises(ValueError, match="a posterior needs a positive variance"):
         bayes(SparseLinearMixture(noise_variance=0.0), batch)
-    with pytest.raises(ValueError, match=r"ys \[batch, point\]"):
+    with pytest.raises((ValueError, TypeError), match="batch,? point"):  # or jaxtyping's check
         ridge(batch.xs, batch.ys[:, :-1])

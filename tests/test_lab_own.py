@@ -16,6 +16,7 @@ from torch import Tensor
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
+from transformer_lens_taskvec.lab.problems.base import check_mixture
 from transformer_lens_taskvec.lab.training.regression import Run
 
 
@@ -142,7 +143,7 @@ def test_its_oracle_is_measured_and_drawn(run: Run) -> None:
 
 def test_what_a_mixture_lacks_is_named() -> None:
     with pytest.raises(TypeError, match="a dict without tasks, dim"):
-        dataclasses.replace(CONFIG, mixture={})
+        check_mixture({})
     with pytest.raises(ValueError, match=r"Switched has no exact posterior .* posterior\(batch\)"):
         MIXTURE.posterior(MIXTURE.sample(2, torch.Generator().manual_seed(0)))
     with pytest.raises(TypeError, match="sample"):

