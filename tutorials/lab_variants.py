@@ -1,11 +1,11 @@
-"""What separates and what does not: overlapping bases, and families that share their heads.
+"""Which tasks separate and which do not: overlapping bases, and families that share their heads.
 
 python tutorials/lab_variants.py small --out runs/small
 python tutorials/lab_variants.py overlapping --layers 4 --steps 15000 --out runs/overlapping
 python tutorials/lab_variants.py families --layers 4 --steps 15000 --out runs/families
 
-Each trains the small model on a mixture (ten to twenty minutes on two cores; an interrupted run
-goes on), prints what comes out, and draws the figures of `taskvec emergence`.
+Each trains the small model on a mixture (ten to twenty minutes on two cores; run it again to resume
+an interrupted training), prints the results, and draws the figures of `taskvec emergence`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIXTURES: dict[str, lab.Mixture] = {
 
 
 def by_group(activations: tv.Activations) -> tv.Activations:
-    """The same points, labelled by the half of the bases that their basis is in."""
+    """The same points, labelled by the half of the bases that holds their basis."""
     half = len(activations.tasks) // 2
     return dataclasses.replace(
         activations, labels=(activations.labels >= half).long(), tasks=("first", "second")

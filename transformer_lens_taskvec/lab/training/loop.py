@@ -2,9 +2,9 @@
 
 At the steps of the checkpoint schedule the model is evaluated per task and kept; in between, every
 hundredth of the run, the state to resume from is saved. A training killed at any moment resumes
-from the last saved state. On the same machine, with as many threads, it ends in the same bits as
-one that was never interrupted: the data come from one generator whose state is saved, and all else
-is a function of the step.
+from the last saved state. On the same machine with the same number of threads, it ends in the same
+bits as one that was never interrupted: the data come from one generator whose state is saved, and
+everything else is a function of the step.
 """
 
 from __future__ import annotations

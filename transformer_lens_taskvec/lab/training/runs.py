@@ -35,6 +35,12 @@ class TrainingRun(Shown):
         config: Its settings.
         seed: The seed of weights and data.
         steps: The steps at which there is an evaluation and a checkpoint.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.load_run(lab.shipped_toy_run().path)
+        >>> isinstance(run, lab.TrainingRun), run.finished, run.checkpoint()
+        (True, True, 1500)
     """
 
     path: Path
