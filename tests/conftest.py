@@ -21,10 +21,10 @@ if not any("benchmarks" in argument for argument in sys.argv):
     rooms = [path.stem for path in PACKAGE.iterdir() if path.stem not in ("cli", "__main__")]
     jaxtyping.install_import_hook([f"{PACKAGE.name}.{room}" for room in rooms], "checked.beartyped")
 
-import pytest
-import zoo
+import pytest  # noqa: E402
+import zoo  # noqa: E402
 
-import transformer_lens_taskvec as tv
+import transformer_lens_taskvec as tv  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data that lies beside a development checkout; tests that read it skip without it."""

@@ -30,13 +30,13 @@ import torch
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import _smollm as smollm
+from transformer_lens_taskvec._utils.training_state import TrainingState
 from transformer_lens_taskvec.activations import Source
+from transformer_lens_taskvec.lab.presets import PRESETS, train
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy import model as toy
 from transformer_lens_taskvec.lab.training import loop as train_module
-from transformer_lens_taskvec.lab.training.loop import PRESETS, train
 from transformer_lens_taskvec.lab.training.runs import load_run
-from transformer_lens_taskvec.paper import finetune
 from transformer_lens_taskvec.paper.checkpoints import over_checkpoints
 
 CONFIG = dataclasses.replace(
@@ -214,14 +214,14 @@ def read_run(folder: Path) -> None:
 
 
 def make_toy_run(folder: Path) -> None:
-    shipped = Path(toy.__file__).parent / "shipped" / "toy"
+    shipped = toy.shipped_toy_run().path
     (folder / "checkpoints").mkdir()
     for name in ("config.json", "metrics.jsonl", "checkpoints/step_001500.safetensors"):
         shutil.copy(shipped / name, folder / name)
 
 
 def read_toy_run(folder: Path) -> None:
-    run = toy.load_toy_run(folder)
+    run = load_run(folder)
     if run.steps:
         repr(run)
         run.model()
@@ -289,16 +289,17 @@ def make_adapter(folder: Path) -> None:
     trained, optimizer = adapter()
     sum(value.sum() for value in trained.values()).backward()  # type: ignore[union-attr]
     optimizer.step()
-    finetune._Kept(folder / "adapter.safetensors", "r").save(trained, optimizer, 7)
+    TrainingState(folder / "adapter.safetensors", trained, [optimizer], training="r").save(7)
 
 
 def read_adapter(folder: Path) -> None:
-    finetune._Kept(folder / "adapter.safetensors", "r").load(*adapter())
+    trained, optimizer = adapter()
+    TrainingState(folder / "adapter.safetensors", trained, [optimizer], training="r").load()
 
 
 def read_state(folder: Path) -> None:
     state = train_module._State.start(CONFIG, 1, torch.device("cpu"))
-    state.load(folder / "state.safetensors")
+    state.saved_in(folder).load()
 
 
 RUN = {"config.json": damaged_json, "metrics.jsonl": damaged_lines}
@@ -342,7 +343,7 @@ LOADERS = [
     Loader("load_treebank", make_treebank, tv.tasks.load_treebank, {"b.mrg": damaged_bytes}, LINES),
     Loader("SmolLM2's cache", make_cache, smollm._is_intact, {"manifest.json": damaged_json}),
     Loader(
-        "load_toy_run",
+        "load_run of the toy",
         make_toy_run,
         read_toy_run,
         {**RUN, "checkpoints/step_001500.safetensors": damaged_tensors},
@@ -449,7 +450,7 @@ def test_the_place_of_the_damage_is_named(tmp_path: Path) -> None:
         ({**config, "d_model": 10**9}, r"000006\.safetensors: .*too few for the model that conf"),
         ({**config, "n_layers": 10**9}, r"000006\.safetensors: .*too few for the model"),
         ({**config, "steps": 0}, r"config\.json: .*steps must be at least 1, got 0"),
-        ({**config, "mixture": {"kind": "Mine"}}, r"config\.json: .*give it as mixture="),
+        ({**config, "mixture": {"kind": "Mine"}}, r"config\.json: .*run's mixture as mixture="),
         ([config], r"config\.json: damaged settings of a run: expected an object"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -467,7 +468,8 @@ def test_a_run_without_an_evaluation_yet_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "loader", [param for param in EVERY if param.id not in ("SmolLM2's cache", "load_toy_run")]
+    "loader",
+    [param for param in EVERY if param.id not in ("SmolLM2's cache", "load_run of the toy")],
 )
 def test_a_folder_in_the_place_of_a_file_is_refused_by_name(loader: Loader, tmp_path: Path) -> None:
     loader.make(tmp_path)

@@ -18,7 +18,7 @@ from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.lab.emergence import Emergence
-from transformer_lens_taskvec.lab.training.runs import Run
+from transformer_lens_taskvec.lab.training.regression import Run
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.plots import save_figures
 from transformer_lens_taskvec.vectors.base import TaskVectors
@@ -156,7 +156,7 @@ def test_a_swap_in_a_subspace_keeps_the_rest() -> None:
 
 
 def test_tasks_separate_as_the_error_falls(found: Emergence) -> None:
-    late, td = found.late_mse.mean(-1), found.td[:, found.best_layer].mean(-1)
+    late, td = found.late_mse.mean(-1), found.td[:, found.best_layer()].mean(-1)
     assert td[0] < 0.35 and td[-1] >= 0.95
     assert (found.late_mse[0] > 30 * found.late_mse[-1]).all()
     # Better than those that do not infer the basis, though LASSO has 8 to 15 pairs for 2 weights.
@@ -181,7 +181,7 @@ def test_predictions_end_nearest_to_bayes(found: Emergence) -> None:
 def test_emergence_is_recorded_and_drawn(found: Emergence, run: Run, tmp_path: Path) -> None:
     frame = found.to_frame()
     assert len(frame) == 4 * len(run.steps)
-    assert frame.td.iloc[-1] == pytest.approx(float(found.td[-1, found.best_layer, -1]))
+    assert frame.td.iloc[-1] == pytest.approx(float(found.td[-1, found.best_layer(), -1]))
     saved = json.loads(found.save(tmp_path).read_text())
     assert saved["tasks"] == ["B1", "B2", "B3", "B4"] and len(saved["checkpoints"]) == len(frame)
     figures = lab.emergence_figures(run, found, n=30)
@@ -198,7 +198,7 @@ def test_the_posterior_is_held_against_neighbours(run: Run) -> None:
     assert few.posterior.mean() < many.posterior.mean()
     assert few.correlation > 0.3 and many.neighbours.mean() > 0.9
     other = lab.RegressionFamilies(dim=8, n_points=16)
-    with pytest.raises(ValueError, match="SparseLinearMixture"):
+    with pytest.raises(ValueError, match="RegressionFamilies has no exact posterior"):
         lab.posterior_agreement(Run(run.path, _with(run, other), 0, run.steps, run.mse, ()), 3)
 
 

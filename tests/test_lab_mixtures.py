@@ -124,14 +124,16 @@ def test_a_family_of_ones_own_is_a_function() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"basis \(0, 4\) leaves the 4 dimensions"):
+    with pytest.raises(
+        ValueError, match=r"basis \(0, 4\) is out of range: dim is 4, so coordinates are 0 to 3"
+    ):
         SparseLinearMixture(dim=4, bases=((0, 4),))
     with pytest.raises(ValueError, match="each once"):
         SparseLinearMixture(dim=4, bases=((0, 0),))
     with pytest.raises(ValueError, match="n_points"):
         SparseLinearMixture(n_points=1)
     with pytest.raises(ValueError, match="noise_variance"):
-        RegressionFamilies(noise_variance=-1)
+        RegressionFamilies(noise_variance=-1.0)
     with pytest.raises(ValueError, match=r"labels must be \[3\]"):
         SparseLinearMixture().sample(3, seeded(), labels=torch.tensor([0]))
     wrong = RegressionFamilies({"flat": lambda xs, generator: xs[..., 0, 0]})

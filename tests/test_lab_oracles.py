@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import Lasso, Ridge
 
+from transformer_lens_taskvec.lab.evaluation import oracle_errors
 from transformer_lens_taskvec.lab.oracles import (
+    MixturePosterior,
     bayes_mixture,
     lasso,
     least_squares,
-    oracle_errors,
     ridge,
     true_basis_ridge,
 )
@@ -41,6 +44,14 @@ def one_thread() -> Iterator[None]:
 
 def draw(mixture: SparseLinearMixture, n: int, seed: int = 0) -> Batch:
     return mixture.sample(n, torch.Generator().manual_seed(seed))
+
+
+def known(mixture: SparseLinearMixture) -> dict[str, Any]:
+    return {"bases": mixture.bases, "noise_variance": mixture.noise_variance}
+
+
+def bayes(mixture: SparseLinearMixture, batch: Batch) -> MixturePosterior:
+    return bayes_mixture(batch.xs, batch.ys, **known(mixture))
 
 
 @pytest.mark.parametrize("penalty", [0.01, 1.0])
@@ -84,7 +95,8 @@ def test_least_squares_is_numpys_least_norm_solution() -> None:
 def test_the_posterior_is_the_normalised_evidence(name: str) -> None:
     mixture = MIXTURES[name]
     batch = draw(mixture, 4, seed=1)
-    found = bayes_mixture(mixture, batch.xs, batch.ys).probabilities
+    found = mixture.posterior(batch)
+    assert torch.equal(found, bayes(mixture, batch).probabilities)
     torch.testing.assert_close(found.sum(-1), torch.ones(4, mixture.n_points))
     torch.testing.assert_close(found[:, 0], torch.full_like(found[:, 0], 1 / len(mixture.bases)))
     for row in range(4):
@@ -103,19 +115,19 @@ def test_the_posterior_is_the_normalised_evidence(name: str) -> None:
 def test_the_prediction_of_a_known_basis_is_ridge_on_its_coordinates(name: str) -> None:
     mixture = MIXTURES[name]
     batch = draw(mixture, 30)
-    known = true_basis_ridge(mixture, batch.xs, batch.ys, batch.labels)
-    by_basis = bayes_mixture(mixture, batch.xs, batch.ys).by_basis
+    of_truth = true_basis_ridge(batch.xs, batch.ys, batch.labels, **known(mixture))
+    by_basis = bayes(mixture, batch).by_basis
     for k, basis in enumerate(mixture.bases):
         expected = ridge(batch.xs[..., list(basis)], batch.ys, penalty=mixture.noise_variance)
         torch.testing.assert_close(by_basis[..., k], expected, atol=1e-4, rtol=1e-4)
         chosen = batch.labels == k
-        torch.testing.assert_close(known[chosen], expected[chosen], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(of_truth[chosen], expected[chosen], atol=1e-4, rtol=1e-4)
 
 
 def test_the_posterior_is_calibrated() -> None:
     mixture = SparseLinearMixture.small(n_points=4)
     batch = draw(mixture, 20_000)
-    probability = bayes_mixture(mixture, batch.xs, batch.ys).probabilities[:, 2]
+    probability = bayes(mixture, batch).probabilities[:, 2]
     right = torch.nn.functional.one_hot(batch.labels, 4).float()
     for low in (0.0, 0.2, 0.4, 0.6, 0.8):
         members = (probability >= low) & (probability < low + 0.2)
@@ -150,22 +162,49 @@ def test_no_penalty_makes_ridge_better_than_the_default() -> None:
 
 def test_families_have_the_oracles_that_need_no_basis() -> None:
     errors = oracle_errors(RegressionFamilies(dim=5, n_points=9), n_sequences=100)
-    assert errors.names == ("least squares", "ridge", "lasso")
+    assert errors.names == ("least squares", "ridge", "lasso") and errors.told == ()
     assert "ridge" in repr(errors)
     assert errors.late("ridge") == pytest.approx(float(errors["ridge"][4:].mean()))
     with pytest.raises(KeyError, match="no oracle 'Bayes mixture'"):
         errors["Bayes mixture"]
 
 
+@dataclass(frozen=True)
+class WithOracles(SparseLinearMixture):
+    """Has oracles that read the label, the future, and nothing."""
+
+    def oracles(self, batch: Batch) -> dict[str, Any]:
+        told = batch.ys + 0.1 * batch.labels[:, None]
+        return {"told": told, "future": batch.ys + 0.2, "zero": torch.zeros_like(batch.ys)}
+
+
+def test_oracles_that_read_the_task_are_found_and_none_is_held_as_the_best() -> None:
+    errors = oracle_errors(WithOracles(), n_sequences=30)
+    assert errors.told == ("told",) and errors.best == "future"
+    assert errors.late("future") == pytest.approx(0.04, rel=1e-3)
+    assert oracle_errors(SparseLinearMixture(), n_sequences=5).told == ("true basis",)
+    without_noise = SparseLinearMixture(noise_variance=0.0)
+    assert oracle_errors(without_noise, n_sequences=5).names == ("least squares", "ridge", "lasso")
+
+
+def test_oracles_of_the_wrong_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WithOracles, "oracles", lambda self, batch: {"flat": batch.ys[:, 0]})
+    with pytest.raises(ValueError, match=r"oracle 'flat' of WithOracles gives .* shape \(5,\)"):
+        oracle_errors(WithOracles(), n_sequences=5)
+    monkeypatch.setattr(WithOracles, "oracles", lambda self, batch: {})
+    with pytest.raises(ValueError, match="WithOracles.oracles gives no predictions"):
+        oracle_errors(WithOracles(), n_sequences=5)
+
+
 def test_wrong_arguments_are_named() -> None:
     batch = draw(SparseLinearMixture(), 2)
     with pytest.raises(ValueError, match="penalty must be positive"):
-        ridge(batch.xs, batch.ys, penalty=0)
+        ridge(batch.xs, batch.ys, penalty=0.0)
     with pytest.raises(ValueError, match="alpha must be positive"):
-        lasso(batch.xs, batch.ys, alpha=0)
-    with pytest.raises(ValueError, match="the mixture has 8"):
-        bayes_mixture(SparseLinearMixture.small(), batch.xs, batch.ys)
-    with pytest.raises(ValueError, match="noise_variance must be positive"):
-        bayes_mixture(SparseLinearMixture(noise_variance=0.0), batch.xs, batch.ys)
-    with pytest.raises(ValueError, match=r"ys \[batch, point\]"):
+        lasso(batch.xs, batch.ys, alpha=0.0)
+    with pytest.raises(ValueError, match="bases name coordinate 23, but xs have 16"):
+        bayes(SparseLinearMixture.orthogonal(6, 4), batch)
+    with pytest.raises(ValueError, match="a posterior needs a positive variance"):
+        bayes(SparseLinearMixture(noise_variance=0.0), batch)
+    with pytest.raises((ValueError, TypeError), match="batch,? point"):  # or jaxtyping's check
         ridge(batch.xs, batch.ys[:, :-1])

@@ -19,13 +19,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from transformer_lens_taskvec.lab.evaluation import evaluate_mixture
+from transformer_lens_taskvec.lab.presets import PRESETS, train
 from transformer_lens_taskvec.lab.problems.base import Batch
 from transformer_lens_taskvec.lab.problems.families import RegressionFamilies
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.training import loop as train_module
-from transformer_lens_taskvec.lab.training.loop import PRESETS, TrainingDiverged, train
+from transformer_lens_taskvec.lab.training.loop import TrainingDiverged
 from transformer_lens_taskvec.lab.training.muon import Muon, orthogonalized
-from transformer_lens_taskvec.lab.training.runs import TrainConfig, evaluate_mixture, load_run
+from transformer_lens_taskvec.lab.training.regression import TrainConfig
+from transformer_lens_taskvec.lab.training.runs import load_run
 
 TINY = dataclasses.replace(
     PRESETS["small"],
@@ -235,6 +238,8 @@ def test_families_read_back_but_the_users_own_functions_must_be_given(tmp_path: 
     with pytest.raises(ValueError, match="mixture="):
         load_run(tmp_path / "own")
     assert load_run(tmp_path / "own", mixture=own).tasks == ("sum",)
+    with pytest.raises(ValueError, match="its mixture.n_points is 4, not 5"):
+        load_run(tmp_path / "own", mixture=dataclasses.replace(own, n_points=5))
 
 
 def test_training_lowers_the_error_of_a_learnable_task(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""What separates and what does not: overlapping bases, and families that share their heads.
+"""Which tasks separate and which do not: overlapping bases, and families that share their heads.
 
 python tutorials/lab_variants.py small --out runs/small
 python tutorials/lab_variants.py overlapping --layers 4 --steps 15000 --out runs/overlapping
 python tutorials/lab_variants.py families --layers 4 --steps 15000 --out runs/families
 
-Each trains the small model on a mixture (ten to twenty minutes on two cores; an interrupted run
-goes on), prints what comes out, and draws the figures of `taskvec emergence`.
+Each trains the small model on a mixture (ten to twenty minutes on two cores; run it again to resume
+an interrupted training), prints the results, and draws the figures of `taskvec emergence`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIXTURES: dict[str, lab.Mixture] = {
 
 
 def by_group(activations: tv.Activations) -> tv.Activations:
-    """The same points, labelled by the half of the bases that their basis is in."""
+    """The same points, labelled by the half of the bases that holds their basis."""
     half = len(activations.tasks) // 2
     return dataclasses.replace(
         activations, labels=(activations.labels >= half).long(), tasks=("first", "second")
@@ -77,8 +77,8 @@ def main() -> None:
         for group in (0, 1):
             print("within group:", tv.task_decodability(of_group(activations, group)))
     pruned = tv.head_effects(model, episodes, on=episodes, ablation="zero", position=None)
-    harm = -pruned.log_probability_by_task
-    before = torch.tensor([pruned.baseline.of(task).mean_nll for task in pruned.tasks])
+    harm = -pruned.gain
+    before = torch.tensor([pruned.baseline.of(task).mean_loss for task in pruned.tasks])
     relative = harm / before[:, None, None]
     print("change in squared error without a head, over the error with it:")
     for layer in range(harm.shape[1]):

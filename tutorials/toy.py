@@ -54,8 +54,8 @@ def main() -> None:
     )
     own = torch.tensor([[s == t for t in matrix.targets] for s in matrix.sources])
     print(
-        f"perturbation, layer {layer}: accuracy {float(matrix.accuracy[own].mean()):+.2f} with the "
-        f"own vector, {float(matrix.accuracy[~own].mean()):+.2f} with another's"
+        f"perturbation, layer {layer}: accuracy {float(matrix.delta_accuracy[own].mean()):+.2f} with the "
+        f"own vector, {float(matrix.delta_accuracy[~own].mean()):+.2f} with another's"
     )
     for shots in (1, 4):
         episodes = tv.sample_episodes(operators, 40, shots, seed=6)

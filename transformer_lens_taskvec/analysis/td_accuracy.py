@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,13 +20,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, repr=False)
 class AccuracyFit(Shown):
-    """Accuracy against TD, a point a task and number of shots (Han et al. 2025, Figure 4).
+    """Accuracy against TD, one point per task and number of shots (Han et al. 2025, Figure 4).
 
     Attributes:
-        points: ``task, shots, td, accuracy``, a row a point.
+        points: ``task, shots, td, accuracy``, one row per point.
         slope: Of the least-squares line.
         intercept: Of the same line.
-        r2: The share of the accuracies' variance that the line explains.
+        r2: The share of the variance in accuracy that the line explains.
         spearman: Rank correlation.
         slope_interval: 95 % interval of the slope, by a bootstrap over points.
         r2_interval: The same of ``r2``.
@@ -81,7 +82,7 @@ def td_vs_accuracy(
         decodability: TD; or, by number of shots, several.
         scores: Scores of the same tasks; by the same numbers of shots.
         layer: The layer of TD; by default each one's best.
-        leave_out: Tasks whose accuracy means nothing.
+        leave_out: Tasks whose accuracy is meaningless.
         n_resamples: Bootstrap samples, of points.
         seed: Seed of the bootstrap.
 
@@ -116,34 +117,39 @@ def td_vs_accuracy(
     if len(rows) < 3:
         raise ValueError(f"a line needs three points or more; there are {len(rows)}")
     points = pd.DataFrame(rows)
-    measured = _measure(points[["td"]].to_numpy().T, points[["accuracy"]].to_numpy().T)
-    drawn = np.random.default_rng(seed).integers(len(points), size=(n_resamples, len(points)))
-    resampled = _measure(points.td.to_numpy()[drawn], points.accuracy.to_numpy()[drawn])
-    slope, r2, spearman = (float(values[0]) for values in measured)
-    intervals = [_interval(values) for values in resampled]
-    intercept = float(points.accuracy.mean() - slope * points.td.mean())
+    x, y = points.td.to_numpy(), points.accuracy.to_numpy()
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore")  # a correlation of values that do not vary is NaN
+        slope, r2, spearman = (float(value) for value in _line(x, y))
+        intervals = _intervals(x, y, n_resamples, seed)
+    intercept = float(y.mean() - slope * x.mean())
     return AccuracyFit(points, slope, intercept, r2, spearman, *intervals)
 
 
-def _measure(
-    x: Float[np.ndarray, "sample point"], y: Float[np.ndarray, "sample point"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slope, R^2 and Spearman's correlation of each sample; NaN where nothing varies."""
-    from scipy.stats import rankdata
+def _line(
+    x: Float[np.ndarray, "*sample point"], y: Float[np.ndarray, "*sample point"], axis: int = -1
+) -> Float[np.ndarray, "number ..."]:
+    """Slope, R^2 and Spearman's correlation; NaN where nothing varies."""
+    from scipy.stats import pearsonr, rankdata  # half a second to import
 
-    def moments(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        a, b = (values - values.mean(axis=1, keepdims=True) for values in (a, b))
-        return (a * b).sum(axis=1), (a * a).sum(axis=1), (b * b).sum(axis=1)
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        xy, xx, yy = moments(x, y)
-        ranks = moments(rankdata(x, axis=1), rankdata(y, axis=1))
-        return xy / xx, xy**2 / (xx * yy), ranks[0] / np.sqrt(ranks[1] * ranks[2])
+    r = pearsonr(x, y, axis=axis).statistic
+    ranked = pearsonr(rankdata(x, axis=axis), rankdata(y, axis=axis), axis=axis).statistic
+    return np.stack([r * y.std(axis) / x.std(axis), r**2, ranked])
 
 
-def _interval(values: np.ndarray) -> Interval:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return float("nan"), float("nan")
-    low, high = np.percentile(known, [2.5, 97.5])
-    return float(low), float(high)
+def _intervals(
+    x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], n_resamples: int, seed: int
+) -> list[Interval]:
+    """The 95 % percentile interval of each number of the line, by resampling points."""
+    from scipy.stats import bootstrap
+
+    drawn = bootstrap(
+        (x, y),
+        _line,
+        paired=True,
+        vectorized=True,
+        n_resamples=n_resamples,
+        method="percentile",
+        random_state=seed,
+    ).bootstrap_distribution
+    return [(float(low), float(high)) for low, high in np.nanpercentile(drawn, [2.5, 97.5], 1).T]

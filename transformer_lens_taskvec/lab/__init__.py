@@ -1,4 +1,4 @@
-"""The lab: small transformers trained here, in which task vectors can be watched as they emerge."""
+"""The lab: small transformers, trained here, in which task vectors can be watched emerging."""
 
 from transformer_lens_taskvec.lab.emergence import (
     Emergence,
@@ -8,19 +8,18 @@ from transformer_lens_taskvec.lab.emergence import (
     swap_matrix,
 )
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
+from transformer_lens_taskvec.lab.evaluation import OracleErrors, evaluate_mixture, oracle_errors
 from transformer_lens_taskvec.lab.figures import emergence_figures, plot_oracles, plot_training
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer, interleave
 from transformer_lens_taskvec.lab.oracles import (
     MixturePosterior,
-    OracleErrors,
     bayes_mixture,
     lasso,
     least_squares,
-    oracle_errors,
-    oracle_predictions,
     ridge,
     true_basis_ridge,
 )
+from transformer_lens_taskvec.lab.presets import PRESETS, train
 from transformer_lens_taskvec.lab.problems.base import Batch, Family, Mixture, balanced_labels
 from transformer_lens_taskvec.lab.problems.families import (
     LeakyReLU,
@@ -32,16 +31,11 @@ from transformer_lens_taskvec.lab.problems.families import (
 )
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.lines import toy_tokenizer
-from transformer_lens_taskvec.lab.toy.model import ToyConfig, ToyRun, load_toy_run, shipped_toy_run
-from transformer_lens_taskvec.lab.training.loop import PRESETS, TrainingDiverged, train
+from transformer_lens_taskvec.lab.toy.model import ToyConfig, ToyRun, shipped_toy_run
+from transformer_lens_taskvec.lab.training.loop import TrainingDiverged
 from transformer_lens_taskvec.lab.training.recipe import Recipe
-from transformer_lens_taskvec.lab.training.runs import (
-    Run,
-    TrainConfig,
-    evaluate_mixture,
-    load_run,
-    shipped_run,
-)
+from transformer_lens_taskvec.lab.training.regression import Run, TrainConfig, shipped_run
+from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 
 __all__ = [
     "PRESETS",
@@ -66,6 +60,7 @@ __all__ = [
     "ToyRun",
     "TrainConfig",
     "TrainingDiverged",
+    "TrainingRun",
     "balanced_labels",
     "bayes_mixture",
     "emergence_figures",
@@ -75,10 +70,8 @@ __all__ = [
     "least_squares",
     "linear",
     "load_run",
-    "load_toy_run",
     "measure_emergence",
     "oracle_errors",
-    "oracle_predictions",
     "plot_oracles",
     "plot_training",
     "posterior_agreement",

@@ -1,8 +1,8 @@
-"""Over training: how the tasks come apart, and how the model comes to use it.
+"""How tasks separate over training, and how the model comes to use that.
 
-``emergence(run)`` puts side by side, at every checkpoint of a run, the error of each task, task
-decodability (TD) at every layer, what swapping the tasks' representations does to the error, and
-how far the model's predictions are from each oracle's (Han et al. 2025, Figures 2 to 7).
+``measure_emergence(run)`` gives, at every checkpoint of a run, the error of each task, task
+decodability (TD) at every layer, the effect of swapping the tasks' representations on the error,
+and the distance of the model's predictions from each oracle's (Han et al. 2025, Figures 2 to 7).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,19 +22,14 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import collect
+from transformer_lens_taskvec.analysis.classifiers import distances
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, matrix_of_edits
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
-from transformer_lens_taskvec.lab.oracles import (
-    OracleErrors,
-    bayes_mixture,
-    oracle_errors,
-    oracle_predictions,
-)
+from transformer_lens_taskvec.lab.evaluation import OracleErrors, checked_oracles, oracle_errors
 from transformer_lens_taskvec.lab.problems.base import Batch, balanced_labels
-from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
-from transformer_lens_taskvec.lab.training.runs import Run
+from transformer_lens_taskvec.lab.training.regression import Run
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 if TYPE_CHECKING:
@@ -44,18 +40,18 @@ _TRAIN, _CHOOSE, _TEST, _ORACLE = 11, 12, 13, 14
 
 @dataclass(frozen=True, repr=False)
 class Emergence(Shown):
-    """What a run's checkpoints show.
+    """What the checkpoints of a run show.
 
     Attributes:
         steps: The checkpoints.
         tasks: The latent tasks.
         mse: Mean squared error, ``[checkpoint, task, point]``.
         td: TD at the query token, ``[checkpoint, layer, task]``.
-        swaps: For each checkpoint the change in the query's squared error when each task's
-            representation is replaced by each other's; see :func:`swap_matrix`.
+        swaps: For each checkpoint, the change in the query's squared error when each task's
+            representation is replaced by each other task's; see :func:`swap_matrix`.
         oracles: The oracles' own errors.
-        oracle_distance: Mean squared difference of the model's predictions from each oracle's over
-            the second half of the sequence, ``[checkpoint, oracle]``.
+        oracle_distance: Mean squared difference between the model's predictions and each oracle's
+            over the second half of the sequence, ``[checkpoint, oracle]``.
         n_shots: Demonstrations before the query, for ``td`` and ``swaps``.
 
     Example:
@@ -84,34 +80,44 @@ class Emergence(Shown):
         """The mean error over the second half of the sequence."""
         return self.mse[..., self.mse.shape[-1] // 2 :].mean(-1)
 
-    @property
-    def best_layer(self) -> int:
-        """The layer with the highest mean TD at the last checkpoint."""
-        return int(self.td[-1].mean(-1).argmax())
+    def best_layer(self, task: str | None = None) -> int:
+        """The layer with the highest TD of a task, or of the mean over tasks, in the end.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        if task is not None and task not in self.tasks:
+            raise ValueError(f"no task {task!r} here; there are: {', '.join(self.tasks)}")
+        last = self.td[-1]
+        scores = last.mean(-1) if task is None else last[:, self.tasks.index(task)]
+        return int(scores.argmax())
 
     @property
     def swap_ratio(self) -> Float[Tensor, "checkpoint source target"]:
-        """The query's squared error with the target's representation, over that without a swap."""
+        """The query's squared error with a swapped representation, divided by that without."""
         ratios = []
         for swap in self.swaps:
             before = torch.tensor([swap.baseline.of(task).mean_loss for task in swap.sources])
-            ratios.append(1 + swap.delta_loss.float() / before[:, None])
+            ratios.append(1 + swap.delta_loss.float() / rearrange(before, "source -> source 1"))
         return torch.stack(ratios)
 
     @property
     def td_mse_correlation(self) -> float:
-        """Spearman's rank correlation over checkpoints of mean TD and mean late error."""
-        from scipy.stats import spearmanr  # half a second, that most imports do without
+        """Spearman's rank correlation between mean TD and mean late error over checkpoints.
 
-        td = self.td[:, self.best_layer].mean(-1)
+        NaN where one of them is the same at all checkpoints.
+        """
+        from scipy.stats import spearmanr  # takes half a second to import
+
+        td = self.td[:, self.best_layer()].mean(-1)
         return float(spearmanr(td.tolist(), self.late_mse.mean(-1).tolist()).statistic)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a checkpoint and task.
+        """One row per checkpoint and task.
 
-        Columns ``step, task, late_mse, td`` (at the best layer), ``td_layer_0`` and on,
-        ``own_swap`` and ``other_swap``: the error's ratio under the swap with the task's own mean,
-        and with the others' on average.
+        Columns ``step, task, late_mse, td`` (at the best layer), ``td_layer_0`` and so on,
+        ``own_swap`` and ``other_swap``: the ratio of the errors with and without a swap, for the
+        task's own mean, and averaged over the other tasks' means.
         """
         import pandas as pd
 
@@ -126,7 +132,7 @@ class Emergence(Shown):
                         "step": step,
                         "task": task,
                         "late_mse": float(self.late_mse[index, column]),
-                        "td": by_layer[self.best_layer],
+                        "td": by_layer[self.best_layer()],
                         **{f"td_layer_{layer}": td for layer, td in enumerate(by_layer)},
                         "own_swap": float(ratio[column, column]),
                         "other_swap": float(ratio[column][off[column]].mean()),
@@ -135,7 +141,7 @@ class Emergence(Shown):
         return pd.DataFrame(rows)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``emergence.json`` to a folder; returns its path."""
+        """Write ``emergence.json`` to a folder and return its path."""
         path = Path(folder) / "emergence.json"
         distances = {
             name: self.oracle_distance[:, index].tolist()
@@ -144,7 +150,7 @@ class Emergence(Shown):
         described: dict[str, Any] = {
             "tasks": self.tasks,
             "n_shots": self.n_shots,
-            "best_layer": self.best_layer,
+            "best_layer": self.best_layer(),
             "swap_layer": self.swaps[-1].layer,
             "td_mse_correlation": self.td_mse_correlation,
             "oracle_late_mse": {name: self.oracles.late(name) for name in self.oracles.names},
@@ -160,19 +166,14 @@ class Emergence(Shown):
         return (
             f"Emergence({len(self.steps)} checkpoints to step {self.steps[-1]}: late MSE "
             f"{float(self.late_mse[0].mean()):.3f} -> {float(self.late_mse[-1].mean()):.4f} "
-            f"({self._best_oracle} {self.oracles.late(self._best_oracle):.4f}), TD at layer "
-            f"{self.best_layer} "
-            f"{float(self.td[0, self.best_layer].mean()):.2f} -> "
-            f"{float(self.td[-1, self.best_layer].mean()):.2f}, rank correlation "
+            f"({self.oracles.best} {self.oracles.late(self.oracles.best):.4f}), TD at layer "
+            f"{self.best_layer()} "
+            f"{float(self.td[0, self.best_layer()].mean()):.2f} -> "
+            f"{float(self.td[-1, self.best_layer()].mean()):.2f}, rank correlation "
             f"{self.td_mse_correlation:.2f}; a swap at layer {self.swaps[-1].layer} multiplies the "
             f"error by {float(ratio[own].mean()):.2f} (own mean) and "
             f"{float(ratio[~own].mean()):.1f} (another's))"
         )
-
-    @property
-    def _best_oracle(self) -> str:
-        known = [name for name in self.oracles.names if name != "true basis"]
-        return min(known, key=self.oracles.late)
 
 
 def measure_emergence(
@@ -192,11 +193,12 @@ def measure_emergence(
     Args:
         run: From :func:`train` or :func:`load_run`.
         steps: The checkpoints to measure; by default all of them.
-        n: Sequences a task for TD, for the means, and for the swaps each.
+        n: Sequences per task, separately for TD and swaps, for the means, and for choosing the
+            layer of the swaps.
         k: Neighbours that vote in TD.
-        n_shots: Demonstrations before the query; by default all of a sequence's.
+        n_shots: Demonstrations before the query; by default all that a sequence has.
         swap_layer: The layer of the swaps; by default the one at which, at the last checkpoint and
-            on sequences of their own, another task's mean does the most harm beyond the own one's.
+            on separate sequences, another task's mean harms most compared with the task's own.
         n_oracle: Sequences for the oracles' errors.
         seed: Seed of all sequences.
         progress: Whether to show a progress bar.
@@ -205,20 +207,22 @@ def measure_emergence(
         The measurements.
 
     Raises:
-        ValueError: If there is no checkpoint at one of the steps.
+        ValueError: If the run is not one on a mixture, or there is no checkpoint at one of the
+            steps.
 
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
         >>> last = run.steps[-1:]
         >>> found = lab.measure_emergence(run, steps=last, n=11, n_oracle=20, progress=False)
-        >>> found.steps, found.best_layer
+        >>> found.steps, found.best_layer()
         ((26000,), 4)
     """
-    chosen = run.steps if steps is None else tuple(steps)
-    if not chosen:
-        raise ValueError(f"{run.path} holds no checkpoint yet; train goes on with the run")
-    mixture = run.config.mixture
+    mixture = getattr(run.config, "mixture", None)
+    if mixture is None:
+        raise ValueError(f"{run.path} holds a {type(run).__name__}; give a run on a mixture")
+    run.checkpoint()
+    chosen = tuple(run.checkpoint(step) for step in (run.steps if steps is None else steps))
     n_shots = mixture.n_points - 1 if n_shots is None else n_shots
 
     def episodes(kind: int) -> list[RegressionEpisode]:
@@ -228,7 +232,7 @@ def measure_emergence(
     labels = balanced_labels(len(mixture.tasks), 250)
     generator = torch.Generator().manual_seed(1_000 * seed + _ORACLE)
     batch = mixture.sample(len(labels), generator, labels=labels)
-    predictions = oracle_predictions(mixture, batch)
+    predictions = checked_oracles(mixture, batch)
     if swap_layer is None:
         swap_layer = _swap_layer(run.model(chosen[-1]), train, episodes(_CHOOSE))
     td, swaps, distances = [], [], []
@@ -255,12 +259,13 @@ def swap_matrix(
     test: Sequence[RegressionEpisode],
     layer: int,
 ) -> PerturbationMatrix:
-    """What another task's representation in place of the own one does to the query's error.
+    """Return the change in the query's error when a task's representation is replaced by another's.
 
-    The paper replaces activations by a task's mean (Figure 7). Here the mean replaces what lies in
-    the subspace in which the tasks' means differ, so that the numbers of the sequence stay, and it
-    does so at the tokens of the outputs ``y`` in the second half of the demonstrations, each with
-    its own means: there a model reads the task from, and the query's token must keep its ``x``.
+    The paper replaces activations by a task's mean (Figure 7). Here the mean replaces only the
+    component in the subspace in which the tasks' means differ, so that the numbers of the sequence
+    are kept. It does so at the tokens of the outputs ``y`` in the second half of the
+    demonstrations, each with means of its own: these are the tokens that a model reads the task
+    from, and the query's token must keep its ``x``.
 
     Args:
         model: A model of the lab.
@@ -287,7 +292,7 @@ def swap_matrix(
         raise ValueError("a swap needs demonstrations; n_shots is 0")
     edits: dict[str, list[Intervention]] = {episode.task: [] for episode in train}
     for demo in range(train[0].n_shots // 2, train[0].n_shots):
-        at = 2 * demo + 1  # the token of its output
+        at = 2 * demo + 1  # the token of the demonstration's output
         vectors = task_vectors(collect(model, train, layers=[layer], position=at))
         for task, interventions in edits.items():
             vector, mode = vectors[task, layer], vectors.subspace(layer)
@@ -297,11 +302,11 @@ def swap_matrix(
 
 @dataclass(frozen=True, repr=False)
 class PosteriorAgreement:
-    """The model's encoding of the task beside the exact posterior.
+    """The model's encoding of the task compared with the exact posterior.
 
     Attributes:
-        posterior: P(true basis | demonstrations), ``[example]``.
-        neighbours: The share of the k nearest neighbours with the true basis, ``[example]``.
+        posterior: P(true task | demonstrations), ``[example]``.
+        neighbours: The share of the k nearest neighbours that are of the true task, ``[example]``.
         n_shots: Demonstrations.
         layer: The layer of the representations.
         k: The number of neighbours.
@@ -322,14 +327,14 @@ class PosteriorAgreement:
     @property
     def correlation(self) -> float:
         """Spearman's rank correlation of the two."""
-        from scipy.stats import spearmanr  # half a second, that most imports do without
+        from scipy.stats import spearmanr  # takes half a second to import
 
         return float(spearmanr(self.posterior.tolist(), self.neighbours.tolist()).statistic)
 
     def __repr__(self) -> str:
         return (
             f"PosteriorAgreement({self.n_shots} demonstrations, layer {self.layer}: mean posterior "
-            f"of the true basis {float(self.posterior.mean()):.2f}, of the neighbours "
+            f"of the true task {float(self.posterior.mean()):.2f}, of the neighbours "
             f"{float(self.neighbours.mean()):.2f}, rank correlation {self.correlation:.2f})"
         )
 
@@ -345,23 +350,24 @@ def posterior_agreement(
     position: int = -1,
     seed: int = 0,
 ) -> PosteriorAgreement:
-    """Hold the model's encoding against the exact posterior over bases.
+    """Compare the model's encoding of the task with the exact posterior over tasks.
 
     Args:
-        run: A run on a :class:`SparseLinearMixture`.
+        run: A run on a mixture whose ``posterior`` is known, such as a
+            :class:`SparseLinearMixture`.
         n_shots: Demonstrations; with few, the posterior is undecided on some prompts.
         layer: The layer; by default the one with the highest TD.
         step: The checkpoint; by default the last.
-        n: Sequences a task.
+        n: Sequences per task.
         k: Neighbours.
         position: The token whose representation is taken; -1 is the query.
         seed: Seed of the sequences.
 
     Returns:
-        Posterior and share of neighbours of the true basis, for every sequence.
+        The posterior of the true task and the share of neighbours of that task, per sequence.
 
     Raises:
-        ValueError: If the run's mixture has no bases.
+        ValueError: If the mixture's posterior is not known.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -370,32 +376,25 @@ def posterior_agreement(
         True
     """
     mixture = run.config.mixture
-    if not isinstance(mixture, SparseLinearMixture):
-        raise ValueError("only a SparseLinearMixture has a posterior over bases")
     episodes = regression_episodes(mixture, n, n_shots, seed=seed)
-    activations = collect(run.model(step), episodes, position=position)
-    decodability = task_decodability(activations, k=k)
-    layer = decodability.best_layer() if layer is None else layer
-    labels = activations.labels
     xs = torch.stack([episode.xs for episode in episodes])
-    ys = torch.stack([episode.ys for episode in episodes])
-    ys = torch.cat([ys, torch.zeros(len(ys), 1)], dim=1)  # the query's own is not read
-    exact = bayes_mixture(mixture, xs, ys).probabilities[:, -1]
-    distances = torch.cdist(activations.at(layer), activations.at(layer)).fill_diagonal_(torch.inf)
-    nearest = labels[distances.topk(k, largest=False).indices]
-    return PosteriorAgreement(
-        exact.gather(1, labels[:, None])[:, 0],
-        (nearest == labels[:, None]).float().mean(1),
-        n_shots,
-        layer,
-        k,
-    )
+    answers = torch.tensor([episode.answer for episode in episodes])
+    ys = torch.cat([torch.stack([episode.ys for episode in episodes]), answers[:, None]], dim=1)
+    labels = balanced_labels(len(mixture.tasks), n)
+    exact = mixture.posterior(Batch(xs, ys, labels))[:, -1]
+    activations = collect(run.model(step), episodes, position=position)
+    if layer is None:
+        layer = task_decodability(activations, k=k).best_layer()
+    nearest = distances(activations.at(layer)).topk(k, largest=False).indices
+    of_truth = labels[nearest] == rearrange(labels, "example -> example 1")
+    posterior = exact[torch.arange(len(labels)), labels]
+    return PosteriorAgreement(posterior, of_truth.float().mean(1), n_shots, layer, k)
 
 
 def _swap_layer(
     model: Any, train: Sequence[RegressionEpisode], held_out: Sequence[RegressionEpisode]
 ) -> int:
-    """The layer at which other tasks' means do most harm beyond the own one's."""
+    """The layer at which other tasks' means harm most compared with the task's own."""
     n_layers = int(model.cfg.n_layers)
     harm = [
         swap_matrix(model, train, held_out, layer).conditional_decoding for layer in range(n_layers)

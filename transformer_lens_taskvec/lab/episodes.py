@@ -2,13 +2,13 @@
 
 A text episode has a prompt and an answer of characters; a regression episode has a prompt of real
 vectors and an answer that is a number. ``collect``, ``task_decodability``, ``evaluate``,
-``perturbation_matrix``, ``head_effects`` and the rest do the same with both: the query is the last
-token of the prompt, and instead of the NLL of an answer stands the squared error.
+``perturbation_matrix``, ``head_effects`` and the rest take both. The query is the last token of the
+prompt, and the loss is the squared error instead of the answer's NLL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,11 +28,11 @@ class RegressionEpisode:
 
     Attributes:
         task: The latent task.
-        xs: Inputs, ``[point, dim]``, the query's last.
+        xs: Inputs, ``[point, dim]``; the last is the query's.
         ys: The demonstrations' outputs, ``[demo]``, one fewer than inputs.
         answer: The query's noisy output.
-        tolerance: How far off a prediction may be and still count as right.
-        template: How the sequence is written down, for the record that results keep.
+        rule: Whether a prediction counts as right, given it and the answer; the mixture's.
+        template: How the sequence is written, for the record that results keep.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -46,7 +46,7 @@ class RegressionEpisode:
     xs: Float[Tensor, "point dim"]
     ys: Float[Tensor, " demo"]
     answer: float
-    tolerance: float = 0.3
+    rule: Callable[[float, float], bool]
     template: PromptTemplate = _INTERLEAVED
 
     @property
@@ -54,14 +54,14 @@ class RegressionEpisode:
         """The tokens ``x_1, y_1, ..., x_n``."""
         return interleave(self.xs[None], self.ys[None])[0]
 
-    def is_right(self, prediction: float) -> bool:
-        """Whether a prediction of the answer counts as right."""
-        return abs(prediction - self.answer) <= self.tolerance
-
     @property
     def n_shots(self) -> int:
         """The number of demonstrations."""
         return len(self.ys)
+
+    def is_right(self, prediction: float) -> bool:
+        """Whether a prediction counts as right, by the mixture's rule."""
+        return self.rule(prediction, self.answer)
 
     def with_answers(self, order: Sequence[int]) -> RegressionEpisode:
         """The same episode with its demonstrations' outputs in another order."""
@@ -84,7 +84,7 @@ def regression_episodes(
         The episodes, task by task.
 
     Raises:
-        ValueError: If ``n`` is below 1, or a sequence has fewer demonstrations.
+        ValueError: If ``n`` is below 1, or a sequence is too short for ``n_shots``.
 
     Example:
         >>> from transformer_lens_taskvec.lab import SparseLinearMixture
@@ -104,7 +104,11 @@ def regression_episodes(
     batch = mixture.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
     return [
         RegressionEpisode(
-            mixture.tasks[int(label)], xs[: n_shots + 1], ys[:n_shots], float(ys[n_shots])
+            mixture.tasks[int(label)],
+            xs[: n_shots + 1],
+            ys[:n_shots],
+            float(ys[n_shots]),
+            mixture.is_right,
         )
         for xs, ys, label in zip(batch.xs, batch.ys, batch.labels, strict=True)
     ]

@@ -1,15 +1,19 @@
-"""The figures of a run: what the paper shows of its own, drawn from ``emergence``."""
+"""The figures of a run: those the paper shows, drawn from ``measure_emergence``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.emergence import Emergence
 from transformer_lens_taskvec.lab.episodes import regression_episodes
-from transformer_lens_taskvec.lab.training.runs import Run
+from transformer_lens_taskvec.lab.training.regression import Run
 from transformer_lens_taskvec.plots import (
     figure_of,
     plot_decodability,
@@ -34,18 +38,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SEED = 21
+_LINES = ("--", "-.", ":", "-", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+"""The line styles of the oracles, in turn."""
 
 
 def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[str, Figure]:
     """Draw a run (Han et al. 2025, Figures 2 to 7, 17 and 18).
 
-    Where checkpoints stand side by side they are the last before TD rises, the first past half of
-    its rise, and the last.
+    Figures of several checkpoints show the last before TD rises, the first after half of its rise,
+    and the last of the run.
 
     Args:
         run: The run.
         emergence: Its measurements.
-        n: Sequences a task for the embedding, TD by layer, and head pruning.
+        n: Sequences per task for the embedding, TD by layer, and head pruning.
 
     Returns:
         Figures by name: ``training``, ``oracles``, ``embedding``, ``swaps``, ``td_by_layer``,
@@ -71,7 +77,7 @@ def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[s
     reach = float(harm.flatten().kthvalue(max(1, int(0.9 * harm.numel()))).values.clamp(min=1e-3))
 
     def embedding(step: int, ax: Any) -> None:
-        plot_embedding(collect(run.model(step), episodes), emergence.best_layer, ax)
+        plot_embedding(collect(run.model(step), episodes), emergence.best_layer(), ax)
 
     def swap(step: int, ax: Any) -> None:
         plot_perturbation(at[step], ax, reach=float(at[moments[-1]].delta_loss.abs().max()))
@@ -91,8 +97,8 @@ def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[s
 
 
 def _moments(emergence: Emergence) -> list[int]:
-    """The last checkpoint before TD rises, the first past half of its rise, and the last."""
-    td = emergence.td[:, emergence.best_layer].mean(-1)
+    """The last checkpoint before TD rises, the first after half of its rise, and the last."""
+    td = emergence.td[:, emergence.best_layer()].mean(-1)
     risen = (td - td[0]) / (td.max() - td[0]).clamp(min=1e-6)
     half = int((risen > 0.5).int().argmax())
     before = [index for index in range(half + 1) if risen[index] < 0.2]
@@ -124,12 +130,12 @@ def _panels(items: Sequence[Any], draw: Callable[[Any, Any], Any], title: str) -
 def plot_training(
     emergence: Emergence, axes: Sequence[Axes] | None = None, *, layer: int | None = None
 ) -> tuple[Axes, Axes]:
-    """Each task's error over training, and under it its TD (the paper's Figure 4).
+    """Draw each task's error over training and, below it, the task's TD (the paper's Figure 4).
 
     Args:
-        emergence: From :func:`~transformer_lens_taskvec.lab.emergence`.
-        axes: Two axes to draw on, one above the other; new ones by default.
-        layer: The layer of TD; by default the one with the highest at the last checkpoint.
+        emergence: From :func:`measure_emergence`.
+        axes: Two axes to draw on, one above the other; by default new ones.
+        layer: The layer of TD; by default the one with the highest TD at the last checkpoint.
 
     Returns:
         The axes of the error and of TD.
@@ -145,20 +151,22 @@ def plot_training(
         ('squared error, second half', 'task decodability, layer 4')
     """
     above, below = two_axes(axes)
-    layer = emergence.best_layer if layer is None else layer
+    layer = emergence.best_layer() if layer is None else layer
     for index, task in enumerate(emergence.tasks):
         style = task_style(index, task)
         above.plot(emergence.steps, emergence.late_mse[:, index].tolist(), label=task, **style)
         below.plot(emergence.steps, emergence.td[:, layer, index].tolist(), **style)
-    for line, name in zip(("--", "-.", ":"), ("ridge", "lasso", "Bayes mixture"), strict=True):
-        if name in emergence.oracles.names:
-            level = emergence.oracles.late(name)
-            above.axhline(level, color="black", linestyle=line, linewidth=0.9, label=name)
+    bottom, top = _reach(emergence.late_mse, emergence)
+    for name, style in _oracle_styles(emergence):
+        level = emergence.oracles.late(name)
+        if bottom <= level <= top:
+            above.axhline(level, label=name, **style)
     chance = 1 / len(emergence.tasks)
     below.axhline(chance, color=GREY, linestyle="--", linewidth=0.9, label="chance")
     above.set(
         yscale="log",
         ylabel="squared error, second half",
+        ylim=(bottom, top),
         title=f"Over training (rank correlation {emergence.td_mse_correlation:.2f})",
     )
     first = next((step for step in emergence.steps if step > 0), 1)
@@ -176,12 +184,12 @@ def plot_training(
 def plot_oracles(
     emergence: Emergence, steps: Sequence[int] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """The model's error by position at some checkpoints, against the oracles' (Figure 3).
+    """Draw the model's error by position at some checkpoints, and the oracles' (Figure 3).
 
     Args:
-        emergence: From :func:`~transformer_lens_taskvec.lab.emergence`.
+        emergence: From :func:`measure_emergence`.
         steps: Checkpoints; by default about four, to the last.
-        ax: Where to draw; new axes by default.
+        ax: Where to draw; by default on new axes.
 
     Returns:
         The axes.
@@ -198,23 +206,36 @@ def plot_oracles(
         >>> tv.lab.plot_oracles(found, last).get_xlabel()
         'position in the sequence'
     """
-    ax = new_axes(ax)
     if steps is None:
         last = len(emergence.steps) - 1
         steps = [emergence.steps[last * part // 8] for part in (4, 6, 7, 8)]
+    missing = [step for step in steps if step not in emergence.steps]
+    if missing:
+        raise ValueError(f"no checkpoint at step {missing[0]}; there are {list(emergence.steps)}")
+    ax = new_axes(ax)
     points = range(1, emergence.mse.shape[-1] + 1)
     for index, step in enumerate(steps):
-        if step not in emergence.steps:
-            raise ValueError(f"no checkpoint at step {step}; there are {list(emergence.steps)}")
         curve = emergence.mse[emergence.steps.index(step)].mean(0)
         shade = 0.25 + 0.75 * (index + 1) / len(steps)
         ax.plot(points, curve.tolist(), color=COLOURS[0], alpha=shade, label=f"step {step}")
-    lines = {"ridge": "--", "lasso": "-.", "true basis": ":", "Bayes mixture": "-"}
-    for name, line in lines.items():
-        if name in emergence.oracles.names:
-            curve = emergence.oracles[name]
-            ax.plot(points, curve.tolist(), color="black", linestyle=line, linewidth=1, label=name)
+    for name, style in _oracle_styles(emergence):
+        ax.plot(points, emergence.oracles[name].tolist(), label=name, **style)
     ax.set(yscale="log", xlabel="position in the sequence", ylabel="squared error")
-    ax.set(title="Error by position, against the oracles")
+    ax.set(ylim=_reach(emergence.mse, emergence), title="Error by position, with the oracles'")
     whole_numbers(ax)
     return legend_beside(ax)
+
+
+def _oracle_styles(emergence: Emergence) -> list[tuple[str, dict[str, Any]]]:
+    """How to draw each oracle; those that are told the task are grey."""
+    names, told = emergence.oracles.names, emergence.oracles.told
+    return [
+        (name, {"color": GREY if name in told else "black", "linestyle": line, "linewidth": 1})
+        for name, line in zip(names, cycle(_LINES), strict=False)
+    ]
+
+
+def _reach(errors: Float[Tensor, "*cell"], emergence: Emergence) -> tuple[float, float]:
+    """The lowest and highest error to show: the model's, down to the oracles' lowest."""
+    lowest = min(float(errors.min()), float(emergence.oracles.mse[:, 1:].min()))
+    return max(0.7 * lowest, 1e-6), 1.5 * float(errors.max())

@@ -1,10 +1,10 @@
 """A GPT-2 that reads vectors and predicts numbers, with TransformerLens' hook points.
 
-The sequence ``x_1, y_1, x_2, y_2, ..., x_n`` is ``2 n - 1`` tokens. A token is a real vector, read
-in by a linear layer: an ``x`` as it is, a ``y`` in the first coordinate and zeros elsewhere. The
+The sequence ``x_1, y_1, x_2, y_2, ..., x_n`` has ``2 n - 1`` tokens. A token is a real vector, read
+in by a linear layer: an ``x`` unchanged, a ``y`` as the first coordinate with zeros elsewhere. The
 prediction of ``y_i`` is read out linearly at the token of ``x_i`` (Garg et al. 2022; Han et al.
-2025, App. D). So the last token is the query, the token right before the ``y`` to be predicted:
-position -1 here is position -1 of a text prompt.
+2025, App. D). The last token is therefore the query, right before the ``y`` to be predicted, as
+position -1 is in a text prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
@@ -24,19 +25,19 @@ from transformer_lens.hook_points import HookPoint
 
 @dataclass
 class RegressionConfig:
-    """The size of a :class:`RegressionTransformer`, under TransformerLens' names.
+    """The size of a :class:`RegressionTransformer`, with TransformerLens' names.
 
     Attributes:
         d_input: The dimension of an input ``x``.
-        n_points: The most pairs (x, y) a sequence can have.
+        n_points: The largest number of pairs (x, y) in a sequence.
         n_layers: Number of blocks.
-        n_heads: Attention heads of a block.
+        n_heads: Attention heads per block.
         d_model: Width of the residual stream.
         init: ``"gpt2"`` for weights of standard deviation 0.02; ``"fan_in"`` for larger ones, which
-            keep the scale of activations. Either way, projections back into the residual stream
-            start smaller.
-        model_name: What results call the model.
-        device: Where the model was put at first; use ``model.cfg.device`` to read it.
+            keep the scale of activations. In both, projections back into the residual stream start
+            smaller.
+        model_name: The model's name in results.
+        device: Where the model is made.
         dtype: Of the parameters.
 
     Example:
@@ -77,7 +78,7 @@ class RegressionConfig:
 
     @property
     def n_ctx(self) -> int:
-        """The most tokens a sequence can have."""
+        """The largest number of tokens in a sequence."""
         return 2 * self.n_points - 1
 
 
@@ -88,7 +89,7 @@ class RegressionTransformer(HookedRootModule):
     ``blocks.{l}.hook_resid_pre``, ``hook_attn_out``, ``hook_resid_mid``, ``hook_mlp_out``,
     ``hook_resid_post``, ``blocks.{l}.attn.hook_q``, ``hook_k``, ``hook_v``, ``hook_attn_scores``,
     ``hook_pattern``, ``hook_z``, ``blocks.{l}.mlp.hook_pre``, ``hook_post``,
-    ``ln_final.hook_normalized``. Attention patterns are made only when a hook asks for them.
+    ``ln_final.hook_normalized``. Attention patterns are computed only when a hook asks for them.
 
     >>> model = RegressionTransformer(RegressionConfig(d_input=8, n_points=16, n_layers=2))
     >>> model(torch.randn(5, 16, 8), torch.randn(5, 16)).shape
@@ -122,15 +123,15 @@ class RegressionTransformer(HookedRootModule):
         """Predict every ``y_i`` from the pairs before it and ``x_i``.
 
         Args:
-            xs: Inputs, ``[batch, point, dim]``; or, when ``ys`` is not given, tokens as
-                :func:`interleave` makes them.
+            xs: Inputs, ``[batch, point, dim]``; or, without ``ys``, tokens as :func:`interleave`
+                makes them.
             ys: Outputs, ``[batch, point]`` or without the last, which is never read.
 
         Returns:
             Predictions, ``[batch, point]``.
 
         Raises:
-            ValueError: If the sequence is too long or its shape does not fit.
+            ValueError: If the sequence is too long or its dimensions are not the model's.
         """
         tokens = xs if ys is None else interleave(xs, ys)
         n_tokens = tokens.shape[1]
@@ -141,7 +142,9 @@ class RegressionTransformer(HookedRootModule):
                 "dimensions"
             )
         embed = self.hook_embed(self.read_in(tokens))
-        positions = self.hook_pos_embed(self.W_pos[:n_tokens].expand(len(tokens), -1, -1))
+        positions = self.hook_pos_embed(
+            repeat(self.W_pos[:n_tokens], "pos d_model -> batch pos d_model", batch=len(tokens))
+        )
         residual = embed + positions
         for block in self.blocks:
             residual = block(residual)
@@ -160,7 +163,7 @@ class RegressionTransformer(HookedRootModule):
                     parameter.normal_(0.0, self._initial_scale(name), generator=generator)
 
     def _initial_scale(self, name: str) -> float:
-        """The standard deviation of a weight matrix; GPT-2's, or what training learns fastest."""
+        """The standard deviation of a weight matrix: GPT-2's, or the one that trains fastest."""
         if name.endswith(("w_o", "w_out")):
             return 0.02 / math.sqrt(2 * self.cfg.n_layers)
         if self.cfg.init == "gpt2" or name in ("read_out.weight", "W_pos"):
@@ -217,7 +220,9 @@ class Attention(nn.Module):
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """The output map of each head: a view, so that writing to it changes the model."""
-        return self.w_o.T.view(self.n_heads, self.d_head, -1)
+        return rearrange(
+            self.w_o, "d_model (head d_head) -> head d_head d_model", head=self.n_heads
+        )
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
@@ -228,18 +233,22 @@ class Attention(nn.Module):
         self, normalized: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the heads together add to the residual stream."""
-        batch, n_tokens, d_model = normalized.shape
-        qkv = F.linear(normalized, self.w_qkv, self.bias_qkv)
-        q, k, v = qkv.view(batch, n_tokens, 3, self.n_heads, self.d_head).unbind(2)
-        q = self.hook_q(q).transpose(1, 2)
-        k = self.hook_k(k).transpose(1, 2)
-        v = self.hook_v(v).transpose(1, 2)
+        q, k, v = rearrange(
+            F.linear(normalized, self.w_qkv, self.bias_qkv),
+            "batch pos (qkv head d_head) -> qkv batch pos head d_head",
+            qkv=3,
+            head=self.n_heads,
+        )
+        q = rearrange(self.hook_q(q), "batch query head d_head -> batch head query d_head")
+        k = rearrange(self.hook_k(k), "batch key head d_head -> batch head key d_head")
+        v = rearrange(self.hook_v(v), "batch key head d_head -> batch head key d_head")
         if self.hook_pattern.has_hooks() or self.hook_attn_scores.has_hooks():
             z = self._pattern(q, k) @ v
         else:
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        z = self.hook_z(z.transpose(1, 2))
-        return F.linear(z.reshape(batch, n_tokens, d_model), self.w_o, self.bias_o)
+        z = self.hook_z(rearrange(z, "batch head query d_head -> batch query head d_head"))
+        z = rearrange(z, "batch query head d_head -> batch query (head d_head)")
+        return F.linear(z, self.w_o, self.bias_o)
 
     def _pattern(
         self,
@@ -295,14 +304,14 @@ class HookedLayerNorm(nn.Module):
 def interleave(
     xs: Float[Tensor, "batch point dim"], ys: Float[Tensor, "batch demo"]
 ) -> Float[Tensor, "batch token dim"]:
-    """The tokens ``x_1, y_1, ..., x_n`` of a sequence; the last ``y``, if given, is left out.
+    """Return the tokens ``x_1, y_1, ..., x_n`` of sequences, without the last ``y``.
 
     Args:
         xs: Inputs, ``[batch, point, dim]``.
         ys: Outputs, ``[batch, point]``, or of all points but the last.
 
     Returns:
-        Tokens, ``[batch, 2 * point - 1, dim]``; an output is the first number of its token.
+        Tokens, ``[batch, 2 * point - 1, dim]``; an output is the first coordinate of its token.
 
     Raises:
         ValueError: If there are not as many ``ys`` as ``xs``, or one fewer.

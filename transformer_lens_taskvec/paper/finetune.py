@@ -1,14 +1,13 @@
 """Finetuning by depth: LoRA on the answers, in chosen layers only (Han et al. 2025, Table 1).
 
-Finetuning the layers that encode the task raises decodability, and accuracy with it; finetuning
-those after them leaves decodability as it was.
+Finetuning the layers that encode the task raises decodability, and accuracy with it. Finetuning
+the layers after them leaves decodability as it was.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,11 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec._utils.atomic_io import reading, write_whole
 from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec._utils.training_state import TrainingState
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 from transformer_lens_taskvec.paper.shots import ShotStudy
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
@@ -31,24 +28,23 @@ from transformer_lens_taskvec.tasks.base import Task
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _IGNORED = -100
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How to finetune; the paper's adapter, and what it leaves open.
+    """How to finetune: the paper's adapter, and settings that the paper does not give.
 
     Attributes:
         rank: Rank of the adapters.
-        alpha: Their scale is ``alpha / rank``.
-        dropout: On what goes into the adapters.
-        n_samples: Episodes in all, evenly over tasks.
-        n_shots: Demonstrations of an episode.
-        batch_size: Episodes a pass.
-        accumulate: Passes whose gradients are summed before a step.
-        learning_rate: Of AdamW, with a linear decay to zero.
+        alpha: The adapters are scaled by ``alpha / rank``.
+        dropout: Dropout on the input of the adapters.
+        n_samples: Training episodes in total, evenly over tasks.
+        n_shots: Demonstrations per episode.
+        batch_size: Episodes per pass.
+        accumulate: Passes whose gradients are summed before each step.
+        learning_rate: AdamW's, decaying linearly to zero.
         target_modules: The linear maps that get adapters.
-        template: How episodes become text.
+        template: How episodes are written as text.
 
     Example:
         >>> settings = LoraSettings(n_samples=900, learning_rate=5e-4)
@@ -82,13 +78,13 @@ def finetune_layers(
     """Finetune some layers of a causal language model on the answers of few-shot prompts.
 
     Args:
-        hf_model: A Hugging Face model; it is left as it is.
+        hf_model: A Hugging Face model; it is not changed.
         tokenizer: Its tokenizer.
-        tasks: What to learn, all by one model.
-        layers: The blocks that get adapters, counted from 0; the others do not change by a bit.
+        tasks: What to learn; one model learns all tasks.
+        layers: The blocks that get adapters, counted from 0; the others stay the same to the bit.
         settings: Adapter and training; by default the paper's.
         seed: Seed of adapters, episodes and dropout.
-        folder: Where the adapter is kept as training goes on, to be gone on from.
+        folder: Where the adapter is saved during training, to resume from if interrupted.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -98,7 +94,7 @@ def finetune_layers(
     Raises:
         ImportError: If peft is not installed.
         ValueError: If there are no layers or tasks, a layer does not exist, or the adapter in the
-            folder is of another training.
+            folder is damaged or of another training.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -134,22 +130,25 @@ def finetune_layers(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = get_peft_model(copy.deepcopy(hf_model), adapters)
-        kept = None
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
+        state = None
         if folder is not None:
+            training = f"{settings}, seed {seed}, layers {sorted(layers)}, {list(tasks)}"
             path = Path(folder) / "adapter.safetensors"
-            kept = _Kept(path, f"{settings}, seed {seed}, layers {sorted(layers)}, {list(tasks)}")
-        _train(model, tokenizer, tasks, settings, seed, kept, progress)
+            state = TrainingState(path, trained, [optimizer], training=training)
+        _train(model, tokenizer, tasks, settings, seed, optimizer, state, progress)
     return model.merge_and_unload().eval()
 
 
 @dataclass(frozen=True, repr=False)
 class FinetuningStudy(Shown):
-    """A study of the model as it is and finetuned in its first and in its last layers.
+    """Studies of a pretrained model, and of it finetuned in its first and in its last layers.
 
     Attributes:
-        studies: By the name of the setting, ``pretrained``, ``first n``, ``last n``.
-        layers: The layers finetuned in each.
-        unchanged: Whether every parameter outside them is the same to the bit, for each.
+        studies: The study of each setting: ``pretrained``, ``first n``, ``last n``.
+        layers: The layers finetuned in each setting.
+        unchanged: Whether every parameter outside these layers is the same to the bit, by setting.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -173,9 +172,9 @@ class FinetuningStudy(Shown):
     unchanged: dict[str, bool]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a setting: mean and standard deviation over tasks of TD and accuracy (Table 1).
+        """One row per setting: mean and standard deviation over tasks of TD and accuracy (Table 1).
 
-        Null is left out of the accuracy.
+        Null is left out.
         """
         rows = []
         for name, study in self.studies.items():
@@ -194,7 +193,7 @@ class FinetuningStudy(Shown):
         return pd.DataFrame(rows)
 
     def td_below(self, name: str) -> Float[Tensor, " shots"]:
-        """The largest difference of TD from the pretrained one below a setting's first layer."""
+        """The largest change in TD from the pretrained model below a setting's first layer."""
         first = min(self.layers[name])
         before, after = self.studies["pretrained"], self.studies[name]
         differences = [
@@ -220,21 +219,21 @@ def finetuning_study(
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> FinetuningStudy:
-    """Compare a model with itself finetuned in its first and in its last layers (Table 1).
+    """Study a model, then the same model finetuned in its first and in its last layers (Table 1).
 
     Args:
-        hf_model: A Hugging Face model; it is left as it is.
+        hf_model: A Hugging Face model; it is not changed.
         tokenizer: Its tokenizer.
         tasks: What to learn; Null is left out.
-        study: Measures a hooked model.
-        n_layers: How many layers are the first and the last.
+        study: Studies a hooked model.
+        n_layers: How many layers count as the first and as the last.
         settings: As for :func:`finetune_layers`.
         seed: As for :func:`finetune_layers`.
         folder: As for :func:`finetune_layers`.
         progress: Whether to show progress bars.
 
     Returns:
-        A study of each setting.
+        The study of each setting.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -295,19 +294,18 @@ def _train(
     tasks: Mapping[str, Task],
     settings: LoraSettings,
     seed: int,
-    kept: _Kept | None,
+    optimizer: torch.optim.AdamW,
+    state: TrainingState | None,
     progress: bool,
 ) -> None:
     batches = _batches(tokenizer, tasks, settings, seed)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
     steps = len(batches) // settings.accumulate
-    done = 0 if kept is None else kept.load(trained, optimizer)
+    done = (state and state.load()) or 0
     every = max(1, steps // 20)
     model.train()
     with tqdm(total=steps, initial=done, disable=not progress, leave=False, desc="LoRA") as bar:
         for step in range(done, steps):
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout, the same after a resumption
+            torch.manual_seed(seed * 1_000_003 + step)  # the same dropout after resuming
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
             total = 0.0
             for batch in batches[step * settings.accumulate : (step + 1) * settings.accumulate]:
@@ -318,15 +316,15 @@ def _train(
             optimizer.zero_grad()
             bar.update()
             bar.set_postfix_str(f"loss {total:.3f}")
-            if kept is not None and ((step + 1) % every == 0 or step + 1 == steps):
-                kept.save(trained, optimizer, step + 1)
+            if state is not None and ((step + 1) % every == 0 or step + 1 == steps):
+                state.save(step + 1)
     model.eval()
 
 
 def _batches(
     tokenizer: Any, tasks: Mapping[str, Task], settings: LoraSettings, seed: int
 ) -> list[list[tuple[list[int], int]]]:
-    """Token ids of prompt and answer with the length of the prompt, in shuffled batches."""
+    """Token ids of prompt and answer, and the length of the prompt, in shuffled batches."""
     each = max(1, settings.n_samples // len(tasks))
     episodes = sample_episodes(tasks, each, settings.n_shots, seed, template=settings.template)
     random.Random(seed).shuffle(episodes)
@@ -352,44 +350,3 @@ def _collated(rows: Sequence[tuple[list[int], int]], tokenizer: Any) -> dict[str
         labels[row, n_prompt : len(ids)] = torch.tensor(ids[n_prompt:])
         mask[row, : len(ids)] = 1
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """An adapter and its optimiser's state on disk, and what training they are of."""
-
-    path: Path
-    training: str
-
-    def save(self, trained: Mapping[str, Tensor], optimizer: Any, step: int) -> None:
-        tensors = {f"adapter.{name}": value.detach() for name, value in trained.items()}
-        for name, value in trained.items():
-            for key in _MOMENTS:
-                tensors[f"{key}.{name}"] = optimizer.state[value][key]
-        metadata = {"step": str(step), "training": self.training}
-        write_whole(self.path, lambda beside: save_file(tensors, beside, metadata))
-
-    def load(self, trained: Mapping[str, Tensor], optimizer: Any) -> int:
-        """Put it back, where there is one; returns the steps that it has taken."""
-        if not self.path.exists():
-            return 0
-        damaged = "damaged adapter; remove it to begin anew"
-        with reading(self.path, damaged), safe_open(self.path, framework="pt") as saved:
-            metadata = saved.metadata()
-            training, step = metadata["training"], int(metadata["step"])
-        if training != self.training:
-            raise ValueError(
-                f"{self.path} is of another training, {textwrap.shorten(training, 500)}; "
-                "name another folder or remove it"
-            )
-        with (
-            reading(self.path, damaged),
-            safe_open(self.path, framework="pt") as saved,
-            torch.no_grad(),
-        ):
-            for name, value in trained.items():
-                value.copy_(saved.get_tensor(f"adapter.{name}"))
-                optimizer.state[value] = {
-                    key: saved.get_tensor(f"{key}.{name}") for key in _MOMENTS
-                }
-        return step

@@ -1,10 +1,10 @@
-"""Mixtures of in-context regression tasks: who draws the sequences that the lab's models learn.
+"""Mixtures of in-context regression tasks, from which the lab's models learn.
 
 A sequence is ``x_1, y_1, x_2, y_2, ...`` with ``x_i ~ N(0, I)`` and ``y_i = f(x_i) + noise``. The
-function ``f`` is drawn anew for every sequence out of one of several families, and which family it
-was is the *latent task*: nothing in the sequence names it (Han et al. 2025, section 3.3, App. D-F).
+function ``f`` is drawn for every sequence from one of several families. Which family it was is the
+*latent task*: nothing in the sequence names it (Han et al. 2025, section 3.3, App. D-F).
 
-A family of one's own is a function, and a mixture of such is a :class:`RegressionFamilies`::
+To mix functions of your own, write each as a function and give them to ``RegressionFamilies``::
 
     def cosine(xs, generator):  # [batch, point, dim] -> [batch, point]
         w = torch.randn(xs.shape[0], xs.shape[2], 1, generator=generator, device=xs.device)
@@ -12,22 +12,31 @@ A family of one's own is a function, and a mixture of such is a :class:`Regressi
 
     mixture = RegressionFamilies({"linear": linear, "cosine": cosine}, dim=8)
 
-Anything else that has the members of :class:`Mixture` can be trained on as well.
+For a problem of another kind, derive a frozen dataclass from :class:`Mixture`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.subclasses import subclass_named
+from transformer_lens_taskvec.lab.oracles import lasso, least_squares, ridge
+
 Family = Callable[[Float[Tensor, "batch point dim"], torch.Generator], Float[Tensor, "batch point"]]
-"""Draws one function a sequence and applies it to the sequence's inputs, without noise."""
+"""Draws one function per sequence and applies it to the sequence's inputs, without noise."""
+
+_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
@@ -55,34 +64,54 @@ class Batch:
 
 @runtime_checkable
 class Mixture(Protocol):
-    """What training and evaluation need of a mixture.
+    """A problem: what training, evaluation and the figures ask of a mixture of tasks.
 
-    Any frozen dataclass that has these may be trained on: ``tasks`` are the names of the latent
-    tasks, ``dim`` is the dimension of an input, ``n_points`` the pairs in a sequence, and
-    ``sample`` draws sequences, of given tasks where ``labels`` says so.
+    A mixture of your own is a frozen dataclass derived from this class, with ``tasks`` (the names
+    of the latent tasks), ``dim`` (of an input), ``n_points`` (pairs in a sequence) and ``sample``.
+    Everything else has a default; the most useful thing to add is ``oracles``.
 
     Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> isinstance(mixture, lab.Mixture), mixture.tasks, mixture.dim, mixture.n_points
-        (True, ('B1', 'B2', 'B3', 'B4'), 8, 16)
+        >>> @dataclass(frozen=True)
+        ... class Signs(lab.Mixture):
+        ...     dim: int = 4
+        ...     n_points: int = 8
+        ...     tasks: tuple[str, ...] = ("plus", "minus")
+        ...     def sample(self, batch_size, generator, *, labels=None):
+        ...         if labels is None:
+        ...             labels = torch.randint(2, (batch_size,), generator=generator)
+        ...         xs = torch.randn(batch_size, self.n_points, self.dim, generator=generator)
+        ...         return lab.Batch(xs, xs.sum(-1) * (1 - 2 * labels[:, None]), labels)
+        ...     def oracles(self, batch):
+        ...         return {**super().oracles(batch), "zero": torch.zeros_like(batch.ys)}
+        >>> lab.oracle_errors(Signs(), n_sequences=50).names
+        ('least squares', 'ridge', 'lasso', 'zero')
+        >>> Signs().to_json()
+        {'kind': 'Signs', 'dim': 4, 'n_points': 8, 'tasks': ['plus', 'minus']}
     """
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The names of the latent tasks."""
-        ...
+    if TYPE_CHECKING:
 
-    @property
-    def dim(self) -> int:
-        """The dimension of an input."""
-        ...
+        @property
+        def tasks(self) -> tuple[str, ...]:
+            """The names of the latent tasks."""
 
-    @property
-    def n_points(self) -> int:
-        """Pairs (x, y) in a sequence."""
-        ...
+        @property
+        def dim(self) -> int:
+            """The dimension of an input."""
 
+        @property
+        def n_points(self) -> int:
+            """Pairs (x, y) in a sequence."""
+
+    else:  # a property would stop a dataclass from having a field of its name
+        tasks: tuple[str, ...]
+        dim: int
+        n_points: int
+
+    @abstractmethod
     def sample(
         self,
         batch_size: int,
@@ -90,8 +119,93 @@ class Mixture(Protocol):
         *,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Batch:
-        """Draw sequences, on the generator's device; latent tasks uniformly unless given."""
-        ...
+        """Draw sequences on the generator's device, their latent tasks uniformly unless given."""
+
+    def oracles(self, batch: Batch) -> dict[str, Float[Tensor, "batch point"]]:
+        """What predictors that know the problem predict for some sequences, at every point.
+
+        An oracle may read the pairs before a point and the point's ``x``. One that also reads
+        ``batch.labels`` knows the latent task, as no model can; that is found out by trying.
+
+        Returns:
+            Predictions by the oracle's name, ``[batch, point]`` each; by default of least squares,
+            ridge and LASSO with a weight of 0.01.
+        """
+        return {
+            "least squares": least_squares(batch.xs, batch.ys),
+            "ridge": ridge(batch.xs, batch.ys),
+            "lasso": lasso(batch.xs, batch.ys),
+        }
+
+    def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
+        """``P(task | pairs before the point)``, where it is known exactly.
+
+        Raises:
+            ValueError: If the mixture does not define it.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no exact posterior over its tasks; give it a method "
+            "posterior(batch) that returns [batch, point, task]"
+        )
+
+    def is_right(self, prediction: float, answer: float) -> bool:
+        """Whether a prediction counts as right: by default within 0.3 of the answer."""
+        return abs(prediction - answer) <= _TOLERANCE
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings in the form of JSON: the class's name as ``kind``, and every field.
+
+        Functions and nested dataclasses are recorded by name, under ``own``, and cannot be read
+        back.
+
+        Raises:
+            TypeError: If a field has no JSON form.
+        """
+        fields = {field.name: getattr(self, field.name) for field in _fields(self)}
+        plain: dict[str, Any] = json.loads(json.dumps(fields, default=_recorded))
+        return {"kind": type(self).__name__, **plain}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Mixture:
+        """The mixture with these fields, as :meth:`to_json` gives them, without ``kind``.
+
+        Raises:
+            ValueError: If a field was recorded by name only.
+        """
+        return cls(**{name: _restored(value, name) for name, value in fields.items()})
+
+
+def mixture_from_json(described: Mapping[str, Any]) -> Mixture:
+    """The mixture that ``to_json`` described, of any class derived from :class:`Mixture`.
+
+    Raises:
+        ValueError: If there is no such class, or something in it was recorded by name only.
+    """
+    fields = dict(described)
+    name = fields.pop("kind")
+    kind = subclass_named(Mixture, name)
+    if kind is None:
+        raise ValueError(
+            f"no mixture {name!r} is defined; import the module that defines it first, or give the "
+            "run's mixture as mixture="
+        )
+    mixture: Mixture = kind.from_json(fields)
+    return mixture
+
+
+def check_mixture(mixture: Any) -> None:
+    """Raise unless something has all that a mixture needs.
+
+    Raises:
+        TypeError: If it lacks something; the message says what.
+    """
+    needed = ("tasks", "dim", "n_points", "sample", "oracles", "is_right", "to_json")
+    missing = [name for name in needed if not hasattr(mixture, name)]
+    if missing:
+        raise TypeError(
+            f"mixture is a {type(mixture).__name__} without {', '.join(missing)}; derive a frozen "
+            "dataclass from lab.Mixture with tasks, dim, n_points and sample"
+        )
 
 
 def balanced_labels(
@@ -112,10 +226,11 @@ def balanced_labels(
         >>> lab.balanced_labels(3, 2).tolist()
         [0, 0, 1, 1, 2, 2]
     """
-    return torch.arange(n_tasks, device=device).repeat_interleave(n_per_task)
+    return repeat(torch.arange(n_tasks, device=device), "task -> (task each)", each=n_per_task)
 
 
-def _check_sizes(dim: int, n_points: int, noise_variance: float) -> None:
+def check_sizes(dim: int, n_points: int, noise_variance: float) -> None:
+    """Raise a ValueError unless sequences of these sizes can be drawn."""
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
     if n_points < 2:
@@ -124,9 +239,13 @@ def _check_sizes(dim: int, n_points: int, noise_variance: float) -> None:
         raise ValueError(f"noise_variance must not be negative, got {noise_variance}")
 
 
-def _labels(
-    batch_size: int, n_tasks: int, generator: torch.Generator, labels: Tensor | None
+def draw_labels(
+    batch_size: int,
+    n_tasks: int,
+    generator: torch.Generator,
+    labels: Int[Tensor, " some"] | None = None,
 ) -> Int[Tensor, " batch"]:
+    """The labels as given, or drawn uniformly; on the generator's device."""
     if labels is None:
         return torch.randint(n_tasks, (batch_size,), generator=generator, device=generator.device)
     if labels.shape != (batch_size,):
@@ -134,9 +253,50 @@ def _labels(
     return labels.to(generator.device)
 
 
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+def normal(generator: torch.Generator, *shape: int) -> Float[Tensor, "*shape"]:
+    """Standard normal numbers on the generator's device."""
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-def _with_noise(clean: Tensor, variance: float, generator: torch.Generator) -> Tensor:
-    return clean + math.sqrt(variance) * _normal(generator, *clean.shape)
+def with_noise(
+    clean: Float[Tensor, "batch point"], variance: float, generator: torch.Generator
+) -> Float[Tensor, "batch point"]:
+    """Outputs with Gaussian noise of this variance added."""
+    return clean + math.sqrt(variance) * normal(generator, *clean.shape)
+
+
+def _fields(mixture: Any) -> tuple[dataclasses.Field[Any], ...]:
+    if not dataclasses.is_dataclass(mixture):
+        raise TypeError(
+            f"{type(mixture).__name__} is not a dataclass, so its settings are unknown; make it a "
+            "frozen dataclass, or write to_json and from_json"
+        )
+    return dataclasses.fields(mixture)
+
+
+def _recorded(value: Any) -> dict[str, Any]:
+    """The record of a value that JSON has no form of: its name, and the fields of a dataclass."""
+    if dataclasses.is_dataclass(value):
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"own": type(value).__name__, **own}
+    name = getattr(value, "__name__", None)
+    if name is None:
+        raise TypeError(
+            f"a mixture has a {type(value).__name__} among its fields, which has no JSON form; use "
+            "numbers, strings and tuples of them, or write to_json and from_json"
+        )
+    return {"own": name}
+
+
+def _restored(value: Any, name: str) -> Any:
+    """A field's value from its JSON form, with tuples for lists."""
+    if isinstance(value, list):
+        return tuple(_restored(item, name) for item in value)
+    if isinstance(value, dict):
+        if "own" in value:
+            raise ValueError(
+                f"{name} holds {value['own']!r}, which no file can hold; give the run's mixture "
+                "as mixture="
+            )
+        return {key: _restored(item, name) for key, item in value.items()}
+    return value

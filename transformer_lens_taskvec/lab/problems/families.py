@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Family,
-    _check_sizes,
-    _labels,
-    _normal,
-    _with_noise,
+    Mixture,
+    check_sizes,
+    draw_labels,
+    normal,
+    with_noise,
 )
 
 
@@ -39,13 +43,13 @@ def linear(
         >>> lab.linear(xs, torch.Generator().manual_seed(0)).shape
         torch.Size([2, 5])
     """
-    weights = _normal(generator, xs.shape[0], xs.shape[2])
-    return torch.einsum("bpd,bd->bp", xs, weights)
+    weights = normal(generator, xs.shape[0], xs.shape[2])
+    return einsum(xs, weights, "batch point dim, batch dim -> batch point")
 
 
 @dataclass(frozen=True)
 class SparseLinear:
-    """``w.x`` with all but ``rank`` coordinates of ``w``, chosen anew each time, set to zero.
+    """``w.x`` with all but ``rank`` coordinates of ``w`` set to zero, drawn for each sequence.
 
     Attributes:
         rank: How many coordinates are kept.
@@ -68,10 +72,10 @@ class SparseLinear:
             raise ValueError(
                 f"rank must be in [1, {xs.shape[2]}], the inputs' dim; got {self.rank}"
             )
-        weights = _normal(generator, xs.shape[0], xs.shape[2])
+        weights = normal(generator, xs.shape[0], xs.shape[2])
         order = torch.rand(weights.shape, generator=generator, device=generator.device)
         kept = order.argsort(-1).argsort(-1) < self.rank
-        return torch.einsum("bpd,bd->bp", xs, weights * kept)
+        return einsum(xs, weights * kept, "batch point dim, batch dim -> batch point")
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class LeakyReLU:
 def quadratic(
     xs: Float[Tensor, "batch point dim"], generator: torch.Generator
 ) -> Float[Tensor, "batch point"]:
-    """``(w.x)^2 / sqrt(2 dim)`` with ``w ~ N(0, I)``: about the variance of :func:`linear`.
+    """``(w.x)^2 / sqrt(2 dim)`` with ``w ~ N(0, I)``: on the scale of :func:`linear`.
 
     Args:
         xs: Inputs, ``[batch, point, dim]``.
@@ -171,12 +175,12 @@ def default_families() -> dict[str, Family]:
 
 
 @dataclass(frozen=True)
-class RegressionFamilies:
+class RegressionFamilies(Mixture):
     """A mixture of any families of functions, in equal shares (App. F).
 
-    The default has the four families of the paper; ``{"linear": linear, "representation":
-    LinearOnRepresentation()}`` is the pair of linear regression and linear regression on a fixed
-    random representation.
+    By default these are the four families of the paper. ``{"linear": linear, "representation":
+    LinearOnRepresentation()}`` pairs linear regression with linear regression on a fixed random
+    representation.
 
     >>> mixture = RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3)
     >>> mixture.sample(2, torch.Generator().manual_seed(0)).ys.shape
@@ -195,7 +199,7 @@ class RegressionFamilies:
     n_points: int = 20
 
     def __post_init__(self) -> None:
-        _check_sizes(self.dim, self.n_points, self.noise_variance)
+        check_sizes(self.dim, self.n_points, self.noise_variance)
         if not self.families:
             raise ValueError("families is empty; give at least one family")
 
@@ -213,8 +217,8 @@ class RegressionFamilies:
     ) -> Batch:
         """Draw sequences.
 
-        Every family is applied to every sequence and the one that is wanted is kept: it costs
-        little beside a training step, and nothing has to wait for the device.
+        Every family is applied to every sequence and the wanted outputs are kept. That costs little
+        compared with a training step, and nothing has to wait for the device.
 
         Args:
             batch_size: Number of sequences.
@@ -228,8 +232,8 @@ class RegressionFamilies:
             ValueError: If ``labels`` does not have ``batch_size`` entries, or a family returns
                 outputs of the wrong shape.
         """
-        labels = _labels(batch_size, len(self.families), generator, labels)
-        xs = _normal(generator, batch_size, self.n_points, self.dim)
+        labels = draw_labels(batch_size, len(self.families), generator, labels)
+        xs = normal(generator, batch_size, self.n_points, self.dim)
         outputs = []
         for name, family in self.families.items():
             ys = family(xs, generator)
@@ -240,4 +244,52 @@ class RegressionFamilies:
                 )
             outputs.append(ys)
         clean = torch.stack(outputs)[labels, torch.arange(batch_size, device=xs.device)]
-        return Batch(xs, _with_noise(clean, self.noise_variance, generator), labels)
+        return Batch(xs, with_noise(clean, self.noise_variance, generator), labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings in the form of JSON; a family of your own is recorded by name only."""
+        families = {name: _described(family) for name, family in self.families.items()}
+        return {**super().to_json(), "families": families}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> RegressionFamilies:
+        """The mixture with these fields.
+
+        Raises:
+            ValueError: If it has a family that is not built in.
+        """
+        families = {name: _built_in(name, one) for name, one in fields["families"].items()}
+        return cls(**{**fields, "families": families})
+
+
+_FUNCTIONS: Mapping[str, Family] = {"linear": linear, "quadratic": quadratic}
+_CLASSES: Mapping[str, Callable[..., Family]] = {
+    "SparseLinear": SparseLinear,
+    "LeakyReLU": LeakyReLU,
+    "LinearOnRepresentation": LinearOnRepresentation,
+}
+
+
+def _described(family: Family) -> dict[str, Any]:
+    """The JSON form of a family: its name, and the settings of one that is built in."""
+    name: str = getattr(family, "__name__", type(family).__name__)
+    if _FUNCTIONS.get(name) is family:
+        return {"function": name}
+    if dataclasses.is_dataclass(family):
+        kind = "class" if _CLASSES.get(name) is type(family) else "own"
+        fields = dataclasses.fields(family)
+        return {kind: name, **{field.name: getattr(family, field.name) for field in fields}}
+    return {"own": name}
+
+
+def _built_in(name: str, described: Mapping[str, Any]) -> Family:
+    """The family that :func:`_described` described."""
+    fields = dict(described)
+    if "function" in fields:
+        return _FUNCTIONS[fields["function"]]
+    if "class" in fields:
+        return _CLASSES[fields.pop("class")](**fields)
+    raise ValueError(
+        f"the family {name!r} is {fields['own']!r}, which no file can hold; give the run's mixture "
+        "as mixture="
+    )

@@ -5,15 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.lab.oracles import (
+    MixturePosterior,
+    bayes_mixture,
+    lasso,
+    least_squares,
+    ridge,
+    true_basis_ridge,
+)
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
-    _check_sizes,
-    _labels,
-    _normal,
-    _with_noise,
+    Mixture,
+    check_sizes,
+    draw_labels,
+    normal,
+    with_noise,
 )
 
 
@@ -23,7 +33,7 @@ def _blocks(n_bases: int, rank: int) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True)
-class SparseLinearMixture:
+class SparseLinearMixture(Mixture):
     """Sparse linear regression whose support is one of several bases (section 3.3).
 
     ``y = w.x + e``, with ``w ~ N(0, I)`` zeroed outside the basis of the sequence and
@@ -39,8 +49,7 @@ class SparseLinearMixture:
         dim: The dimension of an input.
         bases: The coordinates of each basis; bases may overlap and may differ in rank.
         noise_variance: The variance of ``e``.
-        n_points: Pairs in a sequence: the paper's number of demonstrations, the last of which is
-            the query.
+        n_points: Pairs in a sequence, the query included (the paper's number of demonstrations).
     """
 
     dim: int = 16
@@ -49,20 +58,23 @@ class SparseLinearMixture:
     n_points: int = 20
 
     def __post_init__(self) -> None:
-        _check_sizes(self.dim, self.n_points, self.noise_variance)
+        check_sizes(self.dim, self.n_points, self.noise_variance)
         if not self.bases:
             raise ValueError("bases is empty; give at least one basis")
         for basis in self.bases:
             if not basis or len(set(basis)) < len(basis):
                 raise ValueError(f"basis {basis} must name at least one coordinate, each once")
             if not all(0 <= coordinate < self.dim for coordinate in basis):
-                raise ValueError(f"basis {basis} leaves the {self.dim} dimensions of dim")
+                raise ValueError(
+                    f"basis {basis} is out of range: dim is {self.dim}, so coordinates are 0 to "
+                    f"{self.dim - 1}"
+                )
 
     @classmethod
     def orthogonal(
         cls, n_bases: int, rank: int, *, noise_variance: float = 0.01, n_points: int = 20
     ) -> SparseLinearMixture:
-        """``n_bases`` bases of one rank that share no coordinate; ``orthogonal(6, 4)`` is D 24."""
+        """Bases of equal rank that share no coordinate; ``orthogonal(6, 4)`` has 24 dimensions."""
         return cls(n_bases * rank, _blocks(n_bases, rank), noise_variance, n_points)
 
     @classmethod
@@ -114,8 +126,45 @@ class SparseLinearMixture:
         Raises:
             ValueError: If ``labels`` does not have ``batch_size`` entries.
         """
-        labels = _labels(batch_size, len(self.bases), generator, labels)
-        xs = _normal(generator, batch_size, self.n_points, self.dim)
-        weights = _normal(generator, batch_size, self.dim) * self.masks(xs.device)[labels]
-        clean = torch.einsum("bpd,bd->bp", xs, weights)
-        return Batch(xs, _with_noise(clean, self.noise_variance, generator), labels)
+        labels = draw_labels(batch_size, len(self.bases), generator, labels)
+        xs = normal(generator, batch_size, self.n_points, self.dim)
+        weights = normal(generator, batch_size, self.dim) * self.masks(xs.device)[labels]
+        clean = einsum(xs, weights, "batch point dim, batch dim -> batch point")
+        return Batch(xs, with_noise(clean, self.noise_variance, generator), labels)
+
+    def oracles(self, batch: Batch) -> dict[str, Float[Tensor, "batch point"]]:
+        """Least squares, ridge, LASSO, ridge on the true basis, and the Bayes-optimal predictor.
+
+        Ridge has the best penalty, the noise variance divided by the mean variance of a weight.
+        Without noise there is no posterior over bases, and the last two are left out.
+        """
+        xs, ys = batch.xs, batch.ys
+        mean_rank = sum(len(basis) for basis in self.bases) / len(self.bases)
+        found = {
+            "least squares": least_squares(xs, ys),
+            "ridge": ridge(xs, ys, penalty=self.noise_variance * self.dim / mean_rank or 0.01),
+            "lasso": lasso(xs, ys),
+        }
+        if self.noise_variance == 0:
+            return found
+        known = true_basis_ridge(
+            xs, ys, batch.labels, bases=self.bases, noise_variance=self.noise_variance
+        )
+        return {
+            **found,
+            "true basis": known,
+            "Bayes mixture": self._bayes(batch).prediction,
+        }
+
+    def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
+        """``P(basis | pairs before the point)``.
+
+        Raises:
+            ValueError: If there is no noise.
+        """
+        return self._bayes(batch).probabilities
+
+    def _bayes(self, batch: Batch) -> MixturePosterior:
+        return bayes_mixture(
+            batch.xs, batch.ys, bases=self.bases, noise_variance=self.noise_variance
+        )

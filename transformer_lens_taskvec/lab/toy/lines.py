@@ -1,7 +1,8 @@
 """The toy model's sequences: their tokens, and what each token sees of them in training.
 
-Lines ``example:01011 11010->01010`` of ``bitwise_tasks``, as ``sample_episodes`` writes them,
-made in batches. Why training hides some of them from some tokens is told in ``toy``.
+A sequence is lines ``example:01011 11010->01010`` of ``bitwise_tasks``, as ``sample_episodes``
+writes them; here they are made in batches. ``toy.model`` says why training hides some lines from
+some tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +26,7 @@ LINES = 9
 LINE = 3 * N_BITS + 4
 """Tokens of a line: example: a, space, b, arrow, y, newline."""
 ARROW = 2 * N_BITS + 2
-"""Where the arrow stands in its line."""
+"""The position of the arrow in its line."""
 PLAIN, BY_ARROW, TWO_TASKS = range(3)
 """The kinds of training sequences."""
 
@@ -42,9 +44,9 @@ _ANSWERS = {
 
 
 def toy_tokenizer() -> Any:
-    """A token a character, with ``example:`` and ``->`` as tokens of their own.
+    """Return a tokenizer with one token per character, and one each for ``example:`` and ``->``.
 
-    Text of printable ASCII characters and newlines comes back from its tokens as it was.
+    Decoding restores any text of printable ASCII characters and newlines.
 
     Returns:
         A Hugging Face tokenizer.
@@ -68,7 +70,7 @@ def toy_tokenizer() -> Any:
         eos_token="<pad>",
         unk_token="<unk>",
         bos_token="<bos>",
-        # TransformerLens would load another tokenizer of the same name, were this not set.
+        # Without this TransformerLens would load another tokenizer of the same name.
         add_bos_token=True,
         name_or_path="toy",
         padding_side="left",
@@ -83,7 +85,7 @@ def bitwise_lines(
 ) -> Int[Tensor, "batch pos"]:
     """Sequences of nine lines, as token ids after a beginning-of-sequence token.
 
-    The lines are those of the prompts of ``sample_episodes``; no two of a sequence have one input.
+    The lines are like those of ``sample_episodes``; no two lines of a sequence share their input.
 
     Args:
         labels: The task of each line, an index into the tasks.
@@ -98,8 +100,8 @@ def bitwise_lines(
     noise = torch.randint(2**N_BITS, inputs.shape, generator=generator, device=device)
     a, b = _bits(inputs >> N_BITS), _bits(inputs)
     table = torch.tensor([_ANSWERS.get(task, (0,) * 4) for task in TASKS], device=device)
-    y = table[labels[..., None], 2 * a + b]
-    y = torch.where((labels == TASKS.index("Null"))[..., None], _bits(noise), y)
+    task = rearrange(labels, "batch line -> batch line 1")
+    y = torch.where(task == TASKS.index("Null"), _bits(noise), table[task, 2 * a + b])
 
     def constant(word: str) -> Tensor:
         return torch.full((batch_size, LINES, 1), _VOCABULARY[word], device=device)
@@ -114,7 +116,7 @@ def bitwise_lines(
         y + zero,
         constant("\n"),
     ]
-    tokens = torch.cat(line, dim=2).view(batch_size, -1)
+    tokens = rearrange(torch.cat(line, dim=2), "batch line token -> batch (line token)")
     return F.pad(tokens, (1, 0), value=BOS)
 
 
@@ -124,7 +126,7 @@ def draw_labels(
     """The task of each line of some sequences, drawn uniformly.
 
     Args:
-        two: Whether a sequence is of two different tasks; else it is of one.
+        two: Whether a sequence has lines of two different tasks rather than of one.
         generator: Source of randomness, on the device of ``two``.
     """
     shape, n = (len(two), LINES), len(TASKS)
@@ -132,17 +134,22 @@ def draw_labels(
     apart = torch.randint(1, n, shape[:1], generator=generator, device=two.device)
     of_second = torch.randint(2, shape, generator=generator, device=two.device).bool()
     second = (first + apart) % n
-    return torch.where(of_second & two[:, None], second[:, None], first[:, None])
+    first, second, two = (rearrange(x, "batch -> batch 1") for x in (first, second, two))
+    return torch.where(of_second & two, second, first)
 
 
 def answer_nll(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch line at"]:
-    """NLL in nats of each answer's digits and of the newline behind them."""
+    """NLL in nats of each answer's digits and of the newline after them."""
     wanted = _answers(tokens.roll(-1, dims=1))
     predicted = _answers(logits)
-    nll = F.cross_entropy(predicted.flatten(0, 2), wanted.flatten(), reduction="none")
-    return nll.view(wanted.shape)
+    nll = F.cross_entropy(
+        rearrange(predicted, "batch line at vocab -> (batch line at) vocab"),
+        rearrange(wanted, "batch line at -> (batch line at)"),
+        reduction="none",
+    )
+    return rearrange(nll, "(batch line at) -> batch line at", line=LINES, at=N_BITS + 1)
 
 
 def exact_match(
@@ -155,7 +162,7 @@ def exact_match(
 
 @lru_cache(maxsize=2)
 def causal_view(device: torch.device) -> Bool[Tensor, "query key"]:
-    """All before a token, and itself."""
+    """Each token sees itself and all tokens before it."""
     n_tokens = LINES * LINE
     return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
 
@@ -165,34 +172,42 @@ def training_view(
 ) -> Bool[Tensor, "batch half query key"]:
     """What each token of a training sequence sees in the lower and in the upper layers."""
     place = torch.arange(LINES * LINE, device=kind.device)
-    line, is_arrow = place // LINE, (place % LINE == ARROW)[:, None]
-    causal, own = causal_view(kind.device), line[:, None] == line
-    alike = labels[:, line, None] == labels[:, None, line]
-    by_arrow, plain = (kind == BY_ARROW)[:, None, None], (kind == PLAIN)[:, None, None]
+    line, is_arrow = place // LINE, rearrange(place % LINE == ARROW, "query -> query 1")
+    causal, own = causal_view(kind.device), _same(line)
+    alike = _same(labels[:, line])
+    kind = rearrange(kind, "batch -> batch 1 1")
+    by_arrow, plain = kind == BY_ARROW, kind == PLAIN
     above = torch.where(by_arrow, causal & own, causal)
-    arrow_below = causal & (alike & ~own | (place[:, None] == place))
+    arrow_below = causal & (alike & ~own | _same(place))
     below = torch.where(is_arrow & ~plain, arrow_below, above)
     return torch.stack([below, above], dim=1)
 
 
 def additive_mask(
-    view: Bool[Tensor, "batch half query key"], with_bos: Bool[Tensor, " batch"]
+    view: Bool[Tensor, "#batch half query key"], with_bos: Bool[Tensor, " batch"]
 ) -> Float[Tensor, "batch half query+1 key+1"]:
     """The additive attention mask of a view, with a token before the lines that some may see."""
     visible = F.pad(view.expand(len(with_bos), -1, -1, -1), (1, 0, 1, 0))
-    visible[..., 0] = with_bos[:, None, None]
-    visible[:, :, 0, 0] = True  # it must see something
+    visible[..., 0] = rearrange(with_bos, "batch -> batch 1 1")
+    visible[:, :, 0, 0] = True  # a token must see something
     bias = torch.zeros(visible.shape, device=view.device)
     return bias.masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
 def _bits(numbers: Int[Tensor, "batch line"]) -> Int[Tensor, "batch line bit"]:
     places = torch.arange(N_BITS - 1, -1, -1, device=numbers.device)
-    return numbers[..., None] >> places & 1
+    return rearrange(numbers, "batch line -> batch line 1") >> places & 1
 
 
-def _answers(values: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch line at *rest"]:
-    """What stands at the tokens that predict the answers and the newlines behind them."""
-    lines = values[:, 1:].unflatten(1, (LINES, LINE))
+def _same(values: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch query key"]:
+    """Whether the values at two positions are the same."""
+    return rearrange(values, "... query -> ... query 1") == rearrange(
+        values, "... key -> ... 1 key"
+    )
+
+
+def _answers(values: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "batch line at *rest"]:
+    """The values at the tokens that predict the answers and the newlines after them."""
+    lines = rearrange(values[:, 1:], "batch (line at) ... -> batch line at ...", line=LINES)
     found: Tensor = lines[:, :, ARROW : ARROW + N_BITS + 1]
     return found

@@ -1,45 +1,44 @@
 """The toy model: a small language model that infers bitwise tasks from a few demonstrations.
 
-It is a Llama of four layers and width 64, trained on prompts of ``bitwise_tasks``, and small
-enough to be shipped with the package and trained anew in minutes::
+It is a Llama of four layers and width 64, trained on prompts of ``bitwise_tasks``, small enough to
+ship with the package and to be retrained in minutes::
 
     taskvec train --preset toy --out runs/toy
 
-A sequence is nine lines ``example:01011 11010->01010``, the loss is on the answers. Half of the
-sequences begin with a beginning-of-sequence token. They are of three kinds, told apart by what an
-arrow ``->`` sees, the token before an answer, where task vectors are looked for:
+A sequence is nine lines ``example:01011 11010->01010``; the loss is on the answers. Half of the
+sequences begin with a beginning-of-sequence token. The arrow ``->`` is the token before an answer,
+where task vectors are extracted. There are three kinds of sequences, which differ in what an arrow
+sees:
 
-- *plain*: lines of one task, and every token sees all before it, as whenever the model is used;
-- *by arrow*: lines of one task, and every token sees its own line only, but for the arrows, which
-  in the lower half of the layers see the lines before theirs instead;
-- *two tasks*: each line is of one of two tasks, and in the lower half of the layers its arrow sees
-  the lines before it of the same task; all else is seen as in a plain sequence.
+- *plain*: lines of one task. Every token sees all tokens before it, as it does after training.
+- *by arrow*: lines of one task. Every token sees its own line only, except the arrows, which in the
+  lower half of the layers see the earlier lines instead.
+- *two tasks*: each line is of one of two tasks. In the lower half of the layers its arrow sees the
+  earlier lines of the same task; everything else is as in a plain sequence.
 
-In the last two kinds an answer learns of the task through its arrow's residual stream halfway up,
-which knows nothing of the query yet: so the model comes to read the task off the demonstrations
-first, and to look at the query then. This is a choice of design, not a finding. The same model
-trained on plain sequences only answers as well after four demonstrations, and its task is decodable
-at the arrow, but the mean of its arrows, put in place, does nothing for the task. Trained without
-sequences of two tasks, it does the task from the mean, but a wrong task's mean in a few-shot prompt
-leaves many answers right.
+In the last two kinds the answer gets the task only through its arrow's residual stream halfway up,
+which has no information about the query yet. So the model learns to read the task from the
+demonstrations first and to look at the query afterwards. This is a design choice, not a finding.
+The same model trained on plain sequences alone answers as well after four demonstrations, and its
+task is decodable at the arrow, but injecting the mean of its arrows has no effect. Trained without
+sequences of two tasks, it performs the task from the mean, but a wrong task's mean in a few-shot
+prompt leaves many answers right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from transformer_lens_taskvec._utils.atomic_io import reading
-from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.toy.lines import (
@@ -61,12 +60,7 @@ from transformer_lens_taskvec.lab.toy.lines import (
     training_view,
 )
 from transformer_lens_taskvec.lab.training.recipe import Recipe
-from transformer_lens_taskvec.lab.training.runs import (
-    checkpoint_path,
-    export_checkpoints,
-    read_metrics,
-    read_settings,
-)
+from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
 _EVAL_SEED = 3_000_003
@@ -85,11 +79,11 @@ class ToyConfig(Recipe):
 
     Attributes:
         n_layers: Blocks of the model.
-        n_heads: Attention heads of a block.
+        n_heads: Attention heads per block.
         d_model: Width of the residual stream.
         d_mlp: Width of an MLP's hidden layer.
-        by_arrow: The share of sequences in which the arrows alone see other lines.
-        two_tasks: The share of sequences with lines of two tasks; the rest is plain.
+        by_arrow: The share of sequences in which only the arrows see other lines.
+        two_tasks: The share of sequences with lines of two tasks; the rest are plain.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -121,6 +115,12 @@ class ToyConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        sizes = (self.n_layers, self.n_heads, self.d_model, self.d_mlp)
+        if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] % sizes[1]:
+            raise ValueError(
+                f"n_layers, n_heads, d_model and d_mlp are {sizes}; they must be positive, and "
+                "d_model a multiple of n_heads"
+            )
         if min(self.by_arrow, self.two_tasks) < 0 or self.by_arrow + self.two_tasks > 1:
             raise ValueError(
                 f"by_arrow={self.by_arrow} and two_tasks={self.two_tasks} must be shares that "
@@ -128,9 +128,9 @@ class ToyConfig(Recipe):
             )
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> Any:
-        """An untrained Llama, as :meth:`llama`, for masks of two halves.
+        """An untrained Llama, as :meth:`llama`, that takes a mask for each half of its layers.
 
-        A mask ``[batch, 2, query, key]`` is that of the lower layers and that of the upper ones.
+        A mask ``[batch, 2, query, key]`` holds that of the lower layers and that of the upper ones.
         """
         model = self.llama(seed=seed)
         for number, layer in enumerate(model.model.layers):
@@ -160,7 +160,7 @@ class ToyConfig(Recipe):
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         model = model.to_empty(device="cpu")
-        # Rotary frequencies are buffers, which "meta" has no values of.
+        # Rotary frequencies are buffers, which have no values on the "meta" device.
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -178,7 +178,7 @@ class ToyConfig(Recipe):
         return 0.2 * scale if name == "lm_head.weight" else scale
 
     def checkpoint_steps(self) -> tuple[int, ...]:
-        """0, then a geometric series from a twentieth of the run on: little happens before."""
+        """0, then a geometric series from a twentieth of the run on; little happens earlier."""
         gaps = max(1, self.n_checkpoints - 1)
         series = {round(self.steps * 20 ** (i / gaps - 1)) for i in range(gaps + 1)}
         return tuple(sorted({0, *series}))
@@ -205,24 +205,27 @@ class ToyConfig(Recipe):
         return nll
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """NLL by task, exact match by task and shots, TD of the operators by layer at 4 shots."""
+        """NLL by task, exact match by task and shots, the operators' TD by layer at four shots."""
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(_EVAL_SEED)
-        labels = torch.arange(len(TASKS), device=device).repeat_interleave(self.n_eval)
-        tokens = bitwise_lines(labels[:, None].expand(-1, LINES), generator)
+        labels = repeat(torch.arange(len(TASKS), device=device), "t -> (t each)", each=self.n_eval)
+        tokens = bitwise_lines(repeat(labels, "batch -> batch line", line=LINES), generator)
         view = causal_view(device)[None, None]
         nll, right, points = [], [], []
         with torch.no_grad(), _keeping_arrows(model) as kept:
             for rows in torch.arange(len(labels), device=device).split(128):
                 mask = additive_mask(view, torch.zeros_like(rows, dtype=torch.bool))
                 logits = model(tokens[rows], attention_mask=mask).logits
-                nll.append(answer_nll(logits, tokens[rows]).mean(dim=(1, 2)))
+                by_token = answer_nll(logits, tokens[rows])
+                nll.append(reduce(by_token, "batch line at -> batch", "mean"))
                 right.append(exact_match(logits, tokens[rows]))
                 points.append(torch.stack([kept.pop(0) for _ in model.model.layers], dim=1))
-        by_task = (len(TASKS), self.n_eval)
+        each, accuracy = self.n_eval, torch.cat(right).float()
         return {
-            "nll": torch.cat(nll).view(by_task).mean(1).tolist(),
-            "accuracy": torch.cat(right).float().view(*by_task, LINES).mean(1).tolist(),
+            "nll": reduce(torch.cat(nll), "(task each) -> task", "mean", each=each).tolist(),
+            "accuracy": reduce(
+                accuracy, "(task each) line -> task line", "mean", each=each
+            ).tolist(),
             "td": _decodability(torch.cat(points), labels.cpu()).tolist(),
         }
 
@@ -232,13 +235,30 @@ class ToyConfig(Recipe):
         td = max(sum(layer) / len(layer) for layer in record["td"])
         return f"accuracy {sum(operators) / len(operators):.2f} TD {td:.2f}"
 
-    def load(self, path: Path) -> ToyRun:
-        """The run in a folder."""
-        return load_toy_run(path)
+    def fewest_weights(self) -> int:
+        """The weights of the blocks' matrices."""
+        return self.n_layers * (4 * self.d_model + 3 * self.d_mlp) * self.d_model
+
+    def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> ToyRun:
+        """The run in a folder, given its evaluations."""
+        shapes = {
+            "nll": (len(TASKS),),
+            "accuracy": (len(TASKS), LINES),
+            "td": (self.n_layers, len(TASKS) - 1),
+        }
+        measured = {
+            name: torch.tensor([record[name] for record in records], dtype=torch.float32)
+            for name in shapes
+        }
+        for name, shape in shapes.items():
+            if records and measured[name].shape[1:] != shape:
+                raise ValueError(f"{name} of shape {tuple(measured[name].shape[1:])}, not {shape}")
+            measured[name] = measured[name].view(len(records), *shape)
+        return ToyRun(path, self, seed, tuple(record["step"] for record in records), **measured)
 
 
 @dataclass(frozen=True, repr=False)
-class ToyRun(Shown):
+class ToyRun(TrainingRun):
     """A training run of the toy model, finished or not, as it stands in its folder.
 
     Attributes:
@@ -261,10 +281,7 @@ class ToyRun(Shown):
         (True, 1.0)
     """
 
-    path: Path
     config: ToyConfig
-    seed: int
-    steps: tuple[int, ...]
     nll: Float[Tensor, "checkpoint task"]
     accuracy: Float[Tensor, "checkpoint task shots"]
     td: Float[Tensor, "checkpoint layer operator"]
@@ -273,11 +290,6 @@ class ToyRun(Shown):
     def tasks(self) -> tuple[str, ...]:
         """The six operators, and Null."""
         return TASKS
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last step has been taken."""
-        return bool(self.steps) and self.steps[-1] == self.config.steps
 
     def model(self, step: int | None = None, **kwargs: Any) -> Any:
         """The model at a checkpoint, the last one by default, as a ``TransformerBridge``.
@@ -289,41 +301,21 @@ class ToyRun(Shown):
         Raises:
             ValueError: If there is no checkpoint of that step.
         """
-        if not self.steps:
-            raise ValueError(f"{self.path} holds no checkpoint yet; train goes on with the run")
-        step = self.steps[-1] if step is None else step
-        if step not in self.steps:
-            raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
-        file, config = checkpoint_path(self.path, step), self.config
-        with reading(file, "damaged checkpoint, or another run's"):
-            weights = load_file(file)
-            n_layer = (4 * config.d_model + 3 * config.d_mlp) * config.d_model
-            if config.n_layers * n_layer > sum(value.numel() for value in weights.values()):
-                raise ValueError("it is too small for the model that config.json describes")
-            hf_model = config.llama()
-            hf_model.load_state_dict(weights)
+        step = self.checkpoint(step)
+        hf_model = self.restored(step, self.config.llama)
         hf_model.config.name_or_path = f"{self.path.name}@{step}"
         return bridge_from_hf(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
 
-    def export(self, path: str | Path, steps: Sequence[int]) -> ToyRun:
-        """Write some of the checkpoints in float16 as a run of their own.
-
-        Raises:
-            ValueError: If there is no checkpoint at one of the steps, or the folder holds a run.
-        """
-        export_checkpoints(self.path, Path(path), steps, torch.float16)
-        return load_toy_run(path)
-
     def to_frame(self) -> pd.DataFrame:
-        """One row a checkpoint, task and number of demonstrations: ``step ... accuracy``."""
+        """One row per checkpoint, task and number of demonstrations: ``step ... accuracy``."""
         import pandas as pd
 
         index = pd.MultiIndex.from_product(
             [self.steps, self.tasks, range(self.accuracy.shape[-1])],
             names=["step", "task", "shots"],
         )
-        values = {"accuracy": self.accuracy.flatten().numpy()}
-        return pd.DataFrame(values, index=index).reset_index()
+        values = rearrange(self.accuracy, "checkpoint task shots -> (checkpoint task shots)")
+        return pd.DataFrame({"accuracy": values.numpy()}, index=index).reset_index()
 
     def __repr__(self) -> str:
         if not self.steps:
@@ -337,60 +329,10 @@ class ToyRun(Shown):
         )
 
 
-def load_toy_run(path: str | Path) -> ToyRun:
-    """Read a run of the toy model from its folder.
-
-    Args:
-        path: The folder that ``train`` wrote.
-
-    Returns:
-        The run.
-
-    Raises:
-        FileNotFoundError: If there is no run in the folder.
-        ValueError: If it is a run on a mixture.
-
-    Example:
-        >>> from transformer_lens_taskvec import lab
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = lab.shipped_toy_run().export(f"{folder}/last", steps=[1500])
-        ...     lab.load_toy_run(f"{folder}/last").steps
-        (1500,)
-    """
-    path = Path(path)
-    saved = read_settings(path)
-    if "mixture" in saved:
-        raise ValueError(f"{path} holds a run on a mixture; read it with load_run")
-    with reading(path / "config.json", "damaged settings of a run"):
-        saved["betas"] = tuple(saved["betas"])
-        known = saved.keys() & ToyConfig().described().keys()
-        config = ToyConfig(**{name: saved[name] for name in known})
-        sizes = (config.n_layers, config.n_heads, config.d_model, config.d_mlp)
-        if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] % sizes[1]:
-            raise ValueError(f"no model has {sizes} layers, heads, width and width of MLPs")
-        seed = int(saved["seed"])
-    records = read_metrics(path)
-    with reading(path / "metrics.jsonl", "not the evaluations of this run"):
-        shapes = {
-            "nll": (len(TASKS),),
-            "accuracy": (len(TASKS), LINES),
-            "td": (config.n_layers, len(TASKS) - 1),
-        }
-        measured = {
-            name: torch.tensor([record[name] for record in records], dtype=torch.float32)
-            for name in shapes
-        }
-        for name, shape in shapes.items():
-            if records and measured[name].shape[1:] != shape:
-                raise ValueError(f"{name} of shape {tuple(measured[name].shape[1:])}, not {shape}")
-    return ToyRun(path, config, seed, tuple(record["step"] for record in records), **measured)
-
-
 def shipped_toy_run() -> ToyRun:
-    """The run that comes with the package: a few checkpoints, the last of which is the toy model.
+    """Return the run that ships with the package; its last checkpoint is the toy model.
 
-    ``taskvec train --preset toy`` makes it anew; here its weights are float16.
+    ``taskvec train --preset toy`` retrains it. The shipped weights are float16.
 
     Returns:
         The run.
@@ -400,12 +342,13 @@ def shipped_toy_run() -> ToyRun:
         >>> lab.shipped_toy_run().model().cfg.n_layers  # the same as load_model("toy")
         4
     """
-    return load_toy_run(Path(__file__).parents[1] / "shipped" / "toy")
+    run: ToyRun = load_run(Path(__file__).parents[1] / "shipped" / "toy")
+    return run
 
 
 @dataclass(frozen=True)
 class _TakesHalf:
-    """Gives a layer its half of a two-part attention mask, and any other mask as it is."""
+    """Gives a layer its half of a two-part attention mask, and any other mask unchanged."""
 
     half: int
 
@@ -438,7 +381,7 @@ def _decodability(
 ) -> Float[Tensor, "layer operator"]:
     operators = tuple(task for task in TASKS if task != "Null")
     chosen = labels < len(operators)
-    source = Source("toy", "resid_post", -1, "example:{x}->{y}", False)
+    source = Source("toy", "resid_post", -1, "example:{x}->{y}", bos=False)
     layers = tuple(range(points.shape[1]))
     activations = Activations(points[chosen], labels[chosen], operators, layers, source)
     return task_decodability(activations).scores

@@ -1,66 +1,37 @@
-"""Training on a mixture, so that what it learns can be watched and a killed run goes on.
+"""Training from the first step to the last, and resuming one that was killed.
 
-``train("small", "runs/small")`` is the whole of it. At the steps of the checkpoint schedule the
-model is evaluated per task and kept; in between, every hundredth of the run, the state to resume
-from is saved. Killed at any moment, the same call goes on from the last saved state, and on the
-same machine, with as many threads, ends in the same bits as a run that was never interrupted: the
-data come from one generator whose state is saved, and all else is a function of the step.
+At the steps of the checkpoint schedule the model is evaluated per task and kept; in between, every
+hundredth of the run, the state to resume from is saved. A training killed at any moment resumes
+from the last saved state. On the same machine with the same number of threads, it ends in the same
+bits as one that was never interrupted: the data come from one generator whose state is saved, and
+everything else is a function of the step.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec._utils.atomic_io import reading, write_text
-from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
-from transformer_lens_taskvec.lab.toy.model import ToyConfig
+from transformer_lens_taskvec._utils.atomic_io import write_text
+from transformer_lens_taskvec._utils.training_state import TrainingState, write_tensors
+from transformer_lens_taskvec.lab.training.folder import (
+    checkpoint_path,
+    open_folder,
+    read_metrics,
+)
 from transformer_lens_taskvec.lab.training.muon import Muon
 from transformer_lens_taskvec.lab.training.recipe import Recipe
-from transformer_lens_taskvec.lab.training.runs import (
-    TrainConfig,
-    checkpoint_path,
-    read_metrics,
-    read_settings,
-    write_tensors,
-)
-
-PRESETS: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "paper": TrainConfig(),
-        "small": TrainConfig(
-            mixture=SparseLinearMixture.small(),
-            n_layers=5,
-            n_heads=4,
-            d_model=64,
-            init="fan_in",
-            steps=26_000,
-            batch_size=64,
-            optimizer="muon",
-            learning_rate=1e-3,
-            betas=(0.9, 0.999),
-            muon_learning_rate=3e-3,
-            warmup=200,
-            schedule="cosine",
-        ),
-        "toy": ToyConfig(),
-    }
-)
-"""The settings that have a name: the paper's, one that two CPU cores learn in minutes, the toy."""
 
 _DATA_SEED = 1_000_003
 _SAVES = 100
@@ -68,7 +39,7 @@ _DIVERGED = 10.0
 
 
 class TrainingDiverged(RuntimeError):
-    """The error or a parameter is no longer finite, or the error has grown beyond reason.
+    """The error or a parameter is no longer finite, or the error has exploded.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -77,95 +48,32 @@ class TrainingDiverged(RuntimeError):
     """
 
 
-def train(
-    config: str | Recipe,
-    out_dir: str | Path,
+def train_recipe(
+    config: Recipe,
+    path: Path,
     *,
-    seed: int = 0,
-    steps: int | None = None,
-    device: torch.device | str | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    autocast: bool = False,
-    compile: bool = False,
+    seed: int,
+    device: torch.device,
+    resume: bool,
+    progress: bool,
+    autocast: bool,
+    compile: bool,
 ) -> Any:
-    """Train a model of the lab, or go on with a run that was interrupted.
-
-    Args:
-        config: The name of a preset (``"paper"``, ``"small"``, ``"toy"``), or settings of one's
-            own: ``dataclasses.replace(PRESETS["small"], mixture=...)``.
-        out_dir: The folder of the run.
-        seed: Seed of the weights and of the data.
-        steps: Training steps, in place of the settings'; warm-up and schedule are fitted to them.
-        device: Where to train; CUDA if there is any, by default.
-        resume: Whether to go on with what the folder holds; otherwise it must hold no run.
-        progress: Whether to show a progress bar with the error of each task.
-        autocast: Whether to compute in bfloat16 where that is safe; it pays on CUDA, and on a CPU
-            with bfloat16 instructions at the paper's size.
-        compile: Whether to compile the model first; it pays on CUDA only.
-
-    Returns:
-        The run, as :func:`load_run` reads it, or
-        :func:`load_toy_run` one of the toy model.
-
-    Raises:
-        ValueError: If there is no such preset, or the folder holds a run with other settings.
-        TrainingDiverged: If the training broke down; the last good state is still in the folder.
-
-    Example:
-        >>> import torch
-        >>> from transformer_lens_taskvec import lab
-        >>> import dataclasses, tempfile
-        >>> config = dataclasses.replace(lab.PRESETS["small"], n_layers=1, n_checkpoints=2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     half = lab.train(config, folder, steps=4, progress=False)
-        >>> half.steps[-1], half.finished
-        (4, True)
-    """
-    config = _resolve(config, steps)
-    path = Path(out_dir)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Train by these settings, or resume; the arguments are those of ``train``."""
     numerics = {"device": device.type, "autocast": autocast, "compile": compile}
-    _open_folder(path, {"seed": seed, **config.described(), **numerics}, resume)
+    open_folder(path, {"seed": seed, **config.to_json(), **numerics}, resume=resume)
     state = _State.start(config, seed, device)
-    saved = path / "state.safetensors"
-    taken = state.load(saved) if saved.exists() else None
+    saved = state.saved_in(path)
+    taken = saved.load()
     forward: Callable[..., Any] = state.model.forward
     if compile:
         forward = torch.compile(forward)
     with _matmul_precision(device):
-        _loop(config, path, state, taken, forward, progress, autocast)
+        _loop(config, path, state, saved, taken, forward, progress, autocast)
     return config.load(path)
 
 
-def _resolve(config: str | Recipe, steps: int | None) -> Recipe:
-    if isinstance(config, str):
-        if config not in PRESETS:
-            raise ValueError(f"no preset {config!r}; there are {', '.join(PRESETS)}")
-        config = PRESETS[config]
-    if steps is None:
-        return config
-    return dataclasses.replace(config, steps=steps, warmup=min(config.warmup, steps // 10))
-
-
-def _open_folder(path: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Make the folder a run's, or check that it is the run of these settings."""
-    file = path / "config.json"
-    if not file.exists():
-        write_text(file, json.dumps(settings, indent=1) + "\n")
-        return
-    if not resume:
-        raise ValueError(f"{path} already holds a run; choose another folder, or resume it")
-    saved = read_settings(path)
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{path} holds another run: its {name} is {saved.get(name)!r}, not {value!r}; "
-                "choose another folder"
-            )
-
-
-@dataclasses.dataclass
+@dataclass
 class _State:
     """All that a training step changes."""
 
@@ -184,69 +92,29 @@ class _State:
             torch.zeros((), device=device),
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for number, optimizer in enumerate(self.optimizers):
-            for index, parameter in enumerate(_parameters(optimizer)):
-                for key, value in optimizer.state[parameter].items():
-                    found[f"optimizer.{number}.{index}.{key}"] = value
-        return {**found, "generator": self.generator.get_state(), "error_sum": self.error_sum}
-
-    def save(self, path: Path, step: int) -> None:
-        metadata = {"step": str(step), "threads": str(torch.get_num_threads())}
-        write_tensors(path, self.tensors(), metadata)
-
-    def load(self, path: Path) -> int:
-        """Put back a saved state; returns the steps that had been taken."""
-        with reading(path, "damaged state; remove the folder to train anew"):
-            return self._load(path)
-
-    def _load(self, path: Path) -> int:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        step = int(metadata["step"])
-        if step < 0:
-            raise ValueError(f"it is of step {step}")
-        device = self.error_sum.device
-        if device.type == "cpu" and int(metadata["threads"]) != torch.get_num_threads():
-            warnings.warn(
-                f"this run was trained with {metadata['threads']} threads and goes on with "
-                f"{torch.get_num_threads()}: sums are rounded differently. For the same bits call "
-                f"torch.set_num_threads({metadata['threads']}) first",
-                stacklevel=4,
-            )
-        weights = {
-            name.removeprefix("model."): value
-            for name, value in saved.items()
-            if name.startswith("model.")
-        }
-        self.model.load_state_dict(weights)
-        for number, optimizer in enumerate(self.optimizers):
-            for index, parameter in enumerate(_parameters(optimizer)):
-                prefix = f"optimizer.{number}.{index}."
-                optimizer.state[parameter] = {
-                    name.removeprefix(prefix): value.to(device, copy=True)
-                    for name, value in saved.items()
-                    if name.startswith(prefix)
-                }
-        self.generator.set_state(saved["generator"])
-        self.error_sum = saved["error_sum"].to(device, copy=True)
-        return step
+    def saved_in(self, folder: Path) -> TrainingState:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        return TrainingState(
+            folder / "state.safetensors",
+            {**tensors, "error_sum": self.error_sum},
+            self.optimizers,
+            {"data": self.generator},
+        )
 
 
 def _loop(
     config: Recipe,
     path: Path,
     state: _State,
+    saved: TrainingState,
     taken: int | None,
     forward: Callable[..., Any],
     progress: bool,
     autocast: bool,
 ) -> None:
-    """Go on from ``taken`` steps; None if the untrained model has not been evaluated yet.
+    """Continue after ``taken`` steps; None if the untrained model has not been evaluated yet.
 
-    The device is waited for where something is written, and nowhere else.
+    It waits for the device only where something is written.
     """
     checkpoints = set(config.checkpoint_steps())
     every = max(1, config.steps // _SAVES)
@@ -255,7 +123,7 @@ def _loop(
     with tqdm(total=config.steps, disable=not progress, unit="step", leave=False) as bar:
         if taken is None:
             records = [_keep(config, path, state, [], 0, started)]
-            state.save(path / "state.safetensors", 0)
+            saved.save(0)
             taken = 0
         else:
             _write_metrics(path, records)
@@ -269,10 +137,10 @@ def _loop(
                 records.append(_keep(config, path, state, records, step, started))
                 bar.set_postfix_str(config.summary(records[-1]))
                 state.error_sum.zero_()
-                state.save(path / "state.safetensors", step)
+                saved.save(step)
             elif step % every == 0:
                 _check(config, state, records, step)
-                state.save(path / "state.safetensors", step)
+                saved.save(step)
 
 
 def _take_step(
@@ -310,10 +178,6 @@ def _optimizers(model: nn.Module, config: Recipe) -> list[Optimizer]:
     return optimizers
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _check(config: Recipe, state: _State, records: list[dict[str, Any]], step: int) -> None:
     """Raise unless the state is worth keeping."""
     norms = torch.stack(torch._foreach_norm(list(state.model.parameters())))
@@ -329,8 +193,8 @@ def _check(config: Recipe, state: _State, records: list[dict[str, Any]], step: i
     )
     raise TrainingDiverged(
         f"training broke down before step {step}: {what} since step {records[-1]['step']}. "
-        "The last good state and all checkpoints before are kept; try a smaller learning_rate "
-        "(muon_learning_rate) or a longer warmup in another folder"
+        "The last good state and all earlier checkpoints are kept. In another folder, try a "
+        "smaller learning_rate or muon_learning_rate, or a longer warmup"
     )
 
 
@@ -363,7 +227,7 @@ def _write_metrics(path: Path, records: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def _matmul_precision(device: torch.device) -> Iterator[None]:
-    """TF32 for matrix products on CUDA, and the setting as it was afterwards."""
+    """TF32 for matrix products on CUDA; the setting is restored afterwards."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")

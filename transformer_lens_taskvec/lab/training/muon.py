@@ -1,9 +1,9 @@
-"""Muon for many small matrices: one batched orthogonalisation a shape, instead of one a matrix.
+"""Muon for many small matrices: one batched orthogonalisation per shape, not one per matrix.
 
 The update of a matrix is its momentum with all singular values set to about one (Jordan et al.
-2024), by five Newton-Schulz steps. ``torch.optim.Muon`` does the same a matrix at a time, in
+2024), by five Newton-Schulz steps. ``torch.optim.Muon`` does the same one matrix at a time, in
 bfloat16; for the lab's small models on a CPU most of that is overhead. A three-dimensional
-parameter is a stack of matrices, each orthogonalised for itself.
+parameter is a stack of matrices, each orthogonalised on its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,10 +27,10 @@ class Muon(Optimizer):
     orthogonalised Nesterov momentum, as in ``torch.optim.Muon``.
 
     Args:
-        params: Parameters of two dimensions, or three for a stack of matrices.
+        params: Parameters of two dimensions, or of three for stacks of matrices.
         lr: Learning rate.
         momentum: Decay of the running mean of gradients.
-        weight_decay: Decoupled; each step takes ``lr * weight_decay`` of a parameter away.
+        weight_decay: Decoupled: each step shrinks a parameter by ``lr * weight_decay`` of itself.
         steps: Newton-Schulz steps.
     """
 
@@ -110,12 +111,12 @@ def orthogonalized(
 
 
 def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None  # step() leaves the others out
+    assert parameter.grad is not None  # step() skips the others
     return parameter.grad
 
 
 def _by_shape(tensors: list[Tensor]) -> dict[tuple[int, ...], list[int]]:
-    """Indices of the tensors, grouped by the shape of their matrices lying on the long side."""
+    """Indices of the tensors, grouped by their matrices' shape, the shorter side first."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault(tuple(sorted(tensor.shape[-2:])), []).append(index)
@@ -123,5 +124,5 @@ def _by_shape(tensors: list[Tensor]) -> dict[tuple[int, ...], list[int]]:
 
 
 def _wide_stack(tensor: Tensor) -> Float[Tensor, "matrix row column"]:
-    stack: Tensor = tensor.reshape(-1, *tensor.shape[-2:])
+    stack = rearrange(tensor, "... row column -> (...) row column")
     return stack.mT if stack.shape[1] > stack.shape[2] else stack

@@ -1,4 +1,4 @@
-"""What a training needs to know: the settings that any training has, and what each kind adds."""
+"""What a training needs to know: the settings of any training, and what each kind adds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from transformer_lens_taskvec._utils.atomic_io import reading
+from transformer_lens_taskvec.lab.training.folder import read_metrics, read_settings
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Recipe(ABC):
 
     Attributes:
         steps: Training steps.
-        batch_size: Sequences a step.
+        batch_size: Sequences per step.
         optimizer: ``"adam"`` for all parameters, or ``"muon"`` for the blocks' matrices and Adam
             for the rest.
         learning_rate: Adam's.
@@ -30,8 +34,8 @@ class Recipe(ABC):
         weight_decay: Muon's.
         warmup: Steps over which the learning rates rise linearly.
         schedule: What follows: ``"constant"``, or ``"cosine"`` down to zero at the last step.
-        n_checkpoints: Evaluations, about evenly spaced in the logarithm of the step.
-        n_eval: Sequences a task at each evaluation.
+        n_checkpoints: Number of evaluations, about evenly spaced in the logarithm of the step.
+        n_eval: Sequences per task at each evaluation.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -55,7 +59,7 @@ class Recipe(ABC):
     n_eval: int = 250
 
     loss_name: ClassVar[str]
-    """What is minimised, and its key in the evaluations."""
+    """The name of the loss, which is its key in the evaluations."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "n_checkpoints", "n_eval"):
@@ -86,21 +90,51 @@ class Recipe(ABC):
 
     @abstractmethod
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """An evaluation as JSON has it; under ``loss_name`` the loss, of any shape."""
+        """An evaluation in the form of JSON; under ``loss_name`` the loss, of any shape."""
 
     @abstractmethod
     def summary(self, record: dict[str, Any]) -> str:
         """An evaluation in a few words, for the progress bar."""
 
     @abstractmethod
-    def load(self, path: Path) -> Any:
-        """A run of these settings, read from its folder."""
+    def fewest_weights(self) -> int:
+        """A number of weights that a model of these settings has at least, without making it."""
 
-    def described(self) -> dict[str, Any]:
-        """The settings as JSON has them."""
-        names = sorted(field.name for field in dataclasses.fields(self))
-        settings: dict[str, Any] = json.loads(json.dumps({n: getattr(self, n) for n in names}))
-        return settings
+    @abstractmethod
+    def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Any:
+        """The run of these settings in a folder, given its evaluations.
+
+        Raises:
+            ValueError: If the evaluations are not of such a run.
+        """
+
+    def load(self, path: str | Path) -> Any:
+        """Read the run in a folder, whose settings must be these.
+
+        Raises:
+            FileNotFoundError: If there is no run in the folder.
+            ValueError: If a file is damaged.
+        """
+        path = Path(path)
+        saved, records = read_settings(path), read_metrics(path)
+        with reading(path / "config.json", "damaged settings of a run"):
+            seed = int(saved["seed"])
+        with reading(path / "metrics.jsonl", "not the evaluations of this run"):
+            return self.run(path, seed, records)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings in the form of JSON, and the class's name as ``kind``."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {"kind": type(self).__name__, **settings}
+        described: dict[str, Any] = json.loads(json.dumps(plain, default=methodcaller("to_json")))
+        return described
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any], **given: Any) -> Any:
+        """The settings that :meth:`to_json` wrote, some of them replaced by those given."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {name: saved[name] for name in saved.keys() & names}
+        return cls(**{**known, "betas": tuple(saved["betas"]), **given})
 
     def checkpoint_steps(self) -> tuple[int, ...]:
         """The steps at which the model is evaluated and kept: 0, then a geometric series."""

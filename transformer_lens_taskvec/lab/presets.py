@@ -1,0 +1,106 @@
+"""Training by name: the presets, and ``train``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.toy.model import ToyConfig
+from transformer_lens_taskvec.lab.training.loop import train_recipe
+from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.regression import TrainConfig
+
+PRESETS: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "paper": TrainConfig(),
+        "small": TrainConfig(
+            mixture=SparseLinearMixture.small(),
+            n_layers=5,
+            n_heads=4,
+            d_model=64,
+            init="fan_in",
+            steps=26_000,
+            batch_size=64,
+            optimizer="muon",
+            learning_rate=1e-3,
+            betas=(0.9, 0.999),
+            muon_learning_rate=3e-3,
+            warmup=200,
+            schedule="cosine",
+        ),
+        "toy": ToyConfig(),
+    }
+)
+"""Settings by name: the paper's, a model that two CPU cores train in minutes, and the toy model."""
+
+
+def train(
+    config: str | Recipe,
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    device: torch.device | str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    autocast: bool = False,
+    compile: bool = False,
+) -> Any:
+    """Train a model of the lab, or resume a training that was interrupted.
+
+    Args:
+        config: The name of a preset (``"paper"``, ``"small"``, ``"toy"``), or settings of your
+            own: ``dataclasses.replace(PRESETS["small"], mixture=...)``.
+        out_dir: The folder of the run.
+        seed: Seed of the weights and of the data.
+        steps: Training steps, in place of the settings'; warm-up and schedule adapt to them.
+        device: Where to train; by default on CUDA if it is available.
+        resume: Whether to resume the run in the folder; if not, the folder must hold no run.
+        progress: Whether to show a progress bar with the error of each task.
+        autocast: Whether to compute in bfloat16 where that is safe. It is faster on CUDA, and at
+            the paper's size on a CPU with bfloat16 instructions.
+        compile: Whether to compile the model first. It is faster on CUDA only.
+
+    Returns:
+        The run, as :func:`load_run` reads it.
+
+    Raises:
+        ValueError: If there is no such preset, or the folder holds a run with other settings.
+        TrainingDiverged: If the training broke down; the last good state is still in the folder.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> import dataclasses, tempfile
+        >>> config = dataclasses.replace(lab.PRESETS["small"], n_layers=1, n_checkpoints=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     half = lab.train(config, folder, steps=4, progress=False)
+        >>> half.steps[-1], half.finished
+        (4, True)
+    """
+    return train_recipe(
+        _resolve(config, steps),
+        Path(out_dir),
+        seed=seed,
+        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        resume=resume,
+        progress=progress,
+        autocast=autocast,
+        compile=compile,
+    )
+
+
+def _resolve(config: str | Recipe, steps: int | None) -> Recipe:
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise ValueError(f"no preset {config!r}; there are {', '.join(PRESETS)}")
+        config = PRESETS[config]
+    if steps is None:
+        return config
+    return dataclasses.replace(config, steps=steps, warmup=min(config.warmup, steps // 10))

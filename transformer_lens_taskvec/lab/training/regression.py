@@ -1,0 +1,215 @@
+"""Training on a mixture: the settings, and the run that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from transformer_lens_taskvec.lab.evaluation import evaluate_mixture
+from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
+from transformer_lens_taskvec.lab.problems.base import Mixture, check_mixture, mixture_from_json
+from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class TrainConfig(Recipe):
+    """The settings of a training run on a mixture; the defaults are the paper's (App. D).
+
+    Besides those of :class:`Recipe`:
+
+    Attributes:
+        mixture: What the sequences are drawn from.
+        n_layers: Blocks of the model.
+        n_heads: Attention heads of a block.
+        d_model: Width of the residual stream.
+        init: ``"gpt2"`` for initial weights of standard deviation 0.02, ``"fan_in"`` for weights
+            that keep the scale of activations. In both, projections back into the residual stream
+            start smaller.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> config = lab.TrainConfig()
+        >>> config.n_layers, config.mixture.tasks, config.steps
+        (12, ('B1', 'B2', 'B3', 'B4'), 80000)
+    """
+
+    mixture: Mixture = field(default_factory=SparseLinearMixture)
+    n_layers: int = 12
+    n_heads: int = 8
+    d_model: int = 256
+    init: Literal["gpt2", "fan_in"] = "gpt2"
+
+    loss_name: ClassVar[str] = "mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mixture(self.mixture)
+
+    def _choices(self) -> dict[str, tuple[str, ...]]:
+        return {**super()._choices(), "init": ("gpt2", "fan_in")}
+
+    def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> RegressionTransformer:
+        """An untrained model of this size."""
+        cfg = RegressionConfig(
+            d_input=self.mixture.dim,
+            n_points=self.mixture.n_points,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            d_model=self.d_model,
+            init=self.init,
+            device=str(device),
+        )
+        return RegressionTransformer(cfg, seed=seed)
+
+    def matrices(self, model: Any) -> list[nn.Parameter]:
+        """The blocks' weight matrices."""
+        named = model.named_parameters()
+        return [p for name, p in named if name.startswith("blocks") and ".w_" in name]
+
+    def loss(
+        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+    ) -> Tensor:
+        """The squared error of the predictions at every position of a new batch."""
+        batch = self.mixture.sample(self.batch_size, generator)
+        with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
+            predictions = forward(batch.xs, batch.ys)
+        error: Tensor = (predictions.float() - batch.ys).square().mean()
+        return error
+
+    def evaluate(self, model: Any) -> dict[str, Any]:
+        """The mean squared error for each task at each position."""
+        return {"mse": evaluate_mixture(model, self.mixture, n_eval=self.n_eval).tolist()}
+
+    def summary(self, record: dict[str, Any]) -> str:
+        """The error of each task over the second half of the sequence."""
+        half = self.mixture.n_points // 2
+        means = [sum(curve[half:]) / len(curve[half:]) for curve in record["mse"]]
+        pairs = zip(self.mixture.tasks, means, strict=True)
+        return " ".join(f"{task} {mse:.3f}" for task, mse in pairs)
+
+    def fewest_weights(self) -> int:
+        """The weights of the blocks' matrices, the read-in and the positions."""
+        ends = (self.mixture.dim + 2 * self.mixture.n_points) * self.d_model
+        return 12 * self.n_layers * self.d_model**2 + ends
+
+    def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Run:
+        """The run in a folder, given its evaluations."""
+        mse = torch.tensor([record["mse"] for record in records], dtype=torch.float32)
+        expected = (len(self.mixture.tasks), self.mixture.n_points)
+        if records and mse.shape[1:] != expected:
+            raise ValueError(f"errors of shape {tuple(mse.shape[1:])}, not {expected}")
+        train_mse = tuple(
+            float("nan") if record["train_mse"] is None else float(record["train_mse"])
+            for record in records
+        )
+        steps = tuple(record["step"] for record in records)
+        return Run(path, self, seed, steps, mse.view(len(records), *expected), train_mse)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
+        """The settings that :meth:`to_json` wrote, some of them replaced by those given."""
+        mixture = given.get("mixture") or mixture_from_json(saved["mixture"])
+        config: TrainConfig = super().from_json(saved, **{**given, "mixture": mixture})
+        return config
+
+
+@dataclass(frozen=True, repr=False)
+class Run(TrainingRun):
+    """A training run on a mixture, finished or not, as it stands in its folder.
+
+    Attributes:
+        path: The folder.
+        config: Its settings.
+        seed: The seed of weights and data.
+        steps: The steps at which there is an evaluation and a checkpoint.
+        mse: Mean squared error at each checkpoint, ``[checkpoint, task, point]``.
+        train_mse: The mean error of the training steps since the previous checkpoint; NaN at
+            step 0.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> run.tasks, len(run.steps), run.finished
+        (('B1', 'B2', 'B3', 'B4'), 12, True)
+        >>> run.model().cfg.n_layers, run.late_mse[-1].shape
+        (5, torch.Size([4]))
+    """
+
+    config: TrainConfig
+    mse: Float[Tensor, "checkpoint task point"]
+    train_mse: tuple[float, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the latent tasks."""
+        return self.config.mixture.tasks
+
+    @property
+    def late_mse(self) -> Float[Tensor, "checkpoint task"]:
+        """The mean error over the second half of the sequence."""
+        return self.mse[..., self.mse.shape[-1] // 2 :].mean(-1)
+
+    def model(
+        self, step: int | None = None, *, device: torch.device | str = "cpu"
+    ) -> RegressionTransformer:
+        """The model at a checkpoint, the last one by default, in evaluation mode.
+
+        Raises:
+            ValueError: If there is no checkpoint of that step, or it is damaged.
+        """
+        step = self.checkpoint(step)
+        model = self.restored(step, lambda: self.config.model(device=device))
+        model.cfg.model_name = f"{self.path.name}@{step}"
+        return model.eval()
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each checkpoint, task and point."""
+        import pandas as pd
+
+        index = pd.MultiIndex.from_product(
+            [self.steps, self.tasks, range(self.mse.shape[-1])], names=["step", "task", "point"]
+        )
+        mse = rearrange(self.mse, "checkpoint task point -> (checkpoint task point)").numpy()
+        return pd.DataFrame({"mse": mse}, index=index).reset_index()
+
+    def __repr__(self) -> str:
+        if not self.steps:
+            return f"Run({str(self.path)!r}: no checkpoint yet)"
+        late = ", ".join(
+            f"{task} {float(mse):.4f}"
+            for task, mse in zip(self.tasks, self.late_mse[-1], strict=True)
+        )
+        return (
+            f"Run({str(self.path)!r}: step {self.steps[-1]} of {self.config.steps}, "
+            f"{len(self.steps)} checkpoints, late MSE: {late})"
+        )
+
+
+def shipped_run() -> Run:
+    """Return the run that ships with the package: ``small``, seed 0, a dozen checkpoints.
+
+    ``taskvec train --preset small`` retrains it. The shipped weights are float16.
+
+    Returns:
+        The run.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> run = lab.shipped_run()
+        >>> run.steps[0], run.steps[-1], run.seed
+        (0, 26000, 0)
+    """
+    run: Run = load_run(Path(__file__).parents[1] / "shipped" / "small")
+    return run
