@@ -53,9 +53,10 @@ def main() -> None:
         model, tv.sample_episodes(operators, 40, 4, seed=5), vectors, layer
     )
     own = torch.tensor([[s == t for t in matrix.targets] for s in matrix.sources])
+    change = matrix.delta_accuracy
     print(
-        f"perturbation, layer {layer}: accuracy {float(matrix.delta_accuracy[own].mean()):+.2f} with the "
-        f"own vector, {float(matrix.delta_accuracy[~own].mean()):+.2f} with another's"
+        f"perturbation, layer {layer}: accuracy {float(change[own].mean()):+.2f} with the task's own "
+        f"vector, {float(change[~own].mean()):+.2f} with another's"
     )
     for shots in (1, 4):
         episodes = tv.sample_episodes(operators, 40, shots, seed=6)
