@@ -158,6 +158,7 @@ def test_interventions_work_in_the_hooks_context_of_the_model(
     torch.testing.assert_close(within[0, :-1], without[0, :-1])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_layer_may_be_any_whole_number() -> None:
     edit = tv.inject(torch.ones(3), np.int64(2))
     assert edit.layer == 2 and type(edit.layer) is int

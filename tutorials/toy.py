@@ -55,7 +55,7 @@ def main() -> None:
     own = torch.tensor([[s == t for t in matrix.targets] for s in matrix.sources])
     change = matrix.delta_accuracy
     print(
-        f"perturbation, layer {layer}: accuracy {float(change[own].mean()):+.2f} with the task's own "
+        f"perturbation, layer {layer}: accuracy {float(change[own].mean()):+.2f} with the own "
         f"vector, {float(change[~own].mean()):+.2f} with another's"
     )
     for shots in (1, 4):
