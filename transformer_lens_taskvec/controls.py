@@ -20,7 +20,7 @@ from torch import Tensor
 from transformer_lens_taskvec.activations import Source, collect, layer_index
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.modes import Mode
-from transformer_lens_taskvec.models.tokens import keep_bos_habit
+from transformer_lens_taskvec.models.tokens import known_bos_habit, note_bos_habit
 from transformer_lens_taskvec.prompts import AnyEpisode, Episode, shuffle_labels, zero_shot
 from transformer_lens_taskvec.vectors.base import Injectable
 from transformer_lens_taskvec.vectors.means import task_vectors
@@ -238,7 +238,8 @@ def _as_long_as(
 def _with_shuffled_weights(model: Any, seed: int) -> Any:
     """A copy of the model with the entries of every weight matrix shuffled."""
     shuffled = copy.deepcopy(model)
-    keep_bos_habit(getattr(shuffled, "tokenizer", None), getattr(model, "tokenizer", None))
+    known = known_bos_habit(getattr(model, "tokenizer", None))
+    note_bos_habit(getattr(shuffled, "tokenizer", None), known)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in shuffled.parameters():

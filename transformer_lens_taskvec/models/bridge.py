@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_lens_taskvec.models.tokens import keep_bos_habit
+from transformer_lens_taskvec.models.tokens import (
+    known_bos_habit,
+    note_bos_habit,
+    puts_bos,
+)
 
 
 def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
@@ -34,8 +38,10 @@ def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
     kwargs.setdefault("dtype", hf_model.dtype)
     for parameter in hf_model.parameters():  # not buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(kwargs["dtype"])
+    known = known_bos_habit(tokenizer)
+    habit = puts_bos(tokenizer) if known is None else known
     bridge = TransformerBridge.boot_transformers(
         name, hf_model=hf_model.eval(), tokenizer=tokenizer, **kwargs
     )
-    keep_bos_habit(bridge.tokenizer, tokenizer)
+    note_bos_habit(bridge.tokenizer, habit)
     return bridge.to(bridge.cfg.device, print_details=False)

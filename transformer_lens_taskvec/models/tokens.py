@@ -105,10 +105,15 @@ def bos_habit(model: Any) -> bool:
     return _HABITS[tokenizer]
 
 
-def keep_bos_habit(changed: Any, original: Any) -> None:
-    """Note that a tokenizer is a changed copy of another, whose habit still counts."""
-    if changed is not original and original is not None:
-        _HABITS[changed] = _HABITS.get(original, puts_bos(original))
+def note_bos_habit(tokenizer: Any, habit: bool | None) -> None:
+    """Remember a tokenizer's habit from before TransformerLens changed it, where it is known."""
+    if habit is not None:
+        _HABITS[tokenizer] = habit
+
+
+def known_bos_habit(tokenizer: Any) -> bool | None:
+    """Return the habit that was noted for a tokenizer, or None."""
+    return None if tokenizer is None else _HABITS.get(tokenizer)
 
 
 def puts_bos(tokenizer: Any) -> bool:
