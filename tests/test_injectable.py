@@ -154,5 +154,14 @@ def test_vectors_and_episodes_agree_in_the_use_of_a_bos(
 
     assert vectors.source.bos is False
     tv.layer_sweep(model, zoo.with_bos(episodes[:2], False), vectors)
-    with pytest.raises(ValueError, match="prompts without a BOS, and the episodes' template has"):
-        tv.layer_sweep(model, zoo.with_bos(episodes[:2], True), vectors)
+    with_one = zoo.with_bos(episodes, True)
+    for call in (
+        lambda: tv.layer_sweep(model, with_one, vectors),
+        lambda: tv.perturbation_matrix(model, with_one, vectors, 1),
+        lambda: tv.steering_effect(model, with_one, vectors, 1, null="en_fr"),
+    ):
+        with pytest.raises(ValueError, match="prompts without a BOS, and the episodes' prompts"):
+            call()
+    other = tv.task_vectors(tv.collect(model, with_one))
+    with pytest.raises(ValueError, match="prompts with a BOS"):  # by habit these have none
+        tv.layer_sweep(model, episodes, other)

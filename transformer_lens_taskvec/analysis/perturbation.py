@@ -148,7 +148,7 @@ def perturbation_matrix(
         >>> round(float(matrix.delta_accuracy[row, row]), 1)
         0.0
     """
-    check_vectors(vectors, model)
+    check_vectors(vectors, model, episodes)
     edits: dict[str, Variant] = {
         task: vectors.inject(task, layer, mode=mode, scale=scale, position=position)
         for task in vectors.tasks

@@ -15,7 +15,7 @@ from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import Scores, evaluate_many
 from transformer_lens_taskvec.tasks.base import NULL
-from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
+from transformer_lens_taskvec.vectors.base import Injectable, check_tasks, check_vectors
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,6 +118,7 @@ def steering_effect(
         >>> bool((frame.positive >= frame.negative)[frame.task != "Null"].all())
         True
     """
+    check_tasks(vectors, episodes)
     check_vectors(vectors, model, episodes)
     variants_of = steering_variants(vectors, layer, null, mode=mode, scale=scale)
     unperturbed, positive, negative = evaluate_many(

@@ -24,7 +24,7 @@ from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import Scores, evaluate_many, mean_by_task, stack
-from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
+from transformer_lens_taskvec.vectors.base import Injectable, check_tasks, check_vectors
 
 
 @dataclass(frozen=True, repr=False)
@@ -248,6 +248,7 @@ def layer_sweep(
         >>> round(float(sweep.controls["random"].at(1).mean()), 1) < 0.5
         True
     """
+    check_tasks(vectors, episodes)
     check_vectors(vectors, model, episodes)
     if isinstance(controls, bool):
         controls = control_vectors(vectors) if controls else {}

@@ -73,20 +73,28 @@ def encode_prompts(model: Any, episodes: Sequence[Any]) -> tuple[list[Any], bool
     """Return the token ids of each episode's prompt, and whether a BOS stands before them.
 
     Raises:
-        ValueError: As for :func:`encode`, or if some templates ask for a BOS and others for none.
+        ValueError: As for :func:`encode` and :func:`bos_of`.
     """
-    prompts = [episode.prompt for episode in episodes]
+    bos = bos_of(model, episodes)
+    return encode(model, [episode.prompt for episode in episodes], bos=bos), bos
+
+
+def bos_of(model: Any, episodes: Sequence[Any]) -> bool:
+    """Return whether a BOS stands before the prompts of episodes, by their templates.
+
+    Raises:
+        ValueError: If some of them ask for a BOS and others for none, or as for :func:`bos_habit`.
+    """
     asked = {episode.template.bos for episode in episodes}
     if None in asked:
-        habit = not isinstance(prompts[0], Tensor) and bos_habit(model)
+        habit = not isinstance(episodes[0].prompt, Tensor) and bos_habit(model)
         asked = {habit if one is None else one for one in asked}
     if len(asked) > 1:
         raise ValueError(
             "some of the episodes' templates put a BOS before the prompt and others do not; "
             "give them one template"
         )
-    (bos,) = asked
-    return encode(model, prompts, bos=bos), bos
+    return bool(asked.pop())
 
 
 def bos_habit(model: Any) -> bool:

@@ -26,6 +26,7 @@ from transformer_lens_taskvec.activations import Source, layer_index
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.interventions.modes import MODES, InSubspace, Mode
 from transformer_lens_taskvec.models.protocol import model_name
+from transformer_lens_taskvec.models.tokens import bos_of
 from transformer_lens_taskvec.prompts import AnyEpisode
 
 _FORMAT = "taskvec-2"
@@ -87,24 +88,35 @@ class Injectable(Protocol):
 
 
 def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode] = ()) -> None:
-    """Raise ``ValueError`` unless vectors are of this model, these tasks, and this use of a BOS."""
+    """Raise ``ValueError`` unless vectors come from this model and from prompts like these.
+
+    Args:
+        vectors: What will be injected.
+        model: The model it will be injected in.
+        episodes: The episodes it will be injected in; whether a BOS stands before their prompts
+            must be as it was where the vectors come from.
+    """
     source = vectors.source
     if model_name(model) != source.model:
         raise ValueError(
             f"these vectors come from {source.model!r}, the model is {model_name(model)!r}"
         )
-    missing = [e for e in dict.fromkeys(e.task for e in episodes) if e not in vectors.tasks]
+    if episodes and bos_of(model, episodes) is not source.bos:
+        there, here = ("with", "without") if source.bos else ("without", "with")
+        raise ValueError(
+            f"these vectors come from prompts {there} a BOS, and the episodes' prompts are {here} "
+            "one. Use one template for both"
+        )
+
+
+def check_tasks(vectors: Injectable, episodes: Sequence[AnyEpisode]) -> None:
+    """Raise ``ValueError`` unless there is a vector for the task of each episode."""
+    tasks = dict.fromkeys(episode.task for episode in episodes)
+    missing = [task for task in tasks if task not in vectors.tasks]
     if missing:
         raise ValueError(
             f"no vector for {', '.join(missing)}; the vectors are of: {', '.join(vectors.tasks)}"
         )
-    for bos in {episode.template.bos for episode in episodes} - {None}:
-        if bos is not source.bos:
-            with_or_without = "with" if source.bos else "without"
-            raise ValueError(
-                f"these vectors come from prompts {with_or_without} a BOS, and the episodes' "
-                f"template has bos={bos}; use one template for both"
-            )
 
 
 @dataclass(frozen=True, repr=False)
