@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
@@ -150,8 +151,6 @@ def test_function_vectors_are_task_vectors_that_are_added(
 def test_vectors_and_episodes_agree_in_the_use_of_a_bos(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
-    import zoo
-
     assert vectors.source.bos is False
     tv.layer_sweep(model, zoo.with_bos(episodes[:2], False), vectors)
     with_one = zoo.with_bos(episodes, True)
