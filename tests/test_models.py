@@ -245,6 +245,7 @@ def test_inference_restores_mode_and_gradients_when_something_raises(model: Any)
 
 
 @pytest.mark.skipif(zoo.HookedTransformer is None, reason="TransformerLens 4 has no such class")
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 @pytest.mark.model
 def test_both_classes_give_the_same_answers_on_the_same_weights(
     tokenizer: Any, episodes: list[tv.Episode]

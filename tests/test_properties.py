@@ -16,6 +16,8 @@ import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*one intervention at a time")
+
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
 HOOKS = ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
 EXAMPLES = settings(

@@ -261,7 +261,7 @@ def _warn_plain(model: Any, reason: str) -> None:
     warnings.warn(
         f"{model_name(model)} runs one intervention at a time: {reason}. Results are the same, "
         "only slower.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
