@@ -8,9 +8,9 @@ import string
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
 
+from transformer_lens_taskvec.tasks._data import read_text
 from transformer_lens_taskvec.tasks.base import (
     Example,
     Task,
@@ -146,15 +146,10 @@ def algorithmic_tasks() -> dict[str, Task]:
         >>> tasks["list_first"]
         ListTask('list_first', item=0, lists of 3 to 5 of 315 words)
     """
-    words = _read_words()
+    words = tuple(read_text("words.txt").split())
     return by_name(
         [
             *(mapping_task(name, pairs(words)) for name, pairs in _PAIRS.items()),
             *(ListTask(name, item, words) for name, item in _ITEMS.items()),
         ]
     )
-
-
-def _read_words() -> tuple[str, ...]:
-    file = resources.files("transformer_lens_taskvec.tasks") / "data" / "words.txt"
-    return tuple(file.read_text(encoding="utf-8").split())

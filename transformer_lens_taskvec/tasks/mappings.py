@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 
+from transformer_lens_taskvec.tasks._data import read_pairs
 from transformer_lens_taskvec.tasks.base import Task, by_name, mapping_task
 
 # A list of pairs, and the name of the task in the reverse direction, if there is one.
@@ -101,18 +101,8 @@ def translation_tasks() -> dict[str, Task]:
 def _tasks(table: Mapping[str, str | None]) -> dict[str, Task]:
     tasks: list[Task] = []
     for forward, reverse in table.items():
-        pairs = _read_pairs(forward)
+        pairs = read_pairs(forward)
         tasks.append(mapping_task(forward, pairs))
         if reverse is not None:
             tasks.append(mapping_task(reverse, [(y, x) for x, y in pairs]))
     return by_name(tasks)
-
-
-def _read_pairs(name: str) -> list[tuple[str, str]]:
-    file = resources.files("transformer_lens_taskvec.tasks") / "data" / f"{name}.tsv"
-    lines = file.read_text(encoding="utf-8").splitlines()
-    pairs = []
-    for line in lines[1:] if lines[0].startswith("#") else lines:
-        x, y = line.split("\t")
-        pairs.append((x, y))
-    return pairs

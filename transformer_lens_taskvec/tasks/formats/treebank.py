@@ -9,20 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformer_lens_taskvec._utils.text import line_error, read_lines
+from transformer_lens_taskvec.tasks._data import read_pairs
 from transformer_lens_taskvec.tasks.sentences import Sentence, detokenise
 
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 _TRACE = "-NONE-"
-_UPOS = {
-    "CC": "CCONJ", "CD": "NUM", "DT": "DET", "PDT": "DET", "WDT": "DET", "EX": "PRON", "FW": "X",
-    "IN": "ADP", "RP": "ADP", "JJ": "ADJ", "JJR": "ADJ", "JJS": "ADJ", "LS": "X", "MD": "AUX",
-    "NN": "NOUN", "NNS": "NOUN", "NNP": "PROPN", "NNPS": "PROPN", "POS": "PART", "TO": "PART",
-    "PRP": "PRON", "PRP$": "PRON", "WP": "PRON", "WP$": "PRON", "RB": "ADV", "RBR": "ADV",
-    "RBS": "ADV", "WRB": "ADV", "SYM": "SYM", "$": "SYM", "#": "SYM", "UH": "INTJ", "VB": "VERB",
-    "VBD": "VERB", "VBG": "VERB", "VBN": "VERB", "VBP": "VERB", "VBZ": "VERB", "AFX": "X",
-    "ADD": "X", "GW": "X", "XX": "X", "NFP": "PUNCT", "HYPH": "PUNCT", "-LRB-": "PUNCT",
-    "-RRB-": "PUNCT", ".": "PUNCT", ",": "PUNCT", ":": "PUNCT", "``": "PUNCT", "''": "PUNCT",
-}  # fmt: skip
+_UPOS = dict(read_pairs("penn_upos"))
 _ESCAPES = {
     "-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]", "-LCB-": "{", "-RCB-": "}",
 }  # fmt: skip
