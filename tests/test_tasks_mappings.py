@@ -388,7 +388,7 @@ def test_json_of_another_shape_is_refused_with_the_shapes_that_load(
         ('{"a": {"b": "c"}}', 0, "the output must be a string, got an object with the keys 'b'"),
         ('{"a": " "}', 0, "the output is empty"),
         ('{"a": "b", "": "c"}', 1, "the input is empty"),
-        (r'{"a": "\ud800"}', 0, r"the output '\ud800' has half of a surrogate pair"),
+        (r'{"a": "\ud800"}', 0, r"the output '\ud800' contains half of a surrogate pair"),
         ('["a", "b"]', 0, "expected an object with an input and an output, got 'a'"),
         (
             '[["input", "output"]]',

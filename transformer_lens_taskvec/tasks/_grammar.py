@@ -29,7 +29,7 @@ _VOWELS = frozenset("aeiou")
 
 
 class _Sentence:
-    """The choices made once for a sentence, which its slots then agree with."""
+    """The choices made once per sentence, so that its slots agree."""
 
     def __init__(self, scene: vocabulary.Scene, rng: random.Random) -> None:
         choose = rng.choice
@@ -48,7 +48,7 @@ class _Sentence:
 
 @dataclass(frozen=True)
 class _Words:
-    """A slot that draws one entry of a list; an entry is one or more tagged words."""
+    """A slot filled by one entry of a list; an entry is one or more tagged words."""
 
     entries: tuple[tuple[Tagged, ...], ...]
 
@@ -104,7 +104,7 @@ _SLOTS: dict[str, Slot] = {
 
 
 def _compile(template: str) -> tuple[Slot, ...]:
-    """Turn a template into the functions that fill it, one for each of its words."""
+    """Return the functions that fill a template, one per word of it."""
     return tuple(
         _SLOTS[token[1:]]
         if token.startswith("$")
@@ -126,7 +126,7 @@ _TEMPLATES = tuple(
 
 
 def fill(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Draw a template and a scene, and fill the template with words of the scene.
+    """Return a random template filled with words of a random scene.
 
     Args:
         rng: The only source of randomness.

@@ -9,7 +9,7 @@ from itertools import product
 from transformer_lens_taskvec.tasks._data import read_pairs
 from transformer_lens_taskvec.tasks.base import Task, by_name, mapping_task
 
-# All have at least two digits in base 16, so in every base the answer differs from the input.
+# From 16 on, a numeral in any of the bases differs from the decimal one.
 _NUMBERS = range(16, 116)
 
 _VERBS = ("get", "set", "load", "save", "find", "parse", "update", "remove", "check", "count")
@@ -54,10 +54,10 @@ CODE = tuple(_PAIRS)
 
 
 def code_tasks() -> dict[str, Task]:
-    """Make the tasks about program code.
+    """Return the tasks about program code.
 
-    Numerals have no prefix such as ``0x``, so the three tasks on decimal numbers have the same
-    inputs and only the demonstrations tell them apart.
+    Numerals have no prefix such as ``0x``, so the three tasks on decimal numbers share their inputs
+    and only the demonstrations tell them apart.
 
     Returns:
         ``snake_camel`` and ``camel_snake``: the case of identifiers. ``decimal_hex``,
@@ -65,8 +65,8 @@ def code_tasks() -> dict[str, Task]:
         ``octal_decimal`` and ``binary_decimal``: the numbers 16 to 115 in another base.
         ``operator_name``: the function of Python's ``operator`` module for an operator.
         ``python_javascript``: the JavaScript for a built-in, method or library function of
-        Python. ``extension_language``: the language of a file extension. 100 pairs each or
-        slightly more, except for ``operator_name``, which has 42.
+        Python. ``extension_language``: the language of a file extension. Each has
+        100 pairs or slightly more, except ``operator_name``, which has 42.
 
     Example:
         >>> import transformer_lens_taskvec as tv
