@@ -270,7 +270,7 @@ def test_the_size_of_a_list_task_never_overflows() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"words": ("a", "b")}, "lists of 3 to 5 different words cannot be made of 2 words"),
+        ({"words": ("a", "b")}, "2 words cannot make lists of 3 to 5 distinct words"),
         ({"min_length": 0}, "lists of 0 to 5"),
         ({"min_length": 5, "max_length": 4}, "lists of 5 to 4"),
         ({"item": 3}, "item=3 is outside a list of 3 words; use -3 to 2"),
@@ -349,7 +349,7 @@ def test_a_loaded_task_is_named_after_its_file_unless_told_otherwise(tmp_path: P
         ('{"a": "b"}\n{"c": "d"}', ", line 2: not valid JSON (Extra data)"),
         ("[" * 100_000, ": the JSON is nested too deeply"),
         ('{"a":' * 100_000, ": the JSON is nested too deeply"),
-        ('{"a": ' + "9" * 10_000 + "}", ": has a number that is too long"),
+        ('{"a": ' + "9" * 10_000 + "}", ": a number is too long"),
     ],
     ids=["empty", "colon", "unclosed", "json lines", "deep array", "deep object", "long number"],
 )
