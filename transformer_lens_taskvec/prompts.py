@@ -181,11 +181,7 @@ def _fill(pattern: str, x: str, y: str) -> str:
 
 
 ARROW = PromptTemplate("{x} -> {y}")
-
-
 EXAMPLE_ARROW = PromptTemplate("example:{x}->{y}")
-
-
 QA = PromptTemplate("Q: {x}\nA: {y}", separator="\n\n")
 
 

@@ -64,7 +64,19 @@ def encode(model: Any, prompts: Sequence[str | Tensor], *, bos: bool | None = No
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if vectors and (texts or bos):
         raise ValueError("prompts of vectors take no BOS, and cannot be mixed with texts")
-    return vectors or _encode_texts(model, texts, bos_habit(model) if bos is None else bos)
+    if vectors:
+        return vectors
+    prefix: list[int] = []
+    if bos_habit(model) if bos is None else bos:
+        token = token_id(model, "bos")
+        if token is None:
+            raise ValueError("the template has bos=True, but the model's tokenizer has no BOS")
+        prefix = [token]
+    encoded = [prefix + ids for ids in _token_ids(_tokenizer(model), texts)]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {text!r} has no tokens; give it at least one")
+    return encoded
 
 
 def encode_prompts(model: Any, episodes: Sequence[Any]) -> tuple[list[Any], bool]:
@@ -133,22 +145,6 @@ def _reloaded_puts_bos(tokenizer: Any) -> bool:
             "TransformerLens may have changed it, and it cannot be reloaded "
             f"({type(error).__name__}). Say which: PromptTemplate(..., bos=True) or bos=False"
         ) from error
-
-
-def _encode_texts(model: Any, texts: Sequence[str], bos: bool) -> list[Any]:
-    prefix: list[int] = []
-    if bos:
-        token = token_id(model, "bos")
-        if token is None:
-            raise ValueError(
-                "the template has bos=True, but the model's tokenizer has no BOS; use bos=False"
-            )
-        prefix = [token]
-    encoded = [prefix + ids for ids in _token_ids(_tokenizer(model), texts)]
-    for text, ids in zip(texts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"the prompt {text!r} has no tokens; give it at least one")
-    return encoded
 
 
 def encode_answers(
