@@ -427,5 +427,5 @@ def test_a_malformed_tree_is_named(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_directory_without_trees_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no \.mrg files"):
+    with pytest.raises(ValueError, match=r"has no \.mrg files"):
         load_treebank(tmp_path)

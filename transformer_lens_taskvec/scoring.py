@@ -27,6 +27,8 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import wilson_interval
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
 from transformer_lens_taskvec.interventions.packed import (
+    Chunk,
+    NumberChunk,
     Variant,
     answer_logits,
     answer_numbers,
@@ -209,14 +211,11 @@ def evaluate(
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> sizes = {"train": 10, "test": 10}
-        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
-        >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
-        >>> plain = tv.evaluate(model, xor)
-        >>> injected = tv.evaluate(model, xor, vectors.inject("XOR", layer=1))
-        >>> plain.accuracy < injected.accuracy, round(injected.accuracy, 1)
-        (True, 1.0)
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> intact = tv.evaluate(model, episodes)
+        >>> ablated = tv.evaluate(model, episodes, [tv.ablate(2)])
+        >>> ablated.accuracy < intact.accuracy
+        True
     """
     (found,) = evaluate_many(
         model,
@@ -319,6 +318,7 @@ def evaluate_many(
     prompts, bos = encode_prompts(model, episodes)
     numbers = isinstance(prompts[0], Tensor)
     parts_of = _number_parts if numbers else _text_parts
+    options = {"observe": names, "max_tokens": max_tokens}
     found: dict[str, Tensor] = {}
     values: Tensor | None = None
     n_variants = len(groups[0][1])
@@ -327,20 +327,20 @@ def evaluate_many(
         for rows, some in groups:
             own = rows.tolist()
             some_episodes, some_prompts = [episodes[i] for i in own], [prompts[i] for i in own]
-            for part in parts_of(
-                model, some_episodes, some_prompts, some, measures, names, stop, max_tokens
+            for chunk, measured in parts_of(
+                model, some_episodes, some_prompts, some, measures, stop, **options
             ):
-                at = rows[list(part.rows)]
-                for name, measured in part.measured.items():
+                at = rows[list(chunk.rows)]
+                for name, one in measured.items():
                     if name not in found:
-                        found[name] = measured.new_zeros(n_variants, len(episodes))
-                    for column, variant in enumerate(part.variants):
-                        found[name][variant, at] = measured[:, column]
-                if part.observed is not None:
+                        found[name] = one.new_zeros(n_variants, len(episodes))
+                    for column, variant in enumerate(chunk.variants):
+                        found[name][variant, at] = one[:, column]
+                if chunk.observed is not None:
                     if values is None:
-                        values = part.observed.new_empty(len(episodes), *part.observed.shape[1:])
-                    values[at] = part.observed
-                bar.update(len(part.rows) * len(part.variants))
+                        values = chunk.observed.new_empty(len(episodes), *chunk.observed.shape[1:])
+                    values[at] = chunk.observed
+                bar.update(len(chunk.rows) * len(chunk.variants))
     kind = "squared_error" if numbers else "nll"
     scores = [
         Scores({name: of[index] for name, of in found.items()}, labels, tasks, kind, stop, bos)
@@ -351,33 +351,18 @@ def evaluate_many(
     return labelled(model, episodes, values, hook=observe.hook, layers=layers, bos=bos), scores
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Measurements of some episodes under some variants, ``[row, variant]`` each."""
-
-    rows: tuple[int, ...]
-    variants: tuple[int, ...]
-    measured: Mapping[str, Shaped[Tensor, "row variant"]]
-    observed: Float[Tensor, "row layer ..."] | None
-
-
 def _text_parts(
     model: Any,
     episodes: Sequence[Any],
     prompts: Sequence[Any],
     variants: Sequence[Variant],
     measures: Mapping[str, Callable[[Answered], Tensor]],
-    observe: Sequence[str],
     stop: str | None,
-    max_tokens: int | None,
-) -> Iterator[_Part]:
+    **options: Any,
+) -> Iterator[tuple[Chunk, dict[str, Tensor]]]:
     answers = encode_answers(model, episodes, stop=stop)
-    for chunk in answer_logits(
-        model, prompts, answers, variants, observe=observe, max_tokens=max_tokens
-    ):
-        answered = Answered(chunk.logits, chunk.answers, chunk.mask)
-        measured = {name: measure(answered).cpu() for name, measure in measures.items()}
-        yield _Part(chunk.rows, chunk.variants, measured, chunk.observed)
+    for chunk in answer_logits(model, prompts, answers, variants, **options):
+        yield chunk, {name: measure(chunk).cpu() for name, measure in measures.items()}
 
 
 def _number_parts(
@@ -386,18 +371,16 @@ def _number_parts(
     prompts: Sequence[Any],
     variants: Sequence[Variant],
     measures: Mapping[str, Callable[[Answered], Tensor]],
-    observe: Sequence[str],
     stop: str | None,
-    max_tokens: int | None,
-) -> Iterator[_Part]:
+    **options: Any,
+) -> Iterator[tuple[NumberChunk, dict[str, Tensor]]]:
     other = [name for name in measures if name not in ALWAYS]
     if other:
         raise ValueError(
             f"the metric {other[0]!r} is of answers of tokens, and these answers are numbers; "
             "ask for 'correct' and 'loss', the squared error"
         )
-    everything = tuple(range(len(variants)))
-    for chunk in answer_numbers(model, prompts, variants, observe=observe, max_tokens=max_tokens):
+    for chunk in answer_numbers(model, prompts, variants, **options):
         some = [episodes[row] for row in chunk.rows]
         answers = torch.tensor([episode.answer for episode in some])
         correct = [
@@ -405,8 +388,7 @@ def _number_parts(
             for episode, predictions in zip(some, chunk.predictions.tolist(), strict=True)
         ]
         loss = (chunk.predictions - rearrange(answers, "row -> row 1")).square()
-        measured = {"correct": torch.tensor(correct), "loss": loss}
-        yield _Part(chunk.rows, everything, measured, chunk.observed)
+        yield chunk, {"correct": torch.tensor(correct), "loss": loss}
 
 
 def _groups(

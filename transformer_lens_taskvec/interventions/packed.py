@@ -25,6 +25,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.metrics import Answered
 from transformer_lens_taskvec.activations import Reader, read_prompts
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
@@ -62,40 +63,32 @@ _FEW = 4
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Logits of some prompts under some variants, at the positions that predict the answer.
+class Chunk(Answered):
+    """Answers of some prompts under some variants.
 
     Attributes:
         rows: The prompts' indices.
         variants: The variants' indices.
-        logits: ``[row, variant, answer_pos, vocab]``.
-        answers: ``[row, answer_pos]`` token ids.
-        mask: ``[row, answer_pos]``, False after the end of shorter answers.
         observed: ``[row, layer, ...]`` of the unedited pass at the last prompt token, in one chunk
             per prompt and None in the others.
     """
 
     rows: tuple[int, ...]
     variants: tuple[int, ...]
-    logits: Float[Tensor, "row variant answer_pos vocab"]
-    answers: Int[Tensor, "row answer_pos"]
-    mask: Bool[Tensor, "row answer_pos"]
     observed: Float[Tensor, "row layer ..."] | None = None
 
 
 @dataclass(frozen=True)
 class NumberChunk:
-    """Predictions of a model of the lab after some prompts of vectors.
+    """Predictions of a model of the lab after some prompts of vectors, ``[row, variant]``.
 
-    Attributes:
-        rows: The prompts' indices.
-        predictions: ``[row, variant]``.
-        observed: As for :class:`Chunk`.
+    The other attributes are those of :class:`Chunk`.
     """
 
-    rows: tuple[int, ...]
     predictions: Float[Tensor, "row variant"]
-    observed: Float[Tensor, "row layer ..."] | None = None
+    rows: tuple[int, ...]
+    variants: tuple[int, ...]
+    observed: Float[Tensor, "row layer ..."] | None
 
 
 def answer_logits(
@@ -187,7 +180,7 @@ def answer_numbers(
         ]
         last = torch.stack([numbers[:, -1].float().cpu() for numbers in predicted], dim=1)
         observed = read_prompts(model, batch, observe) if observe else None
-        yield NumberChunk(batch.rows, last, observed)
+        yield NumberChunk(last, batch.rows, tuple(range(len(variants))), observed)
 
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:
@@ -299,7 +292,7 @@ def _packed(
         for rows in group.split(size):
             kept = rows_of_cache(cache, rows)
             prefix = batch.mask[rows, :-1]
-            answers = ids[rows, :length]
+            answers, real = ids[rows, :length], mask[rows, :length]
             branch = torch.cat([batch.tokens[rows, -1:], answers[:, :-1]], dim=1)
             numbers = tuple(batch.rows[row] for row in rows.tolist())
             for start in range(0, max(len(edited), 1), branches):
@@ -312,9 +305,9 @@ def _packed(
                         logits[:, 0], "row pos vocab -> row variant pos vocab", variant=len(plain)
                     )
                     observed = reader.take() if observe else None
-                    yield Chunk(numbers, plain, unedited, answers, mask[rows, :length], observed)
+                    yield Chunk(unedited, answers, real, numbers, plain, observed)
                 if some:
-                    yield Chunk(numbers, some, logits[:, 1:], answers, mask[rows, :length])
+                    yield Chunk(logits[:, 1:], answers, real, numbers, some)
 
 
 def _suffix(
@@ -431,5 +424,5 @@ def _one_by_one(
             observed = reader.take()
         answered = logits[:, width - 1 : width - 1 + length]
         answered = rearrange(answered, "row pos vocab -> row 1 pos vocab")
-        yield Chunk(batch.rows, (index,), answered, ids, mask, observed)
+        yield Chunk(answered, ids, mask, batch.rows, (index,), observed)
         observed = None

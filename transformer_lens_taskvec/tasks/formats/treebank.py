@@ -51,7 +51,7 @@ def load_treebank(path: str | os.PathLike[str]) -> list[Sentence]:
     root = Path(path)
     files = sorted(root.rglob("*.mrg")) if root.is_dir() else [root]
     if not files:
-        raise ValueError(f"{root} holds no .mrg files; give the directory of the bracketed files")
+        raise ValueError(f"{root} has no .mrg files; give the directory of the bracketed files")
     sentences = [sentence for file in files for sentence in _sentences(file)]
     if not sentences:
         raise ValueError(f"{root} has no sentences; give files of bracketed trees")
