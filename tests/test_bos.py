@@ -82,7 +82,7 @@ def test_a_habit_that_cannot_be_known_is_asked_for(smollm2: Any) -> None:
 def test_episodes_agree_in_their_use_of_a_bos(smollm2: Any) -> None:
     episodes = tv.sample_episodes(tv.find_tasks(["en_fr"]), 2, 1, seed=0)
     mixed = [*zoo.with_bos(episodes[:1], True), *zoo.with_bos(episodes[1:], False)]
-    with pytest.raises(ValueError, match="give them one template"):
+    with pytest.raises(ValueError, match="give all episodes the same one"):
         tv.collect(smollm2, mixed)
     agreed = [*episodes[:1], *zoo.with_bos(episodes[1:], False)]  # None is False on SmolLM2
     assert encode_prompts(smollm2, agreed)[1] is False

@@ -303,7 +303,7 @@ def read_state(folder: Path) -> None:
 
 
 RUN = {"config.json": damaged_json, "metrics.jsonl": damaged_lines}
-LINES = r", line \d+: |holds no (sentences|\.mrg files)"
+LINES = r", line \d+: |has no (sentences|\.mrg files)"
 LOADERS = [
     Loader(
         "TaskVectors.load",

@@ -26,7 +26,7 @@ def test_inputs_with_braces_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("pattern", ["{x}", "{y}", "{y} from {x}", "{x}{y}{y}"])
 def test_a_template_without_x_and_then_y_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match="must hold {x} and then {y}"):
+    with pytest.raises(ValueError, match="must contain {x} and then {y}"):
         tv.PromptTemplate(pattern)
 
 

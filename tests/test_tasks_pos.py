@@ -290,8 +290,8 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> Non
         ),
         ([row("1", " ", "X")], "line 1: the line has an empty form"),
         ([row("1", "dog", "NN")], "line 1: the line has the tag 'NN', which is none of the 17"),
-        ([], "holds no sentences"),
-        (["# text = Hi", ""], "holds no sentences"),
+        ([], "has no sentences"),
+        (["# text = Hi", ""], "has no sentences"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -407,15 +407,15 @@ def test_deep_brackets_need_no_recursion(tmp_path: Path) -> None:
     [
         ("(S (NN dog)\n", "line 1: the line opens a bracket that is never closed"),
         ("(NN dog)\n)", "line 2: the line closes a bracket that was never opened"),
-        ("\ndog", "line 2: the line has 'dog' outside of all brackets"),
+        ("\ndog", "line 2: the line has 'dog' outside all brackets"),
         ("(NN big dog)", "line 1: the line has 'dog' where a bracket is expected"),
         ("(S (NN dog) dog)", "line 1: the line has 'dog' where a bracket is expected"),
         ("(NN dog (NN dog))", "line 1: the line opens a bracket after the word 'dog'"),
         ("(S (NP))", "line 1: the line closes a bracket without a word after 'NP'"),
         ("(S ())", "line 1: the line closes a bracket without a word after None"),
         ("(S\n(NOUN dog))", "line 2: the line has the tag 'NOUN', which is not a Penn"),
-        ("", "holds no sentences"),
-        ("( (S (-NONE- *) ))", "holds no sentences"),
+        ("", "has no sentences"),
+        ("( (S (-NONE- *) ))", "has no sentences"),
     ],
 )
 def test_a_malformed_tree_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -427,5 +427,5 @@ def test_a_malformed_tree_is_named(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_directory_without_trees_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no \.mrg files"):
+    with pytest.raises(ValueError, match=r"has no \.mrg files"):
         load_treebank(tmp_path)

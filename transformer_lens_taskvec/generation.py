@@ -1,4 +1,4 @@
-"""Continuing prompts under interventions, greedily or by sampling."""
+"""Continuations of prompts under interventions, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -43,32 +44,32 @@ def generate(
     seed: int = 0,
     use_cache: bool | None = None,
 ) -> list[str]:
-    r"""Continue prompts under interventions.
+    r"""Return continuations of prompts under interventions.
 
-    An intervention acts at its positions of the prompt, and nowhere else unless ``every_token``
-    asks for it: with a KV cache, in the first pass only.
+    An intervention acts at its positions of the prompt, and nowhere else unless ``every_token`` is
+    True: with a KV cache, in the first pass only.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
-        prompts: The texts to continue; or episodes, whose templates say whether a BOS stands before
-            them, as a text's tokenizer does.
-        interventions: Done together, in order. Any other pair of a hook name and a hook function
-            is called as it is in every pass, with the positions that the pass has.
-        max_new_tokens: The most tokens a continuation gets.
-        every_token: Whether interventions act on every new token too.
-        stop: A text before which the continuation ends; it ends before the end-of-sequence token
-            in any case.
-        temperature: 0 for greedy decoding, else what the logits are divided by for sampling.
+        prompts: Texts, or episodes. An episode's template decides whether a BOS precedes it, a
+            text's tokenizer otherwise.
+        interventions: Applied together, in order. Any other pair of a hook name and a hook function
+            is called in every pass, with the positions of that pass.
+        max_new_tokens: The most tokens per continuation.
+        every_token: Whether interventions also act on every new token.
+        stop: A text before which the continuation ends; it always ends before the end-of-sequence
+            token.
+        temperature: 0 for greedy decoding, otherwise the divisor of the logits for sampling.
         seed: Seed of the sampling.
-        use_cache: Whether to keep a KV cache; by default wherever the model can.
+        use_cache: Whether to keep a KV cache; by default if the model supports it.
 
     Returns:
         The continuations, without the prompts.
 
     Raises:
-        ValueError: If there are no prompts or one text in place of a list, a prompt has no tokens,
-            a number is out of range, the model has no place for an intervention, or a cache is
-            asked for that it cannot keep.
+        ValueError: If there are no prompts, or one text instead of a list, a prompt has no tokens,
+            a number is out of range, an intervention does not fit the model, or a cache is asked
+            for that the model does not support.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -92,7 +93,9 @@ def generate(
     check_variants(model, [interventions])
     can = capabilities(model)
     if use_cache and not can.caches:
-        raise ValueError("use_cache=True, and the model's prompts cannot be cached; leave it out")
+        raise ValueError(
+            "use_cache is True, but the model's prompts cannot be cached; leave it out"
+        )
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and len(texts) < len(prompts):
         raise ValueError("prompts has both texts and episodes; give one kind")
@@ -146,7 +149,7 @@ def _continue(
             logits = run_cached(model, tokens[:, seen:], mask, cache, active)
             seen = tokens.shape[1]
         chosen = choose(logits[:, -1])
-        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        tokens = torch.cat([tokens, rearrange(chosen, "row -> row 1")], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         new = tokens[:, batch.tokens.shape[1] :]
         texts = [_text(model, ids, end, stop) for ids in new.tolist()]
@@ -158,7 +161,7 @@ def _continue(
 def _from(
     hook: Any, prompt_mask: Bool[Tensor, "row pos"], seen: int, every_token: bool
 ) -> tuple[str, Callable[..., Any]] | None:
-    """The hook for a pass over the positions from ``seen`` on, or None where it has no part."""
+    """Return the hook for a pass over the positions from ``seen`` on, None if it does not act."""
     if not isinstance(hook, Intervention):
         name, hook_function = hook
         return name, hook_function
@@ -168,16 +171,13 @@ def _from(
     intervention = hook
 
     def act(activation: Tensor, hook: Any = None) -> Tensor:
-        n_new = activation.shape[1]
-        if intervention.position is None:
-            columns = torch.arange(n_new if every_token else prompt_mask.shape[1])
-            return intervention.edit_at(activation, columns.expand(len(activation), -1))
+        n_rows, n_new = activation.shape[:2]
         inside: list[Tensor] = []
         if not seen:
             inside.append(row_indices(intervention.position, prompt_mask))
         if every_token:
             first = max(prompt_mask.shape[1] - seen, 0)
-            inside.append(torch.arange(first, n_new).expand(len(activation), -1))
+            inside.append(repeat(torch.arange(first, n_new), "at -> row at", row=n_rows))
         return intervention.edit_at(activation, torch.cat(inside, dim=1))
 
     return intervention.name, act
@@ -193,7 +193,7 @@ def _choose(
 
 
 def _text(model: Any, ids: Sequence[int], end: int | None, stop: str | None) -> tuple[str, bool]:
-    """The continuation so far, and whether it is finished."""
+    """Return the continuation so far, and whether it is finished."""
     finished = end is not None and end in ids
     text = decode(model, ids[: ids.index(end)] if finished and end is not None else ids)
     if stop is not None and stop in text:

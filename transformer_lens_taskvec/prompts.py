@@ -1,4 +1,4 @@
-"""Episodes: a few demonstrations of a task and a query, and how they become text."""
+"""Episodes: a few demonstrations of a task and a query, and the template of their prompt."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from transformer_lens_taskvec.tasks.base import Example, Task
 class PromptTemplate:
     r"""How demonstrations and a query become the text of a prompt.
 
-    The prompt is the instruction, if there is one, then each demonstration, then the query, with
-    ``separator`` between them. The answer is the text that turns the query into a demonstration.
+    The prompt consists of the instruction if there is one, the demonstrations and the query, joined
+    by ``separator``. The answer is the text that turns the query into a demonstration.
 
     Args:
-        example: A demonstration, with ``{x}`` and ``{y}`` in it.
-        query: The query, with ``{x}`` in it; by default the part of ``example`` before ``{y}``
-            without its trailing spaces, which then belong to the answer (most tokenizers attach
-            a space to the word after it).
+        example: A demonstration, which contains ``{x}`` and ``{y}``.
+        query: The query, which contains ``{x}``; by default the part of ``example`` before ``{y}``
+            without its trailing spaces. These belong to the answer, since most tokenizers attach a
+            space to the following word.
         separator: The text between the parts of the prompt.
-        instruction: A text before the first demonstration; ``{task}`` in it stands for the
-            task's name.
-        bos: Whether a beginning-of-sequence token stands before the prompt. None follows the
-            model's tokenizer as it was before TransformerLens changed it: Gemma and Llama 3 put
-            one, SmolLM2 does not.
+        instruction: A text before the first demonstration, with ``{task}`` for the task's name.
+        bos: Whether a beginning-of-sequence token precedes the prompt. None follows the model's
+            tokenizer as it was before TransformerLens changed it: those of Gemma and Llama 3 add
+            one, that of SmolLM2 does not.
 
     Raises:
         ValueError: If ``example`` lacks ``{x}`` or ``{y}``, or has ``{y}`` before ``{x}`` or twice,
-            or if ``query`` lacks ``{x}`` or is not how ``example`` begins.
+            or if ``query`` lacks ``{x}`` or is not the beginning of ``example``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -53,12 +52,12 @@ class PromptTemplate:
         x, y = self.example.find("{x}"), self.example.find("{y}")
         if x < 0 or y < 0 or y < x or self.example.count("{y}") > 1:
             raise ValueError(
-                f"template example {self.example!r} must hold {{x}} and then {{y}} once, "
+                f"template example {self.example!r} must contain {{x}} and then {{y}} once, "
                 "as in '{x} -> {y}'"
             )
         if not self.example.startswith(self._query) or "{x}" not in self._query:
             raise ValueError(
-                f"template query {self.query!r} must hold {{x}} and be the beginning of the "
+                f"template query {self.query!r} must contain {{x}} and be the beginning of the "
                 f"example {self.example!r}"
             )
 
@@ -69,37 +68,35 @@ class PromptTemplate:
         return self.example[: self.example.index("{y}")].rstrip(" ")
 
     def render(self, demos: Iterable[Example], x: str, task: str = "") -> str:
-        """The prompt's text, up to the last character before the answer."""
+        """Return the prompt's text, up to the last character before the answer."""
         parts = [_fill(self.example, demo.x, demo.y) for demo in demos]
         parts.append(_fill(self._query, x, ""))
-        if not self.instruction:
-            return self._begin(parts, "")
-        return self._begin(parts, self.instruction.replace("{task}", task))
+        return self._begin(parts, (self.instruction or "").replace("{task}", task))
 
     def _begin(self, parts: list[str], instruction: str) -> str:
         return self.separator.join([instruction, *parts] if instruction else parts)
 
     def answer(self, x: str, y: str) -> str:
-        """The text that completes the query's prompt."""
+        """Return the text that completes the query's prompt."""
         return _fill(self.example[len(self._query) :], x, y)
 
     @classmethod
     def chat(cls, tokenizer: Any, *, chat_template: str | None = None) -> ChatTemplate:
         r"""Return the template that writes the few-shot prompt as turns of a chat.
 
-        Each demonstration is a turn of the user and one of the assistant, the query a last turn of
-        the user. A BOS that the chat template writes becomes ``bos=True`` and is never doubled; an
-        instruction stands at the head of the first turn.
+        Each demonstration is a turn of the user and one of the assistant, and the query is a last
+        turn of the user. An instruction starts the first turn. A BOS in the chat template becomes
+        ``bos=True``, so that it is never doubled.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
-            chat_template: The chat template in Jinja, for a tokenizer that has none of its own.
+            chat_template: A chat template in Jinja, for a tokenizer without one.
 
         Returns:
-            A template whose ``example`` holds two turns, and whose ``separator`` ends an answer.
+            A template whose ``example`` has two turns, and whose ``separator`` ends an answer.
 
         Raises:
-            ValueError: If there is no chat template, or it does not write every exchange alike.
+            ValueError: If there is no chat template, or it formats some exchange differently.
 
         Example:
             >>> from transformer_lens_taskvec import Example, PromptTemplate, lab
@@ -117,7 +114,7 @@ class ChatTemplate(PromptTemplate):
     """A prompt template whose parts are turns of a chat; made by :meth:`PromptTemplate.chat`.
 
     Args:
-        head: What stands before the first turn, such as a default system turn.
+        head: The text before the first turn, such as a default system turn.
     """
 
     head: str = ""
@@ -130,7 +127,7 @@ class ChatTemplate(PromptTemplate):
 
 
 def _chat_template(tokenizer: Any, jinja: str | None) -> ChatTemplate:
-    """Read the pieces of a chat template off a conversation about words that mark their places."""
+    """Return a chat template's pieces, found by rendering a conversation of marker words."""
     if jinja is None and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "the tokenizer has no chat template; give one, as in "
@@ -148,7 +145,7 @@ def _chat_template(tokenizer: Any, jinja: str | None) -> ChatTemplate:
         )
         found = re.split("|".join(marks[:n_turns]), text)
         if len(found) != n_turns + 1:
-            raise ValueError(f"the chat template writes a turn twice or not at all: {text!r}")
+            raise ValueError(f"the chat template repeats or omits a turn: {text!r}")
         return found
 
     before, reply, between, reply_again, between_again, asked = pieces(5, asks=True)
@@ -157,12 +154,12 @@ def _chat_template(tokenizer: Any, jinja: str | None) -> ChatTemplate:
     alike = (reply, between) == (reply_again, between_again)
     if not (alike and between == end + opening and before.endswith(opening)):
         raise ValueError(
-            "the chat template does not write every exchange alike: between turns it has "
+            "the chat template does not format every exchange the same way: between turns it has "
             f"{between!r} and {between_again!r}, before the first {before!r}"
         )
     if not reply.startswith(asked):
         raise ValueError(
-            f"the chat template asks for an answer by {asked!r} and shows one after {reply!r}; "
+            f"the chat template asks for an answer with {asked!r} and shows one after {reply!r}; "
             "the second must begin with the first"
         )
     head = before.removesuffix(opening)
@@ -178,25 +175,21 @@ def _chat_template(tokenizer: Any, jinja: str | None) -> ChatTemplate:
 
 
 def _fill(pattern: str, x: str, y: str) -> str:
-    # Not str.format: inputs may hold braces.
+    # Not str.format: inputs may contain braces.
     before, brace, after = pattern.partition("{y}")
     return before.replace("{x}", x) + (y if brace else "") + after.replace("{x}", x)
 
 
 ARROW = PromptTemplate("{x} -> {y}")
-
-
 EXAMPLE_ARROW = PromptTemplate("example:{x}->{y}")
-
-
 QA = PromptTemplate("Q: {x}\nA: {y}", separator="\n\n")
 
 
 @runtime_checkable
 class AnyEpisode(Protocol):
-    """What collecting and evaluating need of an episode.
+    """What collecting and evaluating require of an episode.
 
-    :class:`Episode` is one of text; the lab's ``RegressionEpisode`` is one of vectors and numbers.
+    :class:`Episode` consists of text, the lab's ``RegressionEpisode`` of vectors and numbers.
     """
 
     @property
@@ -206,17 +199,17 @@ class AnyEpisode(Protocol):
 
     @property
     def prompt(self) -> Any:
-        """What the model is shown."""
+        """The model's input."""
         ...
 
     @property
     def answer(self) -> Any:
-        """What it should answer."""
+        """The right answer."""
         ...
 
     @property
     def template(self) -> PromptTemplate:
-        """How the episode is written down."""
+        """The template of the prompt."""
         ...
 
     @property
@@ -225,7 +218,7 @@ class AnyEpisode(Protocol):
         ...
 
     def with_answers(self, order: Sequence[int]) -> Any:
-        """The same episode with its demonstrations' answers in another order."""
+        """Return the episode with its demonstrations' answers in another order."""
         ...
 
 
@@ -261,12 +254,12 @@ class Episode:
 
     @property
     def answer(self) -> str:
-        """The text the model should continue with."""
+        """The continuation that counts as right."""
         return self.template.answer(self.query.x, self.query.y)
 
     @property
     def separator(self) -> str:
-        """The text that ends the answer when generation is asked to stop at it."""
+        """The text that ends an answer where ``stop="separator"``."""
         return self.template.separator
 
     @property
@@ -275,13 +268,13 @@ class Episode:
         return len(self.demos)
 
     def with_answers(self, order: Sequence[int]) -> Episode:
-        """The same episode with its demonstrations' answers in another order.
+        """Return the episode with its demonstrations' answers in another order.
 
         Args:
-            order: For each demonstration the index of the one whose answer it gets.
+            order: For each demonstration, the index of the one whose answer it gets.
 
         Raises:
-            ValueError: If the order is not as long as the demonstrations are many.
+            ValueError: If there is not one index per demonstration.
         """
         demos = [
             Example(demo.x, self.demos[place].y)
@@ -298,33 +291,31 @@ def sample_episodes(
     *,
     template: PromptTemplate = EXAMPLE_ARROW,
 ) -> list[Episode]:
-    """Sample ``n`` episodes of each task; a query is never among its own demonstrations.
+    """Return ``n`` random episodes per task; a query is never among its own demonstrations.
 
-    Queries of one task are distinct as long as the task has that many inputs, and then repeat
-    with other demonstrations. Each task has a random stream of its own, so adding a task leaves
-    the episodes of the others as they are.
+    Queries of one task are distinct as long as the task has enough inputs, and then repeat with
+    other demonstrations. Each task has its own random stream, so adding a task does not change the
+    episodes of the others.
 
     Args:
-        tasks: Tasks, or a mapping of names to tasks as the task functions return.
+        tasks: Tasks, or a mapping from names to tasks as the task functions return it.
         n: Episodes per task.
         n_shots: Demonstrations per episode.
-        seed: Seed of the sampling; the same seed gives the same episodes.
-        template: How the episodes become text.
+        seed: Seed of the sampling.
+        template: The template of the prompts.
 
     Returns:
         The episodes, task by task.
 
     Raises:
         ValueError: If there is no task, two have the same name, a number is out of range, or a task
-            cannot give ``n_shots`` demonstrations and a query.
-        TypeError: If something among the tasks is not a task.
+            has too few inputs for ``n_shots`` demonstrations and a query.
+        TypeError: If one of the tasks is not a task.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> plural = tv.mapping_task("plural", {"cat": "cats", "dog": "dogs", "cow": "cows"})
         >>> episodes = tv.sample_episodes([plural], n=3, n_shots=2, seed=0)
-        >>> [episode.n_shots for episode in episodes]
-        [2, 2, 2]
         >>> sorted(episode.query.x for episode in episodes)
         ['cat', 'cow', 'dog']
     """
@@ -339,18 +330,18 @@ def sample_splits(
     *,
     template: PromptTemplate = EXAMPLE_ARROW,
 ) -> dict[str, list[Episode]]:
-    """Sample sets of episodes such that no query of one set is a query of another.
+    """Return sets of random episodes such that no two sets share a query.
 
-    Vectors taken from the evaluated episodes would leak their answers; take them from another
-    set. A task with fewer inputs than all the sets together ask for is shared out in proportion
-    to their sizes, and its queries repeat within a set with other demonstrations.
+    Vectors from the evaluated episodes themselves would leak the answers; take them from another
+    set. If a task has fewer inputs than the sets together ask for, they are divided in proportion
+    to the sizes, and queries repeat within a set with other demonstrations.
 
     Args:
         tasks: As for :func:`sample_episodes`.
-        sizes: Episodes per task for each set, such as ``{"train": 40, "test": 40}``.
-        n_shots: Demonstrations per episode.
-        seed: Seed of the sampling.
-        template: How the episodes become text.
+        sizes: Episodes per task in each set, such as ``{"train": 40, "test": 40}``.
+        n_shots: As for :func:`sample_episodes`.
+        seed: As for :func:`sample_episodes`.
+        template: As for :func:`sample_episodes`.
 
     Returns:
         The episodes of each set, task by task.
@@ -385,7 +376,7 @@ def sample_splits(
 
 
 def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
-    """The same queries without their demonstrations.
+    """Return the episodes without their demonstrations.
 
     Args:
         episodes: Episodes with any number of demonstrations.
@@ -396,8 +387,6 @@ def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 1, 2, seed=0)
-        >>> episodes[0].prompt.splitlines()
-        ['example:10110 01110->00110', 'example:00011 00010->00010', 'example:01111 11101->']
         >>> tv.zero_shot(episodes)[0].prompt
         'example:01111 11101->'
     """
@@ -405,7 +394,7 @@ def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
 
 
 def n_inputs(task: Task) -> int | None:
-    """How many distinct inputs the task has, or None where it does not say."""
+    """Return the number of the task's distinct inputs, or None if it is not known."""
     return len(task) if isinstance(task, Sized) else None
 
 
@@ -422,7 +411,7 @@ def _check_request(tasks: Sequence[Task], sizes: Mapping[str, int], n_shots: int
         raise ValueError(f"n_shots is {n_shots}; it must be 0 or more")
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"n is {size} for the set {name!r}; ask for 1 episode or more")
+            raise ValueError(f"n is {size} for the set {name!r}; it must be 1 or more")
 
 
 def _check_task(task: Task, n_sets: int, n_shots: int) -> None:
@@ -440,7 +429,7 @@ def _check_task(task: Task, n_sets: int, n_shots: int) -> None:
 def _share_out(
     task: Task, sizes: Mapping[str, int], rng: random.Random
 ) -> dict[str, list[Example]]:
-    """Distinct queries for every set: as many as asked for, or all there are in proportion."""
+    """Return each set's queries: as many as asked for, or its share of all the task's inputs."""
     available = n_inputs(task)
     wanted = sum(sizes.values())
     pool = task.sample(wanted if available is None else min(wanted, available), rng)
@@ -454,14 +443,14 @@ def _share_out(
 
 
 def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode]:
-    """The same episodes with each one's demonstration answers shuffled; none stays in its place.
+    """Return the episodes with their demonstrations' answers shuffled, none in its own place.
 
     Args:
-        episodes: Episodes of at least two demonstrations with different answers.
+        episodes: Episodes with at least two demonstrations.
         seed: Seed of the shuffling.
 
     Returns:
-        Episodes that no longer show their task.
+        New episodes, in the same order.
 
     Raises:
         ValueError: If an episode has fewer than two demonstrations.
@@ -492,18 +481,18 @@ def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode
 def with_instructions(
     episodes: Sequence[Episode], instructions: Mapping[str, str] | Sequence[str]
 ) -> list[Episode]:
-    """Return the same episodes, each with an instruction at the head of the prompt (App. I).
+    """Return the episodes with an instruction at the start of each prompt (App. I).
 
     Args:
         episodes: The episodes.
-        instructions: A text for each task, or a list of one for each episode.
+        instructions: One text per task, by name, or a list of one per episode.
 
     Returns:
         New episodes, in the same order.
 
     Raises:
         KeyError: If a task has no instruction.
-        ValueError: If a list has not as many texts as there are episodes.
+        ValueError: If a list does not have one text per episode.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -516,7 +505,9 @@ def with_instructions(
     if isinstance(texts, Mapping):
         texts = [texts[episode.task] for episode in episodes]
     if len(texts) != len(episodes):
-        raise ValueError(f"there are {len(episodes)} episodes and {len(texts)} instructions")
+        raise ValueError(
+            f"there are {len(episodes)} episodes and {len(texts)} instructions; give one each"
+        )
     return [
         replace(episode, template=replace(episode.template, instruction=text))
         for episode, text in zip(episodes, texts, strict=True)

@@ -1,12 +1,12 @@
-"""Does the model answer right, as it is and under interventions?
+"""Scores of a model's answers, with and without interventions.
 
-An answer counts as right if greedy decoding would produce exactly its tokens. Greedy decoding does
-so if and only if, with the answer's tokens fed in one after the other, each is the argmax where it
-is predicted; so one teacher-forced pass tells it, and every other metric of the answer with it.
+An answer is right if greedy decoding would produce exactly its tokens. That is so if and only if,
+with the answer fed in, each of its tokens is the argmax where it is predicted. So one
+teacher-forced pass is enough, and gives every other metric of the answer too.
 
-Where the answer is a number (the lab's episodes) the episode says whether a prediction counts as
-right, and the loss is the squared error: the NLL under a Gaussian of variance 1/2 about the
-prediction, less a constant. There is no probability then, and asking for one is refused.
+Where answers are numbers (the lab's episodes), the episode decides whether a prediction is right,
+and the loss is the squared error: up to a constant, the NLL under a Gaussian of variance 1/2 around
+the prediction. Such answers have no probability, and asking for one is an error.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import wilson_interval
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
 from transformer_lens_taskvec.interventions.packed import (
+    Chunk,
+    NumberChunk,
     Variant,
     answer_logits,
     answer_numbers,
@@ -37,10 +39,10 @@ from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompt
 from transformer_lens_taskvec.prompts import AnyEpisode
 
 Variants = Sequence[Variant] | Callable[[str], Sequence[Variant]]
-"""Variants for all episodes, or a function that gives those of a task, as many for each task."""
+"""Variants for all episodes, or a function from a task to its variants, equally many per task."""
 
 LOSS_LABELS: Mapping[str, str] = {"nll": "NLL (nats)", "squared_error": "squared error"}
-"""The kinds of loss, and what figures call them."""
+"""The kinds of loss, and their names in figures."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,29 +50,21 @@ class Scores(Shown):
     """How each episode was answered.
 
     Attributes:
-        metrics: By name a number for each episode, ``[example]``; ``correct`` (whether greedy
-            decoding gives exactly the answer) and ``loss`` are always among them.
-        labels: ``[example]``, each an index into ``tasks``.
+        metrics: By name, one number per episode, ``[example]``; always with ``correct`` (whether
+            greedy decoding gives exactly the answer) and ``loss``.
+        labels: ``[example]`` indices into ``tasks``.
         tasks: The tasks' names, in order of first appearance.
         loss_kind: ``"nll"``, the negative log-likelihood of the whole answer in nats, or
-            ``"squared_error"`` where answers are numbers.
-        stop: None, or ``"separator"`` where the separator had to follow the answer.
-        bos: Whether a beginning-of-sequence token stood before the prompts.
+            ``"squared_error"`` if answers are numbers.
+        stop: None, or ``"separator"`` if the separator had to follow the answer.
+        bos: Whether a beginning-of-sequence token preceded the prompts.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> scores = tv.evaluate(model, episodes, metrics=["rank"])
-        >>> round(scores.accuracy, 1), len(scores), scores.mean_loss < 0.1  # NLL in nats
-        (1.0, 60, True)
-        >>> round(scores.by_task()["XOR"], 1), len(scores.of("XOR"))
-        (1.0, 10)
-        >>> list(scores.metrics)
-        ['correct', 'loss', 'rank']
-        >>> low, high = scores.interval()
-        >>> 0.8 < low < high <= 1
-        True
+        >>> scores = tv.evaluate(tv.load_model("toy"), episodes, metrics=["rank"])
+        >>> round(scores.accuracy, 1), round(scores.by_task()["XOR"], 1), list(scores.metrics)
+        (1.0, 1.0, ['correct', 'loss', 'rank'])
     """
 
     metrics: Mapping[str, Shaped[Tensor, " example"]]
@@ -82,12 +76,12 @@ class Scores(Shown):
 
     @property
     def correct(self) -> Bool[Tensor, " example"]:
-        """Whether each episode was answered right."""
+        """Whether each episode's answer was right."""
         return self.metrics["correct"]
 
     @property
     def loss(self) -> Float[Tensor, " example"]:
-        """The loss of each episode's answer, of the kind ``loss_kind``."""
+        """Each episode's loss, of the kind ``loss_kind``."""
         return self.metrics["loss"]
 
     @property
@@ -97,16 +91,16 @@ class Scores(Shown):
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss: NLL in nats, or squared error where answers are numbers."""
+        """The mean loss, of the kind ``loss_kind``."""
         return self.mean("loss")
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """The metrics that were asked for beyond ``correct`` and ``loss``."""
+        """The metrics other than ``correct`` and ``loss``."""
         return tuple(name for name in self.metrics if name not in ALWAYS)
 
     def mean(self, metric: str) -> float:
-        """The mean of a metric over episodes.
+        """Return the mean of a metric over episodes.
 
         Raises:
             KeyError: If it was not measured.
@@ -116,20 +110,17 @@ class Scores(Shown):
         return float(self.metrics[metric].double().mean())
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Wilson's interval of the accuracy.
+        """Return the lower and upper end of Wilson's interval of the accuracy.
 
         Args:
             confidence: Its coverage, between 0 and 1.
-
-        Returns:
-            The lower and the upper end.
         """
         share = self.correct.double().mean()
         low, high = wilson_interval(share, len(self), confidence)
         return float(low), float(high)
 
     def select(self, rows: Shaped[Tensor, " row"]) -> Scores:
-        """The scores of some episodes.
+        """Return the scores of some episodes.
 
         Args:
             rows: Their indices, or a mask over all episodes.
@@ -138,7 +129,7 @@ class Scores(Shown):
         return replace(self, metrics=metrics, labels=self.labels[rows])
 
     def of(self, task: str) -> Scores:
-        """The scores of one task's episodes.
+        """Return the scores of one task's episodes.
 
         Raises:
             KeyError: If there is no such task.
@@ -149,11 +140,11 @@ class Scores(Shown):
         return replace(own, labels=torch.zeros_like(own.labels), tasks=(task,))
 
     def by_task(self, metric: str = "correct") -> dict[str, float]:
-        """The mean of a metric for each task: the accuracy, unless another one is named."""
+        """Return the mean of a metric per task, the accuracy by default."""
         return {task: self.of(task).mean(metric) for task in self.tasks}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per episode: ``task`` and the metrics."""
+        """Return one row per episode: ``task`` and the metrics."""
         columns = {name: values.tolist() for name, values in self.metrics.items()}
         return pd.DataFrame({"task": [self.tasks[i] for i in self.labels.tolist()], **columns})
 
@@ -170,18 +161,18 @@ class Scores(Shown):
 
 
 def stack(scores: Sequence[Scores]) -> dict[str, Shaped[Tensor, "variant example"]]:
-    """The metrics of several scores of the same episodes, each as one tensor."""
+    """Return the metrics of several scores of the same episodes, one tensor per metric."""
     return {name: torch.stack([one.metrics[name] for one in scores]) for name in scores[0].metrics}
 
 
 def mean_by_task(
     values: Shaped[Tensor, "*many example"], scores: Scores
 ) -> Float[Tensor, "*many task"]:
-    """Means over each task's episodes, in float64.
+    """Return the mean over each task's episodes, in float64.
 
     Args:
-        values: Something of every episode.
-        scores: Scores of the same episodes, which say what task each is of.
+        values: One value per episode.
+        scores: Scores of the same episodes, which name their tasks.
     """
     own = [scores.labels == index for index in range(len(scores.tasks))]
     return torch.stack([values[..., rows].double().mean(dim=-1) for rows in own], dim=-1)
@@ -197,37 +188,34 @@ def evaluate(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> Scores:
-    """Score the greedy exact match, the loss and other metrics of every episode's answer.
+    """Return the greedy exact match, the loss and other metrics of every episode's answer.
 
     Args:
         model: Any model with TransformerLens' hook API.
         episodes: The episodes; their order is kept.
-        interventions: Done together, in order. Besides those of :func:`inject` and
-            :func:`ablate`, any pair of a hook name and a hook function; such a function gets the
-            whole activation, prompt and answer.
+        interventions: Applied together, in order: those of :func:`inject` and :func:`ablate`, or
+            any pair of a hook name and a hook function, which gets the whole activation, prompt and
+            answer.
         metrics: As for :func:`evaluate_many`.
-        stop: None, or ``"separator"`` to ask for the template's separator after the answer too.
-        max_tokens: The most tokens in one pass; by default from the model and the free memory.
+        stop: None, or ``"separator"`` if the template's separator must follow the answer.
+        max_tokens: The most tokens per pass; by default from the model and the free memory.
         progress: Whether to show a progress bar.
 
     Returns:
-        The scores, one for each episode.
+        The scores, one per episode.
 
     Raises:
-        ValueError: If there are no episodes, a prompt or an answer has no tokens, the model has no
-            place for an intervention, or ``stop`` or a metric is unknown.
+        ValueError: If there are no episodes, a prompt or an answer has no tokens, an intervention
+            does not fit the model, or ``stop`` or a metric is unknown.
 
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
-        >>> sizes = {"train": 10, "test": 10}
-        >>> sets = tv.sample_splits(tv.bitwise_tasks(null=False), sizes, n_shots=4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, sets["train"]))
-        >>> xor = [e for e in tv.zero_shot(sets["test"]) if e.task == "XOR"]
-        >>> plain = tv.evaluate(model, xor)
-        >>> injected = tv.evaluate(model, xor, vectors.inject("XOR", layer=1))
-        >>> plain.accuracy < injected.accuracy, round(injected.accuracy, 1)
-        (True, 1.0)
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> intact = tv.evaluate(model, episodes)
+        >>> ablated = tv.evaluate(model, episodes, [tv.ablate(2)])
+        >>> ablated.accuracy < intact.accuracy
+        True
     """
     (found,) = evaluate_many(
         model,
@@ -280,30 +268,29 @@ def evaluate_many(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> list[Scores] | tuple[Activations, list[Scores]]:
-    """Scores under many variants, each a list of interventions, in as few passes as possible.
+    """Return the scores under many variants, each a list of interventions, in few passes.
 
     Interventions at ``position=-1`` share the pass over the prompt; others run one at a time.
 
     Args:
         model: Any model with TransformerLens' hook API.
         episodes: The episodes; their order is kept.
-        variants: For each variant its interventions, the empty list for the model as it is; or a
-            function that gives the variants of a task, as many for each task.
+        variants: The interventions of each variant, an empty list for the unedited model; or a
+            function from a task's name to its variants, equally many per task.
         observe: What to keep of the unedited pass, at the last prompt token; nothing by default.
-        metrics: What to measure of each answer besides ``correct`` and ``loss``: names
-            (``rank``, ``probability``, ``entropy``, ``margin``), and
-            functions ``(logits [answer_pos, vocab], answer [answer_pos]) -> float``, which are
-            listed under their own name.
+        metrics: What to measure besides ``correct`` and ``loss``: names (``rank``, ``probability``,
+            ``entropy``, ``margin``), and functions ``(logits [answer_pos, vocab], answer
+            [answer_pos]) -> float``, listed under their own names.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
         progress: As for :func:`evaluate`.
 
     Returns:
-        The scores, one for each variant; with ``observe`` a pair, of the activations and those.
+        One result per variant; with ``observe``, the pair of activations and results.
 
     Raises:
-        ValueError: As for :func:`evaluate`, or if there are no variants or not as many for each
-            task, a metric is unknown, or one is asked for that answers of numbers do not have.
+        ValueError: As for :func:`evaluate`, or if there are no variants, tasks have different
+            numbers of them, or a metric is not defined for answers that are numbers.
 
     Warns:
         UserWarning: If the model cannot share the pass; results are the same, only slower.
@@ -331,6 +318,7 @@ def evaluate_many(
     prompts, bos = encode_prompts(model, episodes)
     numbers = isinstance(prompts[0], Tensor)
     parts_of = _number_parts if numbers else _text_parts
+    options = {"observe": names, "max_tokens": max_tokens}
     found: dict[str, Tensor] = {}
     values: Tensor | None = None
     n_variants = len(groups[0][1])
@@ -339,20 +327,20 @@ def evaluate_many(
         for rows, some in groups:
             own = rows.tolist()
             some_episodes, some_prompts = [episodes[i] for i in own], [prompts[i] for i in own]
-            for part in parts_of(
-                model, some_episodes, some_prompts, some, measures, names, stop, max_tokens
+            for chunk, measured in parts_of(
+                model, some_episodes, some_prompts, some, measures, stop, **options
             ):
-                at = rows[list(part.rows)]
-                for name, measured in part.measured.items():
+                at = rows[list(chunk.rows)]
+                for name, one in measured.items():
                     if name not in found:
-                        found[name] = measured.new_zeros(n_variants, len(episodes))
-                    for column, variant in enumerate(part.variants):
-                        found[name][variant, at] = measured[:, column]
-                if part.observed is not None:
+                        found[name] = one.new_zeros(n_variants, len(episodes))
+                    for column, variant in enumerate(chunk.variants):
+                        found[name][variant, at] = one[:, column]
+                if chunk.observed is not None:
                     if values is None:
-                        values = part.observed.new_empty(len(episodes), *part.observed.shape[1:])
-                    values[at] = part.observed
-                bar.update(len(part.rows) * len(part.variants))
+                        values = chunk.observed.new_empty(len(episodes), *chunk.observed.shape[1:])
+                    values[at] = chunk.observed
+                bar.update(len(chunk.rows) * len(chunk.variants))
     kind = "squared_error" if numbers else "nll"
     scores = [
         Scores({name: of[index] for name, of in found.items()}, labels, tasks, kind, stop, bos)
@@ -363,33 +351,18 @@ def evaluate_many(
     return labelled(model, episodes, values, hook=observe.hook, layers=layers, bos=bos), scores
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What was measured of some episodes under some variants, ``[row, variant]`` each."""
-
-    rows: tuple[int, ...]
-    variants: tuple[int, ...]
-    measured: Mapping[str, Shaped[Tensor, "row variant"]]
-    observed: Float[Tensor, "row layer ..."] | None
-
-
 def _text_parts(
     model: Any,
     episodes: Sequence[Any],
     prompts: Sequence[Any],
     variants: Sequence[Variant],
     measures: Mapping[str, Callable[[Answered], Tensor]],
-    observe: Sequence[str],
     stop: str | None,
-    max_tokens: int | None,
-) -> Iterator[_Part]:
+    **options: Any,
+) -> Iterator[tuple[Chunk, dict[str, Tensor]]]:
     answers = encode_answers(model, episodes, stop=stop)
-    for chunk in answer_logits(
-        model, prompts, answers, variants, observe=observe, max_tokens=max_tokens
-    ):
-        answered = Answered(chunk.logits, chunk.answers, chunk.mask)
-        measured = {name: measure(answered).cpu() for name, measure in measures.items()}
-        yield _Part(chunk.rows, chunk.variants, measured, chunk.observed)
+    for chunk in answer_logits(model, prompts, answers, variants, **options):
+        yield chunk, {name: measure(chunk).cpu() for name, measure in measures.items()}
 
 
 def _number_parts(
@@ -398,18 +371,16 @@ def _number_parts(
     prompts: Sequence[Any],
     variants: Sequence[Variant],
     measures: Mapping[str, Callable[[Answered], Tensor]],
-    observe: Sequence[str],
     stop: str | None,
-    max_tokens: int | None,
-) -> Iterator[_Part]:
+    **options: Any,
+) -> Iterator[tuple[NumberChunk, dict[str, Tensor]]]:
     other = [name for name in measures if name not in ALWAYS]
     if other:
         raise ValueError(
-            f"the metric {other[0]!r} is of answers of tokens, and these answers are numbers; they "
-            "have 'correct' and 'loss', the squared error"
+            f"the metric {other[0]!r} is of answers of tokens, and these answers are numbers; "
+            "ask for 'correct' and 'loss', the squared error"
         )
-    everything = tuple(range(len(variants)))
-    for chunk in answer_numbers(model, prompts, variants, observe=observe, max_tokens=max_tokens):
+    for chunk in answer_numbers(model, prompts, variants, **options):
         some = [episodes[row] for row in chunk.rows]
         answers = torch.tensor([episode.answer for episode in some])
         correct = [
@@ -417,14 +388,13 @@ def _number_parts(
             for episode, predictions in zip(some, chunk.predictions.tolist(), strict=True)
         ]
         loss = (chunk.predictions - rearrange(answers, "row -> row 1")).square()
-        measured = {"correct": torch.tensor(correct), "loss": loss}
-        yield _Part(chunk.rows, everything, measured, chunk.observed)
+        yield chunk, {"correct": torch.tensor(correct), "loss": loss}
 
 
 def _groups(
     variants: Variants, labels: Int[Tensor, " example"], tasks: Sequence[str]
 ) -> list[tuple[Int[Tensor, " row"], Sequence[Variant]]]:
-    """The episodes that have the same variants, and these."""
+    """Return the episodes that share variants, and these variants."""
     if callable(variants):
         groups = [
             (torch.where(labels == index)[0], variants(task)) for index, task in enumerate(tasks)
@@ -433,7 +403,7 @@ def _groups(
         groups = [(torch.arange(len(labels)), variants)]
     sizes = {len(some) for _, some in groups}
     if len(sizes) > 1:
-        raise ValueError(f"variants gives {sorted(sizes)} variants; each task needs as many")
+        raise ValueError(f"variants gives {sorted(sizes)} variants; give each task the same number")
     if 0 in sizes:
         raise ValueError("variants is empty; [[]] is the model without interventions")
     return groups

@@ -1,1 +1,1 @@
-"""What several rooms need and no reader looks for: tables, atomic files, texts, intervals."""
+"""Shared helpers: displayed tables, atomic files, text files, metrics and statistics."""

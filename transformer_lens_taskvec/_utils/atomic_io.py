@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and reading one that may be damaged."""
+"""Writing files completely or not at all, and reading files that may be damaged."""
 
 from __future__ import annotations
 
@@ -15,56 +15,53 @@ from safetensors import SafetensorError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; what is there in the end is moved to ``path``.
+    """Yield a temporary path next to ``path``, and move what is written there to ``path``.
 
-    Whatever interrupts it, the path holds the old file or the new one. Processes that write the
-    same file at once write apart, and the last one's stays.
+    Whatever interrupts it, ``path`` is the old file or the new one. Processes that write the same
+    file at once do not mix; the last one wins.
 
     Raises:
         OSError: If the file cannot be written; the message names it.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        beside.touch()
-        mode = beside.stat().st_mode  # safetensors makes files that only their owner may read
-        yield beside
-        beside.chmod(mode)
-        os.replace(beside, path)
-    except SafetensorError as error:  # safetensors raises it where Python has OSError
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files private
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except SafetensorError as error:  # safetensors raises it for an OSError
         raise OSError(f"{path} could not be written: {error}") from error
     except OSError as error:
         if error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make the file beside its place, then move it there, as :func:`replacing` does.
-
-    Its folder is made if need be.
-    """
+    """Call ``write`` as :func:`replacing` does, and make the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        write(beside)
+    with replacing(path) as temporary:
+        write(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    """Write a text file completely or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
 def reading(place: object, problem: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes its reader raise into an error that names the file.
+    """Turn the exceptions that a damaged file causes into errors that name the file.
 
     Args:
         place: The file, and the place in it.
-        problem: What is wrong with it, for the user.
+        problem: What is wrong, for the user.
 
     Raises:
-        ValueError: In place of other exceptions; the message is ``place: problem: exception``.
+        ValueError: For exceptions of the reader, as ``place: problem: exception``.
         OSError: If the file cannot be read; the message names it.
     """
     try:
@@ -88,7 +85,7 @@ def reading(place: object, problem: str) -> Iterator[None]:
 
 
 def read_json(path: Path, problem: str) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         ValueError: If it is not UTF-8 or not JSON.

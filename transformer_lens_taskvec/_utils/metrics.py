@@ -1,6 +1,6 @@
-"""Metrics of an answer: numbers of the logits that predict its tokens.
+"""Metrics of an answer: numbers from the logits that predict its tokens.
 
-A metric of one's own is one function here and one entry of :data:`METRICS`, or a function given to
+To add a metric, write one function and one entry of :data:`METRICS` here, or give a function to
 ``evaluate_many(..., metrics=[...])``.
 """
 
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Metric = Callable[[Float[Tensor, "answer_pos vocab"], Int[Tensor, " answer_pos"]], float]
-"""A number for an episode, of the logits that predict its answer and the answer's token ids."""
+"""A number per episode, from the logits that predict its answer and the answer's token ids."""
 
 ALWAYS = ("correct", "loss")
-"""The metrics that are measured in any case."""
+"""The metrics that are always measured."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Answers of some episodes under some variants, with what several metrics need computed once.
+    """Answers of some episodes under some variants, and quantities that metrics share.
 
     Attributes:
         logits: ``[row, variant, answer_pos, vocab]``, at the positions that predict the answers.
@@ -39,8 +39,8 @@ class Answered:
     @cached_property
     def ids(self) -> Int[Tensor, "row variant answer_pos"]:
         """The answers' token ids, the same for every variant."""
-        ids = rearrange(self.answers, "row pos -> row 1 pos")
-        return ids.expand(self.logits.shape[:3])
+        n_variants = self.logits.shape[1]
+        return repeat(self.answers, "row pos -> row variant pos", variant=n_variants)
 
     @cached_property
     def past(self) -> Bool[Tensor, "row 1 answer_pos"]:
@@ -57,9 +57,9 @@ class Answered:
         return whole
 
     def by_row(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return a function of each row's float32 logits and answers, stacked.
+        """Return the stacked values of a function of each row's float32 logits and answers.
 
-        A row at a time fits a CPU's cache: the vocabulary is most of a small model's numbers.
+        One row at a time fits a CPU's cache; the vocabulary is large.
         """
         pairs = zip(self.logits, self.ids, strict=True)
         return torch.stack([of(logits.float(), ids) for logits, ids in pairs])
@@ -103,20 +103,20 @@ METRICS: Mapping[str, Callable[[Answered], Tensor]] = {
     "entropy": _entropy,
     "margin": _margin,
 }
-"""Metrics of an answer that have a name, ``[row, variant]`` of a chunk each.
+"""The named metrics of an answer, ``[row, variant]`` each.
 
 - ``correct``: whether greedy decoding gives exactly the answer;
 - ``loss``: the negative log-likelihood of the whole answer, in nats;
-- ``probability``: of the whole answer;
-- ``rank``: the highest rank of any of its tokens, 0 where each is the most likely one;
-- ``entropy``: of the distributions that predict its tokens, their mean, in nats;
-- ``margin``: the least lead of any of its tokens over the best other one, in logits; positive if
+- ``probability``: the probability of the whole answer;
+- ``rank``: the highest rank of any of its tokens, 0 if each is the most likely one;
+- ``entropy``: the mean entropy of the distributions that predict its tokens, in nats;
+- ``margin``: the smallest lead of any of its tokens over the best other one, in logits; positive if
   and only if the answer is correct.
 """
 
 
 def measures_of(metrics: Iterable[str | Metric]) -> dict[str, Callable[[Answered], Tensor]]:
-    """Return the metrics by name, those that are always measured first.
+    """Return the metrics by name, starting with those that are always measured.
 
     Args:
         metrics: Names in :data:`METRICS`, and functions.
@@ -143,7 +143,7 @@ def measures_of(metrics: Iterable[str | Metric]) -> dict[str, Callable[[Answered
 
 
 def _of_function(metric: Metric) -> Callable[[Answered], Tensor]:
-    """A function of one episode's logits and answer, as one of a whole chunk."""
+    """Return a function of one episode's logits and answer as one of a whole chunk."""
 
     def measure(answered: Answered) -> Float[Tensor, "row variant"]:
         lengths = answered.mask.sum(dim=1).tolist()

@@ -1,4 +1,4 @@
-"""How results show themselves in a notebook: a line, and the head of their table."""
+"""How results are displayed in a notebook: as a line, and the head of their table."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ROWS = 12
-"""Rows of a table before it is cut off."""
+"""The most rows of a table that are displayed."""
 
 
 class Shown:
     """A result with a ``__repr__`` and a ``to_frame``."""
 
     def to_frame(self) -> pd.DataFrame:
-        """The result as a table."""
+        """Return the result as a table."""
         raise NotImplementedError
 
     def _repr_html_(self) -> str:

@@ -1,8 +1,9 @@
-"""Intervals, corrections and honest maxima, on plain tensors."""
+"""Intervals, corrections for many tests, and unbiased maxima, on plain tensors."""
 
 from __future__ import annotations
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,35 +14,35 @@ def bootstrap_interval(
     n_resamples: int = 2_000,
     seed: int = 0,
 ) -> Float[Tensor, "*row 2"]:
-    """Percentile interval of the mean over points, the same resamples for every row.
+    """Return the percentile interval of the mean over points; all rows share the resamples.
 
     Args:
-        values: What to average over the last axis.
-        confidence: The share of resamples inside.
-        n_resamples: Resamples, of points.
-        seed: Seed of the resamples.
+        values: The values, averaged over the last axis.
+        confidence: The coverage.
+        n_resamples: The number of resamples.
+        seed: Seed of the resampling.
     """
     n = values.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (n_resamples, n), generator=generator)
     counts = torch.zeros(n_resamples, n).scatter_add_(1, drawn, torch.ones(drawn.shape))
-    means = (values.reshape(-1, n).float() @ counts.T) / n
+    means = einsum(values.float(), counts, "... point, resample point -> ... resample") / n
     tail = (1 - confidence) / 2
     ends = torch.quantile(means, torch.tensor([tail, 1 - tail]), dim=-1)
-    return ends.T.reshape(*values.shape[:-1], 2)
+    return rearrange(ends, "end ... -> ... end")
 
 
 def wilson_interval(
     share: Float[Tensor, "*cell"], n: Tensor | int, confidence: float = 0.95
 ) -> tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]:
-    """Wilson's interval of shares of ``n`` (Wilson 1927), by scipy.
+    """Return the ends of Wilson's interval of shares (Wilson 1927), by scipy.
 
     Args:
         share: Shares of successes.
-        n: Of how many, one number or one that broadcasts to the shares.
-        confidence: Of the interval.
+        n: The numbers of trials, or one number for all.
+        confidence: The coverage.
     """
-    from scipy.stats import binomtest  # half a second, that most imports do without
+    from scipy.stats import binomtest  # half a second to import
 
     counts = torch.as_tensor(n).expand(share.shape)
     successes = (share.double() * counts).round().long()
@@ -54,7 +55,7 @@ def wilson_interval(
 
 
 def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
-    """P-values that hold for all tests together (Holm 1979).
+    """Return p-values corrected for the number of tests (Holm 1979).
 
     Example:
         >>> holm(torch.tensor([0.01, 0.04, 0.03]))
@@ -70,17 +71,17 @@ def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
 def cross_fitted_best(
     values: Float[Tensor, "layer point"], labels: Int[Tensor, " point"]
 ) -> Float[Tensor, ""]:
-    """The best layer's mean over tasks, on points that the layer was not chosen on.
+    """Return the best layer's mean over tasks, on points that did not choose the layer.
 
-    Every other point of each task chooses the layer, the rest are averaged there; then the other
-    way round. The highest of many layers' means is too high; this is not.
+    Every other point of each task chooses the layer, and the rest are averaged there; then the
+    halves swap roles. Unlike the highest of many layers' means, this is not biased upwards.
 
     Args:
-        values: A score of every point at every layer.
+        values: The score of each point at each layer.
         labels: The points' tasks.
 
     Returns:
-        The mean of the two halves; NaN where a task has one point only.
+        The mean of the two halves; NaN if a task has only one point.
     """
     turn = torch.zeros_like(labels)
     tasks = labels.unique()

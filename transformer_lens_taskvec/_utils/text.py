@@ -1,4 +1,4 @@
-"""Reading text files line by line, with errors that name the file and the line."""
+"""Text files line by line, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     with path.open("rb") as file:
         number = 0
-        # The limit bounds the memory that a file without line breaks can take.
+        # A file without line breaks cannot fill the memory.
         while raw := file.readline(_MAX_LINE_BYTES + 1):
             number += 1
             if len(raw) > _MAX_LINE_BYTES:
@@ -37,5 +37,5 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def line_error(path: Path, number: int, problem: str) -> ValueError:
-    """Return the error for a line that is not what it should be."""
+    """Return the error for a malformed line."""
     return ValueError(f"{path}, line {number}: the line {problem}")

@@ -1,4 +1,4 @@
-"""Interventions: values that are hook functions, the modes they write in, and the packed engine."""
+"""Interventions: hook functions as values, their modes, and the packed engine."""
 
 from transformer_lens_taskvec.interventions.intervention import Intervention, ablate, inject
 from transformer_lens_taskvec.interventions.modes import InSubspace, Mode

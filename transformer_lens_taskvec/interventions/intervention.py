@@ -1,9 +1,10 @@
-"""Interventions: hook functions that write a vector into an activation, or take something out.
+"""Interventions: hook functions that write a vector into an activation, or remove part of it.
 
-An intervention is a pair of a hook name and a hook function in one frozen value, so it goes as it
-is into ``model.run_with_hooks(tokens, fwd_hooks=[...])`` and ``model.hooks(fwd_hooks=[...])``, and
-into every function of this library that takes interventions. It acts on the rows of an activation
-at chosen positions, in one of the modes of :mod:`~transformer_lens_taskvec.interventions.modes`.
+An intervention is a frozen value and at the same time a pair of a hook name and a hook function, so
+it can be passed to ``model.run_with_hooks(tokens, fwd_hooks=[...])``, to
+``model.hooks(fwd_hooks=[...])``, and to every function of this library that takes interventions. It
+acts at chosen positions, in one of the modes of
+:mod:`~transformer_lens_taskvec.interventions.modes`.
 
 Replacing the residual stream with a task's mean is the paper's intervention (Han et al. 2025,
 App. C); adding is how function vectors are used (Todd et al. 2023).
@@ -24,7 +25,7 @@ from transformer_lens_taskvec.interventions.modes import MODES, Mode
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.models.tokens import Position, row_indices
 
-# TransformerBridge's own names, the only ones that served models know.
+# TransformerBridge's own names, the only ones that served models accept.
 _NATIVE_NAMES = {
     "resid_pre": "hook_in",
     "resid_post": "hook_out",
@@ -35,36 +36,27 @@ _NATIVE_NAMES = {
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """What is done to one activation, at one layer; made by :func:`inject` and :func:`ablate`.
+    """An edit of one activation in one layer; made by :func:`inject` and :func:`ablate`.
 
-    Called as a hook function it acts on a whole activation. The last prompt token is taken to be
-    the last position of that activation, as it is for left-padded prompts; ``evaluate`` and
-    ``generate`` of this library know better where answers follow, and use :meth:`edit`.
+    As a bare hook function it takes the last prompt token to be the activation's last position, as
+    for left-padded prompts. ``evaluate`` and ``generate`` also find it where answers follow.
 
     Attributes:
-        layer: The block it acts in, counted from 0.
+        layer: The block, counted from 0.
         mode: A name in ``MODES``, ``"zero"``, or a callable.
-        vector: ``[d]``, as it was given, before scaling; None for ``"zero"``.
-        scale: What the vector is multiplied with.
-        position: Positions within the prompt: negative from its end, others from its first real
-            token (a padded batch needs negative ones when used as a bare hook); None for every
-            position, those of the answer too.
+        vector: ``[d]``, before scaling; None for ``"zero"``.
+        scale: The factor of the vector.
+        position: Positions of the prompt, negative ones from its end, others from its first real
+            token (as a bare hook on a padded batch only negative ones work); None for every
+            position, the answer's included.
         hook: The hook point within the block, ``"resid_post"`` for ``blocks.{l}.hook_resid_post``.
         head: One head of a hook point with a head axis (``"z"``), or None.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> edit = tv.inject(vectors["XOR", 1], layer=1)
-        >>> name, hook_function = edit  # a pair, as in fwd_hooks
+        >>> name, hook_function = tv.ablate(1)  # a pair, as in fwd_hooks
         >>> name
         'blocks.1.hook_resid_post'
-        >>> tokens = model.to_tokens("example:01011 11010->", prepend_bos=False)
-        >>> logits = model.run_with_hooks(tokens, fwd_hooks=[edit])
-        >>> model.tokenizer.decode(logits[0, -1].argmax())  # of 10001
-        '1'
     """
 
     layer: int
@@ -81,21 +73,21 @@ class Intervention:
         return hook_name(self.hook, self.layer)
 
     def __iter__(self) -> Iterator[Any]:
-        """The pair ``(hook name, hook function)`` that ``fwd_hooks`` expects."""
+        """Yield the hook name and the hook function, as ``fwd_hooks`` expects."""
         yield self.name
         yield self
 
     def __call__(
         self, activation: Float[Tensor, "batch pos *rest"], hook: Any = None
     ) -> Float[Tensor, "batch pos *rest"]:
-        """The activation with the intervention done; the input is left as it is.
+        """Return an edited copy of the activation.
 
         Args:
-            activation: ``[batch, pos, d]``, or ``[batch, pos, head, d]`` where ``head`` is set.
-            hook: The hook point, as TransformerLens passes it; not used.
+            activation: ``[batch, pos, d]``, or ``[batch, pos, head, d]`` if ``head`` is set.
+            hook: The hook point that TransformerLens passes; not used.
 
         Raises:
-            ValueError: If the activation has no such position, or another width.
+            ValueError: If the activation has no such position or not the vector's width.
         """
         everywhere = torch.ones(activation.shape[:2], dtype=torch.bool)
         return self.edit_at(activation, row_indices(self.position, everywhere))
@@ -103,7 +95,7 @@ class Intervention:
     def edit_at(
         self, activation: Float[Tensor, "batch pos *rest"], indices: Int[Tensor, "batch at"]
     ) -> Float[Tensor, "batch pos *rest"]:
-        """The activation with the given positions of each row edited."""
+        """Return a copy of the activation with the given positions of each row edited."""
         edited = activation.clone()
         rows = torch.arange(len(indices))
         for at in indices.unbind(dim=1):
@@ -111,11 +103,7 @@ class Intervention:
         return edited
 
     def edit(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " row *rest"]:
-        """New rows for the given rows of the activation.
-
-        Args:
-            rows: ``[row, d]``, or ``[row, head, d]`` where ``head`` is set.
-        """
+        """Return edited copies of rows ``[row, d]``, or ``[row, head, d]`` if ``head`` is set."""
         if self.head is None:
             return self._edit(rows)
         edited = rows.clone()
@@ -143,10 +131,10 @@ class Intervention:
         return torch.as_tensor(edited)
 
     def spec(self) -> dict[str, dict[str, Any]]:
-        """The intervention as TransformerLens' ``RemoteBridge`` takes it, keyed by hook name.
+        """Return the intervention as TransformerLens' ``RemoteBridge`` takes it, by hook name.
 
         Raises:
-            ValueError: If a served model has no such operation (project, callables, one head).
+            ValueError: If served models lack the operation (project, callables, one head).
         """
         operations = {"replace": "set", "add": "add", "zero": "suppress"}
         operation = operations.get(self.mode) if isinstance(self.mode, str) else None
@@ -193,26 +181,26 @@ def inject(
     hook: str = "resid_post",
     head: int | None = None,
 ) -> Intervention:
-    """Write a vector into an activation (Han et al. 2025, App. C).
+    """Return the intervention that writes a vector into an activation (Han et al. 2025, App. C).
 
     Args:
         vector: ``[d]``, such as ``vectors["AND", layer]``.
         layer: The block to act in, counted from 0.
         mode: A name in ``MODES`` (``"replace"``, ``"add"``, ``"project"``), or a callable
-            ``(rows [row, d], vector [d]) -> rows``, such as :meth:`TaskVectors.subspace` gives; it
+            ``(rows [row, d], vector [d]) -> rows``, like that of :meth:`TaskVectors.subspace`; it
             gets the vector times ``scale``.
-        scale: Multiplies the vector.
+        scale: The factor of the vector.
         position: One or several positions of the prompt, -1 its last token, 0 its first; None for
             all.
         hook: The hook point within the block, as TransformerLens names it.
-        head: One head, counted from 0, at a hook point with a head axis (``"z"``).
+        head: One head, counted from 0, of a hook point with a head axis (``"z"``).
 
     Returns:
         An intervention, usable as an element of ``fwd_hooks``.
 
     Raises:
-        ValueError: If the vector is not one finite vector, the layer not a whole number from 0 on,
-            or the mode unknown. The model's layers and width are checked when it is used.
+        ValueError: If the vector is not one finite vector, the layer is not a whole number of at
+            least 0, or the mode is unknown. The model's layers and width are checked on use.
 
     Example:
         >>> import torch
@@ -238,12 +226,12 @@ def ablate(
     hook: str = "resid_post",
     head: int | None = None,
 ) -> Intervention:
-    """Take something out of an activation: all of it, its deviation from a mean, or a direction.
+    """Return the intervention that sets an activation to zero or a mean, or removes a direction.
 
     Args:
         layer: The block to act in, counted from 0.
-        mean: ``[d]``, to be put in the activation's place (mean ablation).
-        direction: ``[d]``, of any length above 0; the component along it is removed. With neither
+        mean: ``[d]``, which replaces the activation (mean ablation).
+        direction: ``[d]`` of any nonzero length; the component along it is removed. With neither
             ``mean`` nor ``direction`` the activation becomes zero.
         position: As for :func:`inject`.
         hook: As for :func:`inject`.
@@ -253,8 +241,8 @@ def ablate(
         An intervention, usable as an element of ``fwd_hooks``.
 
     Raises:
-        ValueError: If both are given or one is not one finite vector, the direction has no length,
-            or the layer is not a whole number from 0 on.
+        ValueError: If both are given or one is not one finite vector, the direction is zero, or the
+            layer is not a whole number of at least 0.
 
     Example:
         >>> import torch
@@ -265,7 +253,7 @@ def ablate(
         tensor([[[1., 0.]]])
     """
     if mean is not None and direction is not None:
-        raise ValueError("mean and direction are both given; an ablation takes one of them")
+        raise ValueError("mean and direction are both given; give one of them")
     if mean is not None:
         return _make(layer, "replace", mean, 1.0, position, hook, head)
     if direction is None:
@@ -295,7 +283,7 @@ def _make(
                 "pick a layer first, as in vectors['AND', layer]"
             )
         if not bool(torch.isfinite(vector).all()):
-            raise ValueError("vector has NaN or infinite entries")
+            raise ValueError("vector has NaN or infinite entries; give a finite vector")
         vector = vector.detach()
     kept = position if position is None or isinstance(position, int) else tuple(position)
     return Intervention(int(layer), mode, vector, float(scale), kept, hook, head)

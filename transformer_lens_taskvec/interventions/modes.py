@@ -6,8 +6,8 @@ On the rows ``a`` of an activation, with ``v`` the vector times its scale::
     zero     a' = 0                       project  a' = a - (a . u) u,  u = v / |v|
     any callable f                        a' = f(a, v)
 
-A mode of one's own is one function here and one entry of :data:`MODES`, or a callable given to
-:func:`inject`.
+To add a mode, write one function and one entry of :data:`MODES` here, or give :func:`inject` a
+callable.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def _project(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> Float
 
 
 MODES: Mapping[str, Rewrite] = {"replace": _replace, "add": _add, "project": _project}
-"""The modes that have a name and write a vector; ``"zero"`` has none to write."""
+"""The named modes that write a vector; ``"zero"`` writes none."""
 
 
 @dataclass(frozen=True, eq=False)
 class InSubspace:
-    """A mode for :func:`inject`: replace within a subspace, and leave the rest as it is.
+    """A mode for :func:`inject`: replace within a subspace, and leave the rest unchanged.
 
     ``a' = a + P (v - a)``, with ``P`` the projection onto the subspace.
-    :meth:`TaskVectors.subspace` gives the one in which the tasks' means differ, so that a prompt's
-    task is changed and its query kept.
+    :meth:`TaskVectors.subspace` gives the subspace in which the tasks' means differ, so that it
+    changes a prompt's task and keeps its query.
 
     Attributes:
         directions: An orthonormal basis, ``[rank, d]``.
@@ -59,7 +59,7 @@ class InSubspace:
     def __call__(
         self, activation: Float[Tensor, "row d"], vector: Float[Tensor, " d"]
     ) -> Float[Tensor, "row d"]:
-        """The activation with its part in the subspace replaced by the vector's."""
+        """Return the activation with its part in the subspace replaced by the vector's."""
         directions = self.directions.to(activation)
         inside = einsum(vector - activation, directions, "row d, rank d -> row rank")
         return activation + einsum(inside, directions, "row rank, rank d -> row d")

@@ -1,15 +1,15 @@
 """The packed engine: many interventions on the same prompts in one forward pass.
 
 Interventions on the last prompt token share everything before it. So the prompt without its last
-token runs once, and its KV cache is kept; then one suffix runs in which every variant is a
-*branch*: the last prompt token and the answer's tokens, with the positions they would have alone,
-under a 4-D mask that shows a branch the prompt and its own past only. A hook acts on its own
-branch's first row. Work falls from ``variants x (prompt + answer)`` tokens to ``prompt + variants x
-answer``. And below the first layer that a branch is edited in it equals the unedited one: where the
-model allows it, blocks run only on the branches that differ already.
+token runs once, and its KV cache is kept. Then one suffix runs in which every variant is a
+*branch*: the last prompt token and the answer's tokens, at the positions they would have alone,
+under a 4-D mask that lets a branch see only the prompt and its own past. A hook acts on the first
+token of its own branch. The work falls from ``variants x (prompt + answer)`` tokens to ``prompt +
+variants x answer``. Before the first layer in which a branch is edited, it equals the unedited one:
+if the model allows it, blocks run only on the branches that differ by then.
 
-Models and interventions that this does not suit are run the plain way, one variant at a time on
-whole sequences, with the same results.
+Where a model or an intervention rules this out, variants run one at a time on whole sequences, with
+the same results.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.metrics import Answered
 from transformer_lens_taskvec.activations import Reader, read_prompts
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
@@ -37,61 +38,57 @@ from transformer_lens_taskvec.models.forward import (
     run_prefix,
     run_prompts,
 )
-from transformer_lens_taskvec.models.protocol import check_hook, device_of, model_name
+from transformer_lens_taskvec.models.protocol import (
+    check_hook,
+    check_layers,
+    device_of,
+    model_name,
+)
 from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id, row_indices
 
 Hook = Intervention | tuple[str, Callable[..., Any]]
 """An intervention, or any pair of a hook name and a hook function."""
 
 Variant = Sequence[Hook]
-"""Interventions done together, in order; the empty variant is the model as it is."""
+"""Interventions applied together, in order; the empty variant is the unedited model."""
 
 _BRANCH_TOKENS = 256
-"""The most suffix tokens beside one prompt: attention among them grows with their square."""
-
+"""The most suffix tokens per prompt: attention among them grows with their square."""
 
 _VECTORS = 1 << 15
-"""Vectors in one pass of a model of the lab."""
+"""Vectors per pass of a model of the lab."""
 
 _FEW = 4
-"""Up to so many variants, large batches are worth more than answers of one length."""
+"""Up to this number of variants, large batches save more than answers of one length."""
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Logits of some prompts under some variants, at the positions that predict the answer.
+class Chunk(Answered):
+    """Answers of some prompts under some variants.
 
     Attributes:
         rows: The prompts' indices.
         variants: The variants' indices.
-        logits: ``[row, variant, answer_pos, vocab]``.
-        answers: ``[row, answer_pos]`` token ids.
-        mask: ``[row, answer_pos]``, False behind the end of shorter answers.
-        observed: ``[row, layer, ...]`` of the unedited pass at the last prompt token, once for each
-            prompt; None in its other chunks.
+        observed: ``[row, layer, ...]`` of the unedited pass at the last prompt token, in one chunk
+            per prompt and None in the others.
     """
 
     rows: tuple[int, ...]
     variants: tuple[int, ...]
-    logits: Float[Tensor, "row variant answer_pos vocab"]
-    answers: Int[Tensor, "row answer_pos"]
-    mask: Bool[Tensor, "row answer_pos"]
     observed: Float[Tensor, "row layer ..."] | None = None
 
 
 @dataclass(frozen=True)
 class NumberChunk:
-    """What a model of the lab predicts after some prompts of vectors.
+    """Predictions of a model of the lab after some prompts of vectors, ``[row, variant]``.
 
-    Attributes:
-        rows: The prompts' indices.
-        predictions: ``[row, variant]``.
-        observed: As in :class:`Chunk`.
+    The other attributes are those of :class:`Chunk`.
     """
 
-    rows: tuple[int, ...]
     predictions: Float[Tensor, "row variant"]
-    observed: Float[Tensor, "row layer ..."] | None = None
+    rows: tuple[int, ...]
+    variants: tuple[int, ...]
+    observed: Float[Tensor, "row layer ..."] | None
 
 
 def answer_logits(
@@ -103,18 +100,18 @@ def answer_logits(
     observe: Sequence[str] = (),
     max_tokens: int | None = None,
 ) -> Iterator[Chunk]:
-    """Teacher-forced logits of every prompt's answer under every variant, chunk by chunk.
+    """Yield teacher-forced logits of every prompt's answer under every variant.
 
-    Run it inside :func:`~transformer_lens_taskvec.models.inference`.
+    Run it inside :func:`~transformer_lens_taskvec.models.protocol.inference`.
 
     Args:
         model: Any model with TransformerLens' hook API.
         prompts: Token ids of each prompt.
         answers: Token ids of each prompt's answer.
-        variants: Interventions to do together, for each variant.
+        variants: The interventions of each variant.
         observe: Full names of hook points to read at the last prompt token of the unedited pass.
-        max_tokens: The most tokens in one pass, which bounds memory; by default from the model's
-            size and the free memory.
+        max_tokens: The most tokens per pass, which limits memory; by default from the model's size
+            and the free memory.
 
     Yields:
         Chunks that together cover every prompt and variant once.
@@ -133,7 +130,7 @@ def answer_logits(
         _warn_plain(model, f"its sliding window of {can.max_prompt} is shorter than a prompt")
     for batch in batches(
         prompts,
-        # A prefix pass makes no logits, so that more of it fits.
+        # A prefix pass makes no logits, so more tokens fit.
         batch_size=max(1, (4 * budget if packed else budget) // longest),
         pad=pad_id(model),
         same_length=not can.pads,
@@ -161,14 +158,14 @@ def answer_numbers(
     observe: Sequence[str] = (),
     max_tokens: int | None = None,
 ) -> Iterator[NumberChunk]:
-    """The number that a model of the lab predicts after each prompt of vectors, by variant.
+    """Yield the numbers that a model of the lab predicts after each prompt of vectors.
 
     Args:
-        model: A model that reads vectors and predicts one number a pair.
+        model: A model that reads vectors and predicts one number per pair.
         prompts: The prompts; the last vector of each is its query.
-        variants: Interventions to do together, for each variant.
+        variants: As for :func:`answer_logits`.
         observe: As for :func:`answer_logits`.
-        max_tokens: The most tokens in one pass.
+        max_tokens: The most vectors per pass.
 
     Yields:
         Chunks that together cover every prompt once.
@@ -183,11 +180,11 @@ def answer_numbers(
         ]
         last = torch.stack([numbers[:, -1].float().cpu() for numbers in predicted], dim=1)
         observed = read_prompts(model, batch, observe) if observe else None
-        yield NumberChunk(batch.rows, last, observed)
+        yield NumberChunk(last, batch.rows, tuple(range(len(variants))), observed)
 
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:
-    """Raise ``ValueError`` for an intervention that the model has no place for."""
+    """Raise ``ValueError`` for an intervention that does not fit the model."""
     for variant in variants:
         for hook in variant:
             if isinstance(hook, Intervention):
@@ -199,13 +196,7 @@ def check_variants(model: Any, variants: Sequence[Variant]) -> None:
 
 def check_intervention(model: Any, intervention: Intervention) -> None:
     """Raise ``ValueError`` unless the model has the intervention's layer, hook, head and width."""
-    n_layers = int(model.cfg.n_layers)
-    if intervention.layer >= n_layers:
-        raise ValueError(
-            f"layer {intervention.layer} is out of range: {model_name(model)} has layers 0 to "
-            f"{n_layers - 1}"
-        )
-    check_hook(model, intervention.name)
+    check_layers(model, [intervention.layer], intervention.hook)
     n_heads = getattr(model.cfg, "n_heads", None)
     if intervention.head is not None and n_heads and not 0 <= intervention.head < int(n_heads):
         raise ValueError(
@@ -217,18 +208,18 @@ def check_intervention(model: Any, intervention: Intervention) -> None:
     if in_residual and vector is not None and vector.shape[-1] != width:
         raise ValueError(
             f"the vector for {intervention.name} has width {vector.shape[-1]}, and "
-            f"{model_name(model)} has d_model {width}; is it from another model?"
+            f"{model_name(model)} has d_model {width}. Is it from another model?"
         )
 
 
 def prompt_hooks(
     hooks: Variant, prompt_mask: Bool[Tensor, "row pos"]
 ) -> list[tuple[str, Callable[..., Any]]]:
-    """Hook functions that act at the interventions' positions of prompts that others may follow.
+    """Return hooks that act at the interventions' positions of prompts that tokens may follow.
 
     Args:
-        hooks: Interventions, or pairs of a hook name and a hook function, which stay as they are.
-        prompt_mask: ``[row, pos]`` of the prompts alone; in the activations more may stand behind.
+        hooks: Interventions, or pairs of a hook name and a hook function, which are not changed.
+        prompt_mask: ``[row, pos]`` of the prompts alone.
     """
     return [
         (hook.name, _at_prompt(hook, prompt_mask)) if isinstance(hook, Intervention) else hook
@@ -237,7 +228,7 @@ def prompt_hooks(
 
 
 def default_max_tokens(model: Any) -> int:
-    """Tokens in one pass such that logits and activations take a modest part of the free memory."""
+    """Return how many tokens per pass use a modest part of the free memory."""
     cfg = model.cfg
     width = int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     heads = int(getattr(cfg, "n_heads", None) or 1)
@@ -287,7 +278,7 @@ def _packed(
     budget: int,
     observe: Sequence[str],
 ) -> Iterator[Chunk]:
-    """One pass over the prompts, then the chosen variants of prompts whose answers are alike."""
+    """Run the prompts once, then the chosen variants of prompts with similar answers."""
     cache = run_prefix(model, batch.tokens[:, :-1], batch.mask[:, :-1])
     n_layers = int(model.cfg.n_layers)
     moved = {index: _early(variants[index], n_layers) for index in chosen}
@@ -296,12 +287,12 @@ def _packed(
     for group in _alike(mask, len(chosen)):
         length = int(mask[group].sum(dim=1).max())
         branches = max(1, min(_BRANCH_TOKENS, budget) // length - 1)
-        beside = (1 + min(branches, len(edited))) * length
-        size = max(1, budget // beside)
+        suffix = (1 + min(branches, len(edited))) * length
+        size = max(1, budget // suffix)
         for rows in group.split(size):
             kept = rows_of_cache(cache, rows)
             prefix = batch.mask[rows, :-1]
-            answers = ids[rows, :length]
+            answers, real = ids[rows, :length], mask[rows, :length]
             branch = torch.cat([batch.tokens[rows, -1:], answers[:, :-1]], dim=1)
             numbers = tuple(batch.rows[row] for row in rows.tolist())
             for start in range(0, max(len(edited), 1), branches):
@@ -310,11 +301,13 @@ def _packed(
                 reader = Reader(observe if start == 0 else (), 0)
                 logits = _suffix(model, branch, prefix, kept, edits, reader)
                 if start == 0 and (plain or observe):
-                    unedited = logits[:, :1].expand(-1, len(plain), -1, -1)
+                    unedited = repeat(
+                        logits[:, 0], "row pos vocab -> row variant pos vocab", variant=len(plain)
+                    )
                     observed = reader.take() if observe else None
-                    yield Chunk(numbers, plain, unedited, answers, mask[rows, :length], observed)
+                    yield Chunk(unedited, answers, real, numbers, plain, observed)
                 if some:
-                    yield Chunk(numbers, some, logits[:, 1:], answers, mask[rows, :length])
+                    yield Chunk(logits[:, 1:], answers, real, numbers, some)
 
 
 def _suffix(
@@ -325,7 +318,7 @@ def _suffix(
     variants: Sequence[Variant],
     reader: Reader,
 ) -> Float[Tensor, "row branch answer_pos vocab"]:
-    """Logits of the unedited branch and of one branch a variant, in order of first edits."""
+    """Return the logits of the unedited branch and of one branch per variant, by first edit."""
     length = branch.shape[1]
     n_branches = 1 + len(variants)
     first = [_first(variant) for variant in variants]
@@ -344,9 +337,9 @@ def _suffix(
 
 
 def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Tensor, " some"]]:
-    """Rows to run together: among many variants, those with answers of one length.
+    """Return the rows to run together: with many variants, those with answers of one length.
 
-    What pads a shorter answer is run once a variant.
+    Otherwise every variant would run the padding of shorter answers.
     """
     lengths = mask.sum(dim=1)
     if n_variants <= _FEW:
@@ -355,9 +348,9 @@ def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Te
 
 
 def _early(variant: Variant, n_layers: int) -> Variant:
-    """The variant with edits behind a block moved before the next, so that the block is shared.
+    """Return the variant with edits after a block moved before the next, to share the block.
 
-    They come before the edits that stand there already, as they did.
+    They stay ahead of the edits that are already there.
     """
     moved: list[Hook] = []
     rest: list[Hook] = []
@@ -372,12 +365,12 @@ def _early(variant: Variant, n_layers: int) -> Variant:
 
 
 def _first(variant: Variant) -> int:
-    """The first layer that a variant edits."""
+    """Return the first layer that a variant edits."""
     return min(hook.layer for hook in variant if isinstance(hook, Intervention))
 
 
 def _branch_hooks(variants: Sequence[Variant], length: int) -> list[tuple[str, Callable[..., Any]]]:
-    """For every hook point touched, one hook function that edits each branch's first row."""
+    """Return one hook function per edited hook point, which edits each branch's first token."""
     by_name: dict[str, list[tuple[int, Intervention]]] = {}
     for index, variant in enumerate(variants):
         for hook in variant:
@@ -414,14 +407,14 @@ def _one_by_one(
     chosen: Sequence[int],
     observe: Sequence[str],
 ) -> Iterator[Chunk]:
-    """One pass over whole sequences for each of the chosen variants."""
+    """Run whole sequences, once per chosen variant."""
     unedited = next((index for index in chosen if not variants[index]), None)
     observed = None
     if observe and unedited is None:
         observed = read_prompts(model, batch, observe)
     width, length = batch.tokens.shape[1], ids.shape[1]
     tokens = torch.cat([batch.tokens, ids[:, :-1]], dim=1)
-    # The padding behind short answers counts as real: nothing before it sees it.
+    # The padding after short answers counts as real: no token before sees it.
     whole = torch.cat([batch.mask, torch.ones_like(ids[:, :-1], dtype=torch.bool)], dim=1)
     for index in chosen:
         reader = Reader(observe if index == unedited else (), width - 1)
@@ -429,6 +422,7 @@ def _one_by_one(
         logits = run_prompts(model, tokens, whole, hooks)
         if observe and index == unedited:
             observed = reader.take()
-        answered = logits[:, None, width - 1 : width - 1 + length]
-        yield Chunk(batch.rows, (index,), answered, ids, mask, observed)
+        answered = logits[:, width - 1 : width - 1 + length]
+        answered = rearrange(answered, "row pos vocab -> row 1 pos vocab")
+        yield Chunk(answered, ids, mask, batch.rows, (index,), observed)
         observed = None

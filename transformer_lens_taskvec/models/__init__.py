@@ -1,6 +1,6 @@
-"""Models: what the library needs of them, what they can do, and how they are run.
+"""Models: what the library requires of them, what they can do, and running them.
 
-Differences between model classes are known here and nowhere else.
+Only these modules know about differences between model classes.
 """
 
 from transformer_lens_taskvec.models.protocol import HookedModel

@@ -1,4 +1,4 @@
-"""Making a hooked model of a Hugging Face model."""
+"""Hooked models from Hugging Face models."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformer_lens_taskvec.models.tokens import (
 
 
 def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
-    """A ``TransformerBridge`` around a Hugging Face model, named as that is.
+    """Return a ``TransformerBridge`` around a Hugging Face model, with that model's name.
 
     Args:
-        hf_model: The model; the bridge takes it over.
+        hf_model: The model, which then belongs to the bridge: its dtype and attention change.
         tokenizer: Its tokenizer.
-        **kwargs: Passed to ``TransformerBridge.boot_transformers``; ``device`` (by default the one
-            that TransformerLens chooses) and ``dtype`` (by default the model's own) take effect.
+        **kwargs: Passed to ``TransformerBridge.boot_transformers``, such as ``device`` (by default
+            TransformerLens' choice) and ``dtype`` (by default the model's own).
 
     Returns:
         The bridge, in evaluation mode.
@@ -34,7 +34,7 @@ def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
 
     hf_model.config._attn_implementation = "eager"  # what the bridge's attention hooks need
     name = str(getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__)
-    # Of a model it is given, boot_transformers only records device and dtype.
+    # boot_transformers only records the device and dtype of a model that it is given.
     kwargs.setdefault("dtype", hf_model.dtype)
     for parameter in hf_model.parameters():  # not buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(kwargs["dtype"])

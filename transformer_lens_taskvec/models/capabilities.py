@@ -1,4 +1,4 @@
-"""What a model can do, found out by trying it on a few tokens."""
+"""What a model can do, found by trying it on a few tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Int
 from torch import Tensor
 
@@ -26,15 +27,15 @@ from transformer_lens_taskvec.models.protocol import device_of, hook_name, infer
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a model can do, found out by trying it on a few tokens.
+    """What a model can do.
 
     Attributes:
-        pads: Left-padded prompts give the numbers that they give alone.
-        packs: Prompts can be cached and continued by branches under a 4-D mask.
-        caches: Prompts can be cached and continued token by token.
-        shares_layers: Its blocks can run on those branches alone that differ already.
+        pads: Left padding does not change a prompt's logits.
+        packs: Cached prompts can be continued by branches under a 4-D mask.
+        caches: Cached prompts can be continued token by token.
+        shares_layers: Its blocks can run on only those branches that differ by then.
         reason: Why it does not pack, or the empty string.
-        max_prompt: The longest prompt that packs, or None for no bound: a sliding window.
+        max_prompt: The longest prompt that packs, the sliding window; None for no limit.
     """
 
     pads: bool
@@ -46,7 +47,7 @@ class Capabilities:
 
 
 def capabilities(model: Any) -> Capabilities:
-    """What the model can do, asked of it once and remembered while it lives."""
+    """Return what the model can do, found once per model."""
     known = _CAPABILITIES.get(model)
     if known is None:
         with inference(model):
@@ -55,14 +56,13 @@ def capabilities(model: Any) -> Capabilities:
     return known
 
 
-# A memo of facts about models that are alive; nothing is ever read from it but what
-# asking the model again would give.
+# A memo: trying the model again would give the same.
 _CAPABILITIES: weakref.WeakKeyDictionary[Any, Capabilities] = weakref.WeakKeyDictionary()
 
 
 def _find_capabilities(model: Any) -> Capabilities:
     if not _tried(_padding_error, model)[0]:
-        reason = "it takes no left-padded prompts"
+        reason = "it does not accept left-padded prompts"
         return Capabilities(pads=False, packs=False, caches=False, reason=reason)
     caches, _ = _tried(_caching_error, model)
     hf_model = getattr(model, "original_model", None)
@@ -78,10 +78,10 @@ def _find_capabilities(model: Any) -> Capabilities:
 
 
 def _tried(measure: Callable[[Any], float], model: Any) -> tuple[bool, str]:
-    """Whether the error is small, and else what went wrong."""
+    """Return whether the error is small, and what is wrong if it is not."""
     try:
         error = measure(model)
-    except Exception as problem:  # whatever a foreign model raises, the answer is no
+    except Exception as problem:  # a model may raise anything
         return False, f"{type(problem).__name__}: {problem}"
     return error < _tolerance(model), f"logits differ by {error:.1e} standard deviations"
 
@@ -101,7 +101,8 @@ def _tolerance(model: Any) -> float:
 
 def _probe_tokens(model: Any, n: int) -> Int[Tensor, "1 pos"]:
     vocabulary = int(model.cfg.d_vocab)
-    return (torch.arange(n)[None] * 7 + 11).remainder(vocabulary).to(device_of(model))
+    ids = (torch.arange(n) * 7 + 11).remainder(vocabulary)
+    return rearrange(ids, "pos -> 1 pos").to(device_of(model))
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -117,14 +118,14 @@ def _padded(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padding_error(model: Any) -> float:
-    """How far a padded prompt's last logits are from those of the prompt alone."""
+    """Return the distance of a padded prompt's last logits from those of the prompt alone."""
     tokens = _probe_tokens(model, 4)
     alone = run_prompts(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
     return _relative(run_prompts(model, *_padded(tokens))[:, -1], alone[:, -1])
 
 
 def _caching_error(model: Any) -> float:
-    """How far a padded prompt in two cached steps is from running it whole."""
+    """Return the distance of a padded prompt run in two cached steps from one run whole."""
     tokens, mask = _padded(_probe_tokens(model, 5))
     cache = new_cache(model, 1)
     run_cached(model, tokens[:, :-1], mask[:, :-1], cache)
@@ -133,7 +134,7 @@ def _caching_error(model: Any) -> float:
 
 
 def _packing_error(model: Any) -> float:
-    """How far two branches of a padded, cached prompt are from running each of them whole."""
+    """Return the distance of two branches of a padded, cached prompt from each run whole."""
     tokens = _probe_tokens(model, 6)
     padded, mask = _padded(tokens[:, :3])
     ends = [tokens[:, 3:5], tokens[:, 4:6]]
@@ -150,7 +151,7 @@ def _packing_error(model: Any) -> float:
 
 
 def _sharing_error(model: Any) -> float:
-    """How far edited branches that share layers are from those that run all of them."""
+    """Return the distance of edited branches that share layers from those that run all."""
     tokens = _probe_tokens(model, 5)
     padded, mask = _padded(tokens[:, :3])
     n_layers, n_branches = int(model.cfg.n_layers), 3
@@ -169,7 +170,7 @@ def _sharing_error(model: Any) -> float:
     ]
     bias = branch_mask(mask, n_branches=n_branches, branch_length=2, dtype=mask_dtype(model))
     positions = branch_positions(mask, n_branches=n_branches, branch_length=2)
-    branches = tokens[:, 3:].repeat(1, n_branches)
+    branches = repeat(tokens[:, 3:], "row pos -> row (branch pos)", branch=n_branches)
     active = [1 + sum(layer >= edited for edited in first) for layer in range(n_layers)]
     cache = run_prefix(model, padded, mask)
     whole = run_branches(model, branches, bias, positions, cache, hooks)

@@ -1,6 +1,6 @@
-"""Passes through a model: whole prompts, up to a layer, cached, and packed as branches.
+"""Passes through a model: of whole prompts, up to a layer, cached, and packed as branches.
 
-Prompts are left-padded everywhere, and positions count each row's real tokens from its first.
+Prompts are always left-padded, and positions are counted from each row's first real token.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
@@ -26,7 +27,7 @@ def run_prompts(
     mask: Bool[Tensor, "row pos"],
     hooks: Hooks = (),
 ) -> Float[Tensor, "row pos vocab"]:
-    """Logits of left-padded tokens, with positions counted from each row's first real token."""
+    """Return the logits of left-padded tokens."""
     kwargs: dict[str, Any] = {}
     if not bool(mask.all()):
         kwargs["attention_mask"] = mask.long()
@@ -35,13 +36,13 @@ def run_prompts(
 
 
 class _Done(Exception):
-    """Raised by a hook when nothing after it is needed."""
+    """Raised by a hook to end the pass."""
 
 
 def run_until(
     model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks, last: str, **kwargs: Any
 ) -> None:
-    """Run left-padded tokens with hooks, and stop when the hook point ``last`` has been passed."""
+    """Run left-padded tokens with hooks, up to the hook point ``last``."""
 
     def stop(activation: Tensor, hook: Any = None) -> Tensor:
         raise _Done
@@ -53,9 +54,9 @@ def run_until(
 
 
 def run_prefix(model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks = ()) -> DynamicCache:
-    """The KV cache of left-padded tokens; nothing is computed that it does not need."""
+    """Return the KV cache of left-padded tokens; nothing else is computed."""
     cache = DynamicCache()
-    if not tokens.shape[1]:  # prompts of one token have nothing before it
+    if not tokens.shape[1]:  # prompts of one token
         return cache
     last = hook_name("attn_out", int(model.cfg.n_layers) - 1)
     run_until(model, tokens, mask, hooks, last, past_key_values=cache)
@@ -63,7 +64,7 @@ def run_prefix(model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks = ()) -> D
 
 
 def rows_of_cache(cache: DynamicCache, rows: Int[Tensor, " row"]) -> DynamicCache:
-    """A new cache with some of a cache's rows."""
+    """Return a new cache with some of a cache's rows."""
     chosen = DynamicCache()
     for index, layer in enumerate(cache.layers):
         chosen.update(layer.keys[rows], layer.values[rows], index)
@@ -80,20 +81,20 @@ def run_branches(
     *,
     active: Sequence[int] | None = None,
 ) -> Float[Tensor, "row branch_pos vocab"]:
-    """Logits of tokens that continue a cached prompt under a 4-D additive mask.
+    """Return the logits of tokens that continue a cached prompt under a 4-D additive mask.
 
-    The cache is the prompt's again when this returns.
+    Afterwards the cache contains the prompt only.
 
     Args:
-        model: A model that can, as ``capabilities`` tells.
-        tokens: Branches of the same tokens, one behind the other, the unedited one first.
+        model: A model that ``packs``, see ``capabilities``.
+        tokens: Copies of the same tokens, one per branch, the unedited branch first.
         attention_mask: From :func:`branch_mask`.
         positions: From :func:`branch_positions`.
         cache: From :func:`run_prefix`.
         hooks: Hook functions; they see the branches that run.
-        active: For each layer how many of the branches are edited by then, the first, unedited
-            one counted in; they stand in that order. None runs every block on all of them, as
-            models must that do not ``share_layers``.
+        active: The number of branches that run in each layer: the unedited one, and those edited by
+            then, which come first. None runs all branches in every layer, as is necessary for
+            models that do not ``share_layers``.
     """
     length = cache.get_seq_length()
     sharing = nullcontext() if active is None else _sharing_layers(model, active, tokens.shape[1])
@@ -117,7 +118,7 @@ def run_branches(
 
 @contextmanager
 def _sharing_layers(model: Any, active: Sequence[int], n_tokens: int) -> Iterator[None]:
-    """Let each block run on its active branches only, and what follows the blocks on all."""
+    """Run each block on its active branches only, and what follows the blocks on all."""
     length = n_tokens // active[-1]
 
     def entering(layer: int) -> Callable[..., Any]:
@@ -149,15 +150,17 @@ def _sharing_layers(model: Any, active: Sequence[int], n_tokens: int) -> Iterato
 
 
 def _resize(hidden: Float[Tensor, "row pos d"], n: int, length: int) -> Float[Tensor, "row n d"]:
-    """The first ``n`` tokens, where they are too few with copies of the first branch behind."""
+    """Return the first ``n`` tokens, filled up with copies of the first branch."""
     missing = n - hidden.shape[1]
     if missing <= 0:
         return hidden[:, :n]
-    return torch.cat([hidden, hidden[:, :length].repeat(1, missing // length, 1)], dim=1)
+    first = hidden[:, :length]
+    copies = repeat(first, "row pos d -> row (copy pos) d", copy=missing // length)
+    return torch.cat([hidden, copies], dim=1)
 
 
 def _narrow(value: Any, full: int, n: int) -> Any:
-    """A block's argument (mask, positions, rotations) for the first ``n`` of ``full`` tokens."""
+    """Return a mask, positions or rotations for the first ``n`` of ``full`` tokens."""
     if isinstance(value, tuple | list):
         return type(value)(_narrow(part, full, n) for part in value)
     if not isinstance(value, Tensor) or n == full:
@@ -170,7 +173,7 @@ def _narrow(value: Any, full: int, n: int) -> Any:
 
 
 def new_cache(model: Any, n_rows: int) -> Any:
-    """An empty KV cache of the kind that :func:`run_cached` takes."""
+    """Return an empty KV cache for :func:`run_cached`."""
     if _takes_lens_cache(model):
         from transformer_lens import TransformerLensKeyValueCache
 
@@ -185,10 +188,10 @@ def run_cached(
     cache: Any,
     hooks: Hooks = (),
 ) -> Float[Tensor, "row new vocab"]:
-    """Logits of new tokens after what the cache holds; the cache then holds them too.
+    """Return the logits of new tokens after cached ones, and add them to the cache.
 
     Args:
-        model: A model that can, as ``capabilities`` tells.
+        model: A model that ``caches``, see ``capabilities``.
         tokens: ``[row, new]``.
         mask: ``[row, pos]`` over the cached positions and the new ones.
         cache: From :func:`new_cache`.
@@ -214,7 +217,7 @@ def _takes_lens_cache(model: Any) -> bool:
 
 
 def mask_dtype(model: Any) -> torch.dtype:
-    """The dtype of additive attention masks."""
+    """Return the dtype of additive attention masks."""
     dtype = getattr(model.cfg, "dtype", torch.float32)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
@@ -226,27 +229,23 @@ def branch_mask(
     branch_length: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "row 1 branch_pos key"]:
-    """The additive mask under which each branch sees its prompt and its own past, and no other."""
+    """Return the additive mask under which a branch sees only its prompt and its own past."""
     rows, device = prefix_mask.shape[0], prefix_mask.device
     causal = torch.ones(branch_length, branch_length, dtype=torch.bool, device=device).tril()
     own = torch.block_diag(*[causal] * n_branches).bool()
-    n_tokens = own.shape[0]
-    visible = torch.cat(
-        [
-            prefix_mask[:, None, :].expand(rows, n_tokens, -1),
-            own[None].expand(rows, -1, -1),
-        ],
-        dim=2,
-    )
+    prompt = repeat(prefix_mask, "row key -> row 1 pos key", pos=len(own))
+    past = repeat(own, "pos key -> row 1 pos key", row=rows)
+    visible = torch.cat([prompt, past], dim=-1)
     bias = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def branch_positions(
     prefix_mask: Bool[Tensor, "row prefix"], *, n_branches: int, branch_length: int
 ) -> Int[Tensor, "row branch_pos"]:
-    """The position ids that each branch's tokens would have alone after the prompt."""
-    steps = torch.arange(branch_length, device=prefix_mask.device).repeat(n_branches)
+    """Return the position ids that each branch would have if it followed the prompt alone."""
+    steps = torch.arange(branch_length, device=prefix_mask.device)
+    steps = repeat(steps, "pos -> (branch pos)", branch=n_branches)
     return prefix_mask.sum(dim=1, keepdim=True) + steps
 
 

@@ -1,4 +1,4 @@
-"""What the library needs of a model: hook points, layers, a device, a name."""
+"""What the library requires of a model: hook points, layers, a device, a name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ class HookedModel(Protocol):
     """The part of TransformerLens' hook API that the library uses.
 
     ``TransformerBridge``, ``HookedTransformer`` and any other ``HookedRootModule`` with these
-    members serve. Prompts of text need a ``tokenizer`` too, and function vectors
+    members will do. Text prompts also need a ``tokenizer``, and function vectors
     ``blocks[l].attn.W_O``.
 
     Attributes:
-        cfg: The configuration, of which ``n_layers`` and ``d_model`` are read, and ``model_name``
-            and ``device`` where it has them.
+        cfg: The configuration, with ``n_layers`` and ``d_model``, and optionally ``model_name`` and
+            ``device``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> isinstance(model, tv.models.HookedModel)
+        >>> isinstance(tv.load_model("toy"), tv.models.HookedModel)
         True
     """
 
@@ -42,19 +41,19 @@ class HookedModel(Protocol):
 
 
 def model_name(model: Any) -> str:
-    """The name the model was loaded under."""
+    """Return the name under which the model was loaded."""
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
 
 def device_of(model: Any) -> torch.device:
-    """The device that tokens go to."""
+    """Return the device of the model's inputs."""
     return torch.device(getattr(model.cfg, "device", None) or "cpu")
 
 
 def check_layers(
     model: Any, layers: Sequence[int] | None, hook: str = "resid_post"
 ) -> tuple[int, ...]:
-    """The layers asked for, all of them for None, each with its hook point in the model.
+    """Return the layers asked for, all of them for None.
 
     Raises:
         ValueError: If a layer is out of range, named twice, or has no such hook point.
@@ -64,7 +63,7 @@ def check_layers(
     if not chosen:
         raise ValueError("layers is empty; name at least one layer, or None for all")
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers names a layer twice: {list(chosen)}")
+        raise ValueError(f"layers names a layer twice: {list(chosen)}; name each once")
     for layer in chosen:
         if not 0 <= layer < n_layers:
             raise ValueError(
@@ -82,13 +81,13 @@ def check_hook(model: Any, name: str) -> None:
         near = [other for other in hooks if other.startswith(prefix)]
         raise ValueError(
             f"{model_name(model)} has no hook point {name!r}; "
-            f"there: {', '.join(near[:12]) or 'none with that beginning'}"
+            f"there are: {', '.join(near[:12]) or 'none that start like it'}"
         )
 
 
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
-    """Run without gradients and in evaluation mode, and leave both as they were found."""
+    """Run without gradients and in evaluation mode, and restore the modes afterwards."""
     modules = list(model.modules()) if hasattr(model, "modules") else []
     training = [module for module in modules if module.training]
     for module in training:
@@ -102,7 +101,7 @@ def inference(model: Any) -> Iterator[None]:
 
 
 def hook_name(hook: str, layer: int) -> str:
-    """The full name of a hook point in a block, by TransformerLens' own rule for short names.
+    """Return the full name of a hook point in a block; short names are TransformerLens'.
 
     Example:
         >>> hook_name("resid_post", 3), hook_name("z", 0), hook_name("attn.hook_z", 0)

@@ -1,8 +1,8 @@
 """Prompts as padded batches of tokens.
 
-Texts are tokenised without special tokens, the prompt and the answer apart, so that no token spans
-the boundary between them. A beginning-of-sequence token (BOS) is put before a prompt where its
-template says so. Batches are left-padded: the last prompt token of every row stands at index -1.
+Prompts and answers are tokenised separately and without special tokens, so that no token spans the
+boundary between them. A beginning-of-sequence token (BOS) precedes a prompt if its template says
+so. Batches are left-padded: the last prompt token of each row is at index -1.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Position = int | tuple[int, ...] | None
-"""One or several positions of a prompt: negative from its end, others from its first real token;
-None for every position."""
+"""One or several positions of a prompt, negative ones from its end; None for every position."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Batch:
     Attributes:
         tokens: ``[row, pos]`` token ids, or ``[row, pos, dim]`` vectors.
         mask: ``[row, pos]``, True where a token is real.
-        rows: For each row, the index of its prompt in the list the batch was made from.
+        rows: The index of each row's prompt in the list that was batched.
     """
 
     tokens: Int[Tensor, "row pos"] | Float[Tensor, "row pos dim"]
@@ -36,41 +36,51 @@ class Batch:
     rows: tuple[int, ...]
 
     def part(self, start: int, end: int) -> Batch:
-        """Some of the rows."""
+        """Return the rows from ``start`` to ``end``."""
         return Batch(self.tokens[start:end], self.mask[start:end], self.rows[start:end])
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return Batch(self.tokens.to(device), self.mask.to(device), self.rows)
 
 
 Tokens = Sequence[int] | Float[Tensor, "pos dim"]
-"""A prompt as the model reads it: token ids, or real vectors for a model of the lab."""
+"""A prompt as the model reads it: token ids, or vectors for a model of the lab."""
 
 
 def encode(model: Any, prompts: Sequence[str | Tensor], *, bos: bool | None = None) -> list[Any]:
-    """Return the token ids of each text, with a BOS before it or without.
-
-    Prompts that are vectors already, ``[pos, dim]``, stay as they are.
+    """Return the token ids of each text, with or without a BOS; vectors are returned unchanged.
 
     Args:
-        model: The model whose tokenizer it is.
-        prompts: Texts, or vectors for a model of the lab.
-        bos: Whether a BOS stands before each text; None for :func:`bos_habit`.
+        model: The model with the tokenizer.
+        prompts: Texts, or vectors ``[pos, dim]`` for a model of the lab.
+        bos: Whether a BOS precedes each text; None for :func:`bos_habit`.
 
     Raises:
-        ValueError: If the model has no tokenizer, the tokenizer has no BOS where one was asked
-            for, a text has no tokens, or texts and vectors are mixed.
+        ValueError: If the model has no tokenizer, a BOS is asked for and the tokenizer has none, a
+            text has no tokens, or texts and vectors are mixed.
     """
     vectors = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if vectors and (texts or bos):
-        raise ValueError("prompts of vectors take no BOS and no texts among them")
-    return vectors or _encode_texts(model, texts, bos_habit(model) if bos is None else bos)
+        raise ValueError("prompts of vectors take no BOS, and cannot be mixed with texts")
+    if vectors:
+        return vectors
+    prefix: list[int] = []
+    if bos_habit(model) if bos is None else bos:
+        token = token_id(model, "bos")
+        if token is None:
+            raise ValueError("the template has bos=True, but the model's tokenizer has no BOS")
+        prefix = [token]
+    encoded = [prefix + ids for ids in _token_ids(_tokenizer(model), texts)]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {text!r} has no tokens; give it at least one")
+    return encoded
 
 
 def encode_prompts(model: Any, episodes: Sequence[Any]) -> tuple[list[Any], bool]:
-    """Return the token ids of each episode's prompt, and whether a BOS stands before them.
+    """Return the token ids of each episode's prompt, and whether they start with a BOS.
 
     Raises:
         ValueError: As for :func:`encode` and :func:`bos_of`.
@@ -92,20 +102,21 @@ def bos_of(model: Any, episodes: Sequence[Any]) -> bool:
     if len(asked) > 1:
         raise ValueError(
             "some of the episodes' templates put a BOS before the prompt and others do not; "
-            "give them one template"
+            "give all episodes the same one"
         )
     return bool(asked.pop())
 
 
 def bos_habit(model: Any) -> bool:
-    """Return whether the model's tokenizer puts a BOS before a text by itself.
+    """Return whether the model's tokenizer adds a BOS by default.
 
-    The habit is that of the tokenizer before TransformerLens changed it: TransformerLens reloads
-    the tokenizers it is given such that they put one. It only ever adds one, so a tokenizer that
-    puts none never did; another is known from when it was loaded, or is loaded again by its name.
+    What counts is the tokenizer before TransformerLens changed it: TransformerLens reloads the
+    tokenizers that it is given so that they add a BOS. It never removes one, so a tokenizer that
+    adds none never did. Of any other the habit was noted when it was loaded, or it is reloaded by
+    its name.
 
     Raises:
-        ValueError: If it cannot be known.
+        ValueError: If the habit cannot be determined.
     """
     tokenizer = _tokenizer(model)
     if tokenizer not in _HABITS:
@@ -125,13 +136,13 @@ def known_bos_habit(tokenizer: Any) -> bool | None:
 
 
 def puts_bos(tokenizer: Any) -> bool:
-    """Return whether a tokenizer, as it is, puts a BOS before a text."""
+    """Return whether a tokenizer adds a BOS now."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     bos = getattr(tokenizer, "bos_token_id", None)
     return list(tokenizer("a")["input_ids"])[: 1 + len(bare)] == [bos, *bare]
 
 
-# Facts about tokenizers that are alive, each found out once.
+# A memo, found once per tokenizer.
 _HABITS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
@@ -143,30 +154,16 @@ def _reloaded_puts_bos(tokenizer: Any) -> bool:
         return puts_bos(AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"whether the tokenizer {name!r} puts a BOS before a prompt cannot be known: "
-            "TransformerLens may have changed it, and it cannot be loaded again "
+            f"it is unknown whether the tokenizer {name!r} puts a BOS before a prompt: "
+            "TransformerLens may have changed it, and it cannot be reloaded "
             f"({type(error).__name__}). Say which: PromptTemplate(..., bos=True) or bos=False"
         ) from error
-
-
-def _encode_texts(model: Any, texts: Sequence[str], bos: bool) -> list[Any]:
-    prefix: list[int] = []
-    if bos:
-        token = token_id(model, "bos")
-        if token is None:
-            raise ValueError("the template has bos=True, and the model's tokenizer has no BOS")
-        prefix = [token]
-    encoded = [prefix + ids for ids in _token_ids(_tokenizer(model), texts)]
-    for text, ids in zip(texts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"the prompt {text!r} has no tokens; give it at least one")
-    return encoded
 
 
 def encode_answers(
     model: Any, episodes: Sequence[Any], *, stop: str | None = None
 ) -> list[list[int]]:
-    """Token ids of each episode's answer, with the separator after it where ``stop`` asks for it.
+    """Return the token ids of each episode's answer, followed by the separator if ``stop`` says so.
 
     Raises:
         ValueError: If an answer has no tokens, or ``stop`` is neither None nor ``"separator"``.
@@ -188,19 +185,19 @@ def encode_answers(
 
 
 def decode(model: Any, ids: Sequence[int]) -> str:
-    """The text of token ids, special tokens left out."""
+    """Return the text of token ids without special tokens."""
     return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True))
 
 
 def pad_id(model: Any) -> int:
-    """A token id to fill left padding with; it is masked out, so any valid one serves."""
+    """Return a token id for left padding; it is masked, so any valid one will do."""
     if getattr(model, "tokenizer", None) is None:
         return 0
     return token_id(model, "pad") or 0
 
 
 def token_id(model: Any, kind: str) -> int | None:
-    """The id of the tokenizer's ``"bos"``, ``"eos"`` or ``"pad"`` token, or None."""
+    """Return the id of the tokenizer's ``"bos"``, ``"eos"`` or ``"pad"`` token, or None."""
     value = getattr(_tokenizer(model), f"{kind}_token_id", None)
     return None if value is None else int(value)
 
@@ -212,17 +209,17 @@ def batches(
     pad: int,
     same_length: bool = False,
 ) -> Iterator[Batch]:
-    """Left-padded batches of prompts of similar length, the longest first.
+    """Yield left-padded batches of prompts of similar length, the longest first.
 
     Args:
         encoded: Each prompt, from :func:`encode`.
-        batch_size: The most rows in a batch.
-        pad: The token id that fills the padding.
-        same_length: Put only prompts of equal length together, for models without a usable
+        batch_size: The most rows per batch.
+        pad: The token id of the padding.
+        same_length: Whether a batch has prompts of one length only, for models without a usable
             attention mask.
     """
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-    batch_size = -(-len(order) // -(-len(order) // batch_size))  # as few batches, of like size
+    batch_size = -(-len(order) // -(-len(order) // batch_size))  # as few batches, of similar size
     start = 0
     while start < len(order):
         width = len(encoded[order[start]])
@@ -250,7 +247,7 @@ def _pad_left(encoded: Sequence[Tokens], rows: Sequence[int], pad: int) -> Batch
 
 
 def row_indices(position: Position, mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row at"]:
-    """Where the positions of left-padded prompts stand in their rows.
+    """Return the indices of positions of left-padded prompts in their rows.
 
     Example:
         >>> mask = torch.tensor([[True, True, True], [False, True, True]])
@@ -262,7 +259,7 @@ def row_indices(position: Position, mask: Bool[Tensor, "row pos"]) -> Int[Tensor
     """
     n_rows, width = mask.shape
     if position is None:
-        return torch.arange(width).expand(n_rows, width)
+        return repeat(torch.arange(width), "at -> row at", row=n_rows)
     positions = (position,) if isinstance(position, int) else position
     lengths = mask.sum(dim=1)
     shortest = int(lengths.min())

@@ -1,4 +1,4 @@
-"""Tasks: those in the package, makers of new ones, and readers of public formats."""
+"""Tasks: built-in ones, makers of new ones, and readers of public formats."""
 
 from transformer_lens_taskvec.tasks.algorithmic import algorithmic_tasks
 from transformer_lens_taskvec.tasks.base import NULL, Example, MappingTask, Task, mapping_task

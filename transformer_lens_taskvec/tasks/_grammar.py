@@ -1,7 +1,7 @@
 """The grammar behind ``generate_sentences``: how a template and a scene become a sentence.
 
-A template is a line of slots (``$verb_past``) and function words. All slots of one sentence draw
-from the same scene, so that who does what to what and where goes together. The words are in
+A template is a line of slots (``$past``) and function words. All slots of one sentence draw from
+the same scene, so that agent, action, object and place fit together. The words and templates are in
 :mod:`~transformer_lens_taskvec.tasks._vocabulary`.
 """
 
@@ -14,62 +14,7 @@ from dataclasses import dataclass
 from transformer_lens_taskvec.tasks import _vocabulary as vocabulary
 
 Tagged = tuple[str, str]
-
-_SCENE_TEMPLATES = (
-    "$he $manner $past a $quality $obj $place",
-    "$nice_place , $he $manner $past the $obj",
-    "it was $degree $weather , but $he $past the $obj $place",
-    "the $obj $place was $degree $quality , but $he $past $it $manner",
-    "the $obj was $quality , and $he $past $it $manner $place",
-    "$base the $quality $obj $manner , and meet $me $place",
-    "$base the $quality $obj $place , and then tell $me about $it",
-    "never $base the $quality $obj $place without $whose permission",
-    "$whose $trait $kin $past the $obj $manner $place",
-    "with $whose $trait $kin , the $agent $manner $past the $obj",
-    "the $agent who $past the $quality $obj $place $reacted $reaction",
-    "to $base the $quality $obj , $he $waited $patiently $place",
-    "it is $sometimes $easy to $base a $obj $nice_place",
-    "$sometimes $we $base $quality $objs $place $in_the_evening",
-    "$he $was still $ing a $quality $obj $place",
-    "$he $was $ing $quality $objs $place again",
-    "$mood $news , $he $manner $past the $obj $place",
-    "$lookout $our $window , $we clearly saw the $agent with the $quality $obj",
-    "show $me the $quality $obj $place $later",
-    "tell $me about the $quality $obj $place $later",
-    "$agents $often $base $quality $objs in their $town",
-    "$finally , $on_an_evening , $he $past the $obj $place",
-    "$he politely asked the $trait $agent about a $quality $obj",
-    "$name $past the $quality $obj $place , and then $agent_he $reacted",
-    "$name $manner $past a $quality $obj $place for $me",
-    "$on_an_evening , $whose $trait $kin $manner $past a $quality $obj $nice_place",
-    "$whose $kin and the $trait $agent $manner $past the $quality $obj $place",
-)
-
-# In these the object belongs to somebody.
-_OWNER_TEMPLATES = (
-    "the $trait $agent $manner $past $agent_his $obj $place",
-    "the $agent $place $past $agent_his $quality $obj $manner",
-    "$finally , the $agent $past $agent_his $quality $obj $place",
-    "$whose $obj was $degree $quality , but the $agent $past $it $place",
-    "$base your $obj $manner and wait $nice_place",
-    "two $degree $trait $agents $past $whose $obj $place",
-    "$agents in $size $town $often $base their $objs $in_the_evening",
-    "a $degree $trait $agent $past $agent_his $obj $place",
-    "$on_an_evening , the $agent $manner $past $agent_his $obj",
-    "$trait $agents $often $base their $objs $place",
-    "$finally , $on_an_evening , the $trait $agent $past $agent_his $quality $obj $place",
-)
-
-_JOURNEY_TEMPLATES = (
-    "the $trait $agent $past $manner $place with $agent_his $kin",
-    "$manner , $he $past $place toward the $quality $obj",
-    "$place , $he $past $manner with a $trait $agent",
-    "$whose $kin $often $third $place in $fine weather",
-    "$base $manner $nice_place with $whose friends",
-    "to reach the $quality $obj , $he $past $manner $place",
-    "$agents $often $base $place toward $quality $objs with their friends",
-    "near the $obj , $we clearly saw a $trait $agent",
-)
+Slot = Callable[["_Sentence"], tuple[Tagged, ...]]
 
 # Subject, object and possessive form, and the past of "be".
 _PRONOUNS = {
@@ -84,7 +29,7 @@ _VOWELS = frozenset("aeiou")
 
 
 class _Sentence:
-    """The choices made once for a sentence, which its slots then agree with."""
+    """The choices made once per sentence, so that its slots agree."""
 
     def __init__(self, scene: vocabulary.Scene, rng: random.Random) -> None:
         choose = rng.choice
@@ -103,7 +48,7 @@ class _Sentence:
 
 @dataclass(frozen=True)
 class _Words:
-    """A slot that draws one entry of a list; an entry is one or more tagged words."""
+    """A slot filled by one entry of a list; an entry is one or more tagged words."""
 
     entries: tuple[tuple[Tagged, ...], ...]
 
@@ -122,10 +67,6 @@ def _nice_place(sentence: _Sentence) -> tuple[Tagged, ...]:
     return (preposition, "ADP"), ("the", "DET"), (adjective, "ADJ"), (noun, "NOUN")
 
 
-def _object(sentence: _Sentence) -> tuple[Tagged, ...]:
-    return ((sentence.obj, "NOUN"),)
-
-
 def _objects(sentence: _Sentence) -> tuple[Tagged, ...]:
     mass = sentence.obj in vocabulary.MASS_NOUNS
     return ((sentence.obj if mass else vocabulary.plural(sentence.obj), "NOUN"),)
@@ -135,10 +76,10 @@ def _object_pronoun(sentence: _Sentence) -> tuple[Tagged, ...]:
     return ((sentence.patient[1] if sentence.scene.objects_are_people else "it", "PRON"),)
 
 
-_SLOTS: dict[str, Callable[[_Sentence], tuple[Tagged, ...]]] = {
+_SLOTS: dict[str, Slot] = {
     "agent": lambda s: ((s.agent, "NOUN"),),
     "agents": lambda s: ((vocabulary.plural(s.agent), "NOUN"),),
-    "obj": _object,
+    "obj": lambda s: ((s.obj, "NOUN"),),
     "objs": _objects,
     "it": _object_pronoun,
     "quality": lambda s: ((s.quality, "ADJ"),),
@@ -162,30 +103,30 @@ _SLOTS: dict[str, Callable[[_Sentence], tuple[Tagged, ...]]] = {
 }
 
 
-def _compile(template: str) -> tuple[Callable[[_Sentence], tuple[Tagged, ...]], ...]:
-    """Turn a template into the functions that fill it, one for each of its words."""
-    parts: list[Callable[[_Sentence], tuple[Tagged, ...]]] = []
-    for token in template.split():
-        if token.startswith("$"):
-            parts.append(_SLOTS[token[1:]])
-        else:
-            parts.append(_Words((((token, vocabulary.FUNCTION_WORDS[token]),),)))
-    return tuple(parts)
-
-
-_TEMPLATES = tuple(
-    (_compile(template), scenes)
-    for templates, scenes in (
-        (_SCENE_TEMPLATES, vocabulary.SCENES),
-        (_OWNER_TEMPLATES, tuple(s for s in vocabulary.SCENES if s.objects_have_owners)),
-        (_JOURNEY_TEMPLATES, vocabulary.JOURNEYS),
+def _compile(template: str) -> tuple[Slot, ...]:
+    """Return the functions that fill a template, one per word of it."""
+    return tuple(
+        _SLOTS[token[1:]]
+        if token.startswith("$")
+        else _Words((((token, vocabulary.FUNCTION_WORDS[token]),),))
+        for token in template.split()
     )
+
+
+_SCENES = {
+    "any": vocabulary.SCENES,
+    "owners": tuple(scene for scene in vocabulary.SCENES if scene.objects_have_owners),
+    "journeys": vocabulary.JOURNEYS,
+}
+_TEMPLATES = tuple(
+    (_compile(template), _SCENES[kind])
+    for kind, templates in vocabulary.TEMPLATES.items()
     for template in templates
 )
 
 
 def fill(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Draw a template and a scene, and fill the template with words of the scene.
+    """Return a random template filled with words of a random scene.
 
     Args:
         rng: The only source of randomness.

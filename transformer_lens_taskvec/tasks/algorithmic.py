@@ -8,9 +8,9 @@ import string
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
 
+from transformer_lens_taskvec.tasks._data import read_text
 from transformer_lens_taskvec.tasks.base import (
     Example,
     Task,
@@ -25,9 +25,9 @@ _SEPARATOR = ", "
 
 @dataclass(frozen=True, repr=False)
 class ListTask:
-    """Pick one item of a comma-separated list of different words.
+    """The task of picking one item of a comma-separated list of distinct words.
 
-    The length of each list is drawn first, all lengths equally likely, and then its words.
+    The length of each list is drawn first, all lengths being equally likely, and then its words.
 
     Args:
         name: The task's name in results.
@@ -38,7 +38,7 @@ class ListTask:
 
     Raises:
         ValueError: If the lengths are out of order or range, ``item`` is outside the shortest
-            list, or a word is empty, is repeated or has a comma.
+            list, or a word is empty, repeated or contains a comma.
 
     Example:
         >>> import random
@@ -57,8 +57,8 @@ class ListTask:
     def __post_init__(self) -> None:
         if not 1 <= self.min_length <= self.max_length <= len(self.words):
             raise ValueError(
-                f"lists of {self.min_length} to {self.max_length} different words cannot be made "
-                f"of {len(self.words)} words; "
+                f"{len(self.words)} words cannot make lists of {self.min_length} to "
+                f"{self.max_length} distinct words; "
                 f"use 1 <= min_length <= max_length <= {len(self.words)}"
             )
         if not -self.min_length <= self.item < self.min_length:
@@ -74,7 +74,7 @@ class ListTask:
             if not word.strip() or "," in word:
                 raise ValueError(
                     f"a list cannot contain the word {word!r}; "
-                    "words must be non-empty and have no commas"
+                    "words must be non-empty and contain no commas"
                 )
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class ListTask:
             math.perm(len(self.words), length)
             for length in range(self.min_length, self.max_length + 1)
         )
-        # A length above sys.maxsize is an error in Python.
+        # len() raises an error above sys.maxsize.
         return min(n_lists, sys.maxsize)
 
     def __repr__(self) -> str:
@@ -92,14 +92,7 @@ class ListTask:
         )
 
     def sample(self, n: int, rng: random.Random) -> list[Example]:
-        """Draw ``n`` different lists.
-
-        Args:
-            n: The number of examples.
-            rng: The only source of randomness.
-
-        Returns:
-            Examples whose ``x`` is the words joined by ``", "``.
+        """Return ``n`` distinct random lists, each with its answer.
 
         Raises:
             ValueError: If ``n`` is negative or more than the number of lists.
@@ -129,7 +122,7 @@ ALGORITHMIC = (*_PAIRS, *_ITEMS)
 
 
 def algorithmic_tasks() -> dict[str, Task]:
-    """Make the tasks whose answer follows from the input by a rule.
+    """Return the tasks whose answer follows from the input by a rule.
 
     The words are 315 common lower-case English words of up to five letters.
 
@@ -146,15 +139,10 @@ def algorithmic_tasks() -> dict[str, Task]:
         >>> tasks["list_first"]
         ListTask('list_first', item=0, lists of 3 to 5 of 315 words)
     """
-    words = _read_words()
+    words = tuple(read_text("words.txt").split())
     return by_name(
         [
             *(mapping_task(name, pairs(words)) for name, pairs in _PAIRS.items()),
             *(ListTask(name, item, words) for name, item in _ITEMS.items()),
         ]
     )
-
-
-def _read_words() -> tuple[str, ...]:
-    file = resources.files("transformer_lens_taskvec.tasks") / "data" / "words.txt"
-    return tuple(file.read_text(encoding="utf-8").split())

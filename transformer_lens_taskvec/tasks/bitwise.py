@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformer_lens_taskvec.tasks.base import NULL, Example, Task, by_name, check_sample_size
 
 _MAX_BITS = 16
-# Each operation as the integer formula of the two numbers and the mask of n ones.
+# Each operation on two integers and the mask of n ones.
 _OPERATIONS: dict[str, Callable[[int, int, int], int]] = {
     "AND": lambda a, b, ones: a & b,
     "NAND": lambda a, b, ones: ones ^ (a & b),
@@ -19,7 +19,7 @@ _OPERATIONS: dict[str, Callable[[int, int, int], int]] = {
     "XNOR": lambda a, b, ones: ones ^ a ^ b,
 }
 BITWISE = tuple(_OPERATIONS)
-"""The names of the tasks of :func:`bitwise_tasks` but for Null."""
+"""The names of the tasks of :func:`bitwise_tasks`, except Null."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,13 @@ class BitwiseTask:
         return 1 << 2 * self.n_bits
 
     def sample(self, n: int, rng: random.Random) -> list[Example]:
-        """Draw ``n`` examples with distinct pairs of numbers.
-
-        Args:
-            n: The number of examples, at most ``4**n_bits``.
-            rng: The only source of randomness, also of Null's answers.
-
-        Returns:
-            Examples whose ``x`` is the two numbers separated by a space.
+        """Return ``n`` random examples, whose ``x`` is two numbers separated by a space.
 
         Raises:
-            ValueError: If ``n`` is negative or more than the number of pairs.
-
-        Example:
-            >>> import random
-            >>> import transformer_lens_taskvec as tv
-            >>> task = tv.bitwise_tasks(n_bits=1)["AND"]
-            >>> sorted((e.x, e.y) for e in task.sample(4, random.Random(0)))
-            [('0 0', '0'), ('0 1', '0'), ('1 0', '0'), ('1 1', '1')]
+            ValueError: If ``n`` is negative or more than the ``4**n_bits`` pairs of numbers.
         """
         check_sample_size(self.name, n, len(self))
-        # A pair is one number of 2 * n_bits digits, so sampling never lists all the pairs.
+        # A pair is one number of 2 * n_bits digits, so the pairs need not be listed.
         return [self._example(pair, rng) for pair in rng.sample(range(len(self)), n)]
 
     def _example(self, pair: int, rng: random.Random) -> Example:
@@ -85,14 +71,14 @@ class BitwiseTask:
 
 
 def bitwise_tasks(n_bits: int = 5, null: bool = True) -> dict[str, Task]:
-    """Make the bitwise-arithmetic tasks (Han et al. 2025, §4): operations on binary numbers.
+    """Return the bitwise-arithmetic tasks (Han et al. 2025, §4): operations on binary numbers.
 
     Args:
         n_bits: The number of binary digits, 1 to 16; the paper uses 5.
-        null: Whether to add Null, whose answer is random digits, as the last task.
+        null: Whether to add Null, the task whose answer is random digits.
 
     Returns:
-        The tasks AND, NAND, OR, NOR, XOR, XNOR and Null by name, in this order.
+        The tasks AND, NAND, OR, NOR, XOR, XNOR and Null by name, in that order.
 
     Raises:
         ValueError: If ``n_bits`` is out of range.

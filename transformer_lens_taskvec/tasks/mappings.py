@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 
+from transformer_lens_taskvec.tasks._data import read_pairs
 from transformer_lens_taskvec.tasks.base import Task, by_name, mapping_task
 
-# A list of pairs, and the name of the task in the reverse direction, if there is one.
+# The name of a table of pairs, and the name of the reverse task if there is one.
 _LINGUISTIC = {
     "antonyms": None,
     "singular_plural": "plural_singular",
@@ -39,15 +39,15 @@ TRANSLATION = _names(_TRANSLATION)
 
 
 def linguistic_tasks() -> dict[str, Task]:
-    """Make the tasks about English word forms and antonyms, from word lists in this package.
+    """Return the tasks about English word forms and antonyms.
 
-    No word occurs twice among the antonyms, in either column, so that a demonstration never
-    gives away the answer to a query.
+    No word occurs twice among the antonyms, in either column, so a demonstration never gives away
+    the answer to a query.
 
     Returns:
         ``antonyms``, ``singular_plural``, ``plural_singular``, ``present_past``,
         ``past_present``, ``present_gerund``, ``gerund_present``, ``adjective_comparative``,
-        ``adjective_superlative`` and ``adjective_adverb``, of about 150 to 280 pairs each.
+        ``adjective_superlative`` and ``adjective_adverb``, with about 150 to 280 pairs each.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -59,15 +59,14 @@ def linguistic_tasks() -> dict[str, Task]:
 
 
 def knowledge_tasks() -> dict[str, Task]:
-    """Make the tasks about facts of the world, from lists in this package.
+    """Return the tasks about facts of the world.
 
-    Each input has one answer: countries without one undisputed capital are not in
-    ``country_capital``, and those on two continents, or named after theirs, are not in
-    ``country_continent``.
+    Each input has one answer: ``country_capital`` leaves out countries without one undisputed
+    capital, and ``country_continent`` those that lie on two continents or are named after theirs.
 
     Returns:
         ``country_capital``, ``capital_country``, ``country_continent``, ``landmark_country``
-        and ``element_symbol``, of about 120 to 190 pairs each.
+        and ``element_symbol``, with about 120 to 190 pairs each.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -79,15 +78,15 @@ def knowledge_tasks() -> dict[str, Task]:
 
 
 def translation_tasks() -> dict[str, Task]:
-    """Make the tasks of translating single words, from word lists in this package.
+    """Return the tasks of translating single words.
 
-    Nouns have no article (German ones with their capital), verbs in the infinitive
-    and adjectives in the masculine singular. Words spelled alike in both languages are left
-    out: copying the input would answer them.
+    Nouns have no article, German ones are capitalised, verbs are in the infinitive, and adjectives
+    in the masculine singular. Words spelled the same in both languages are left out, since copying
+    the input would answer them.
 
     Returns:
-        ``en_fr``, ``fr_en``, ``en_es``, ``es_en``, ``en_de`` and ``de_en``, of about 240 to 290
-        pairs each.
+        ``en_fr``, ``fr_en``, ``en_es``, ``es_en``, ``en_de`` and ``de_en``, with about 240 to
+        290 pairs each.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -101,18 +100,8 @@ def translation_tasks() -> dict[str, Task]:
 def _tasks(table: Mapping[str, str | None]) -> dict[str, Task]:
     tasks: list[Task] = []
     for forward, reverse in table.items():
-        pairs = _read_pairs(forward)
+        pairs = read_pairs(forward)
         tasks.append(mapping_task(forward, pairs))
         if reverse is not None:
             tasks.append(mapping_task(reverse, [(y, x) for x, y in pairs]))
     return by_name(tasks)
-
-
-def _read_pairs(name: str) -> list[tuple[str, str]]:
-    file = resources.files("transformer_lens_taskvec.tasks") / "data" / f"{name}.tsv"
-    lines = file.read_text(encoding="utf-8").splitlines()
-    pairs = []
-    for line in lines[1:] if lines[0].startswith("#") else lines:
-        x, y = line.split("\t")
-        pairs.append((x, y))
-    return pairs

@@ -27,12 +27,12 @@ _WORD_CHARACTER = re.compile(r"\w")
 
 @dataclass(frozen=True, repr=False)
 class PosTask:
-    """Find the first word of one part of speech; see :func:`pos_tasks`, which makes them.
+    """The task of finding the first word of one part of speech; made by :func:`pos_tasks`.
 
     Args:
         name: The task's name in results.
         tag: The UPOS tag of the answer, or None for a randomly chosen word.
-        sentences: Sentences with distinct texts, in each of which there is an answer.
+        sentences: Sentences with distinct texts, each of which contains an answer.
     """
 
     name: str
@@ -46,14 +46,7 @@ class PosTask:
         return f"PosTask({self.name!r}, tag={self.tag!r}, {len(self)} sentences)"
 
     def sample(self, n: int, rng: random.Random) -> list[Example]:
-        """Draw ``n`` sentences without replacement, each with its answer.
-
-        Args:
-            n: The number of examples.
-            rng: The only source of randomness, also of Null's answers.
-
-        Returns:
-            Examples whose ``x`` is the sentence and whose ``y`` is a word of it.
+        """Return ``n`` sentences, drawn without replacement, each with its answer.
 
         Raises:
             ValueError: If ``n`` is negative or more than the number of sentences, or a sentence
@@ -72,22 +65,22 @@ class PosTask:
         if answer is None:
             raise ValueError(
                 f"task {self.name!r} needs a word tagged {self.tag} and there is none in "
-                f"{sentence.text!r}; make the tasks with pos_tasks, which leaves such sentences out"
+                f"{sentence.text!r}; make the task with pos_tasks, which leaves such sentences out"
             )
         return answer
 
 
 def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) -> dict[str, Task]:
-    """Make the part-of-speech tasks (Han et al. 2025, §4): the first word of one kind.
+    """Return the part-of-speech tasks (Han et al. 2025, §4): the first word of one kind.
 
-    All tasks use the same sentences: those with all six parts of speech, each text once. A
-    sentence is also left out if one of its answers is not a word by itself in the text, as
-    "gon" is not in "I'm gonna go". An answer is spelled as in the sentence.
+    All tasks use the same sentences: those with all six parts of speech, each text once. A sentence
+    is also left out if one of its answers is not a separate word in the text, like "gon" in "I'm
+    gonna go". An answer is spelled as in the sentence.
 
     Args:
         sentences: Tagged sentences, for example from :func:`load_conllu`; by default 6,000
             generated ones.
-        null: Whether to add Null, whose answer is a randomly chosen word, as the last task.
+        null: Whether to add Null, the task whose answer is a random word.
 
     Returns:
         The tasks Noun, Adjective, Verb, Adverb, Preposition, Pronoun and Null by name.
@@ -111,7 +104,7 @@ def pos_tasks(sentences: Iterable[Sentence] | None = None, null: bool = True) ->
 
 
 def _usable(sentences: Iterable[Sentence] | None) -> tuple[Sentence, ...]:
-    """Give the sentences in which every task has an answer, each text once."""
+    """Return the sentences in which every task has an answer, each text once."""
     given = tuple(generate_sentences() if sentences is None else sentences)
     usable: dict[str, Sentence] = {}
     for sentence in given:
@@ -139,7 +132,7 @@ def _candidates(sentence: Sentence) -> list[str]:
 
 
 def _stands_alone(word: str, text: str) -> bool:
-    """Whether the word occurs in the text with no letter, digit or underscore on either side."""
+    """Return whether the word occurs with no letter, digit or underscore on either side."""
     start = text.find(word)
     while start >= 0:
         around = text[max(start - 1, 0) : start] + text[start + len(word) :][:1]
@@ -152,7 +145,7 @@ def _stands_alone(word: str, text: str) -> bool:
 def split_pos_tasks(
     sentences: Sequence[Sentence] | None = None, *, test_share: float = 0.2, seed: int = 0
 ) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Make part-of-speech tasks on disjoint train and test sentences (Han et al. 2025, App. G).
+    """Return part-of-speech tasks on disjoint train and test sentences (Han et al. 2025, App. G).
 
     Args:
         sentences: Tagged sentences; by default 6,000 generated ones.

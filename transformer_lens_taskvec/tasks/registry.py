@@ -1,4 +1,4 @@
-"""The families of tasks in the package: one entry each, and tasks by their names."""
+"""The families of tasks in the package, one entry each, and finding tasks by name."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Family:
 
     Attributes:
         name: The family's name.
-        maker: Makes the tasks, by name; it may make others too, such as Null.
-        tasks: The names of the family's tasks, known without making them.
+        maker: Returns the tasks by name; it may return others too, such as Null.
+        tasks: The names of the family's tasks, known before they are made.
         description: What the tasks have in common, in a few words.
 
     Example:
@@ -46,11 +46,7 @@ class Family:
     description: str
 
     def make(self) -> dict[str, Task]:
-        """Make the family's tasks.
-
-        Returns:
-            The tasks by name, in the order of :attr:`tasks`.
-        """
+        """Return the family's tasks by name, in the order of :attr:`tasks`."""
         made = self.maker()
         return {name: made[name] for name in self.tasks}
 
@@ -68,10 +64,7 @@ FAMILIES = (
 
 
 def all_tasks() -> dict[str, Task]:
-    """Make every task in the package but the Null classes.
-
-    Returns:
-        The tasks of all :data:`FAMILIES`, by name.
+    """Return the tasks of all :data:`FAMILIES` by name, without the Null ones.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -85,16 +78,16 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_tasks(names: Iterable[str]) -> dict[str, Task]:
-    """Make tasks by their names, and only the families that these belong to.
+    """Return tasks by name; only the families that they belong to are made.
 
     Args:
         names: Names of tasks; ``taskvec tasks`` lists them.
 
     Returns:
-        The tasks by name, in the order asked for.
+        The tasks by name, in the given order.
 
     Raises:
-        ValueError: If there are no names, or no task has one of them; the message suggests others.
+        ValueError: If there are no names or one is unknown; the message suggests similar ones.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -106,7 +99,7 @@ def find_tasks(names: Iterable[str]) -> dict[str, Task]:
     """
     wanted = list(names)
     if not wanted:
-        raise ValueError("no task named; give at least one, `taskvec tasks` lists them")
+        raise ValueError("no task named; give at least one. `taskvec tasks` lists them all")
     family_of = {task: family for family in FAMILIES for task in family.tasks}
     for name in wanted:
         if name not in family_of:

@@ -1,4 +1,4 @@
-"""Sentences with the part of speech of every word, and a generator of varied English ones."""
+"""Sentences with the part of speech of each word, and a generator of varied English ones."""
 
 from __future__ import annotations
 
@@ -24,19 +24,16 @@ class Sentence:
     Args:
         words: The words and punctuation marks in order.
         tags: The UPOS tag of each word.
-        source_text: The sentence as its source prints it; without it :attr:`text` joins the
-            words.
+        source_text: The sentence as printed in its source; without it :attr:`text` joins the words.
 
     Raises:
-        ValueError: If there are no words, or not exactly one tag for each.
+        ValueError: If there are no words, or not one tag per word.
 
     Example:
         >>> from transformer_lens_taskvec.tasks import Sentence
         >>> sentence = Sentence(("She", "sings", "."), ("PRON", "VERB", "PUNCT"))
-        >>> sentence.text
-        'She sings.'
-        >>> sentence.first("VERB")
-        'sings'
+        >>> sentence.text, sentence.first("VERB")
+        ('She sings.', 'sings')
     """
 
     words: tuple[str, ...]
@@ -46,7 +43,7 @@ class Sentence:
     def __post_init__(self) -> None:
         if not self.words or len(self.words) != len(self.tags):
             raise ValueError(
-                f"a sentence needs one tag for each of its words, got {len(self.words)} words "
+                f"a sentence needs words and one tag per word, got {len(self.words)} words "
                 f"and {len(self.tags)} tags"
             )
 
@@ -56,12 +53,12 @@ class Sentence:
         return detokenise(self.words) if self.source_text is None else self.source_text
 
     def first(self, tag: str) -> str | None:
-        """Return the first word with this tag, spelled as in the text, or None if none has it."""
+        """Return the first word with this tag as the text spells it, or None if there is none."""
         return self.words[self.tags.index(tag)] if tag in self.tags else None
 
 
 def detokenise(words: Iterable[str]) -> str:
-    """Join words into text, closing up punctuation and the parts of contractions.
+    """Return words joined into text, with punctuation and contractions closed up.
 
     Args:
         words: Tokens in the style of the Penn Treebank.
@@ -85,16 +82,16 @@ def detokenise(words: Iterable[str]) -> str:
 
 @functools.lru_cache(maxsize=4)
 def generate_sentences(n: int = 6000, seed: int = 0) -> tuple[Sentence, ...]:
-    """Generate distinct English sentences that each have all six of the tasks' parts of speech.
+    """Return distinct English sentences, each with all six of the tasks' parts of speech.
 
     A sentence is a template of :mod:`~transformer_lens_taskvec.tasks._grammar` filled with words
-    that belong to one scene (a kitchen, an office, a farm), 8 to 16 words without punctuation.
-    The order of the parts of speech varies with the template, so no position gives a task away,
-    and no word form ever has two tags.
+    that belong to one scene (a kitchen, an office, a farm), 8 to 16 words not counting punctuation.
+    The order of the parts of speech varies with the template, so no position gives a task away, and
+    no word form has two tags.
 
     Args:
-        n: How many sentences, 1 to 100,000.
-        seed: Equal arguments give equal sentences.
+        n: The number of sentences, 1 to 100,000.
+        seed: Seed of the generator.
 
     Returns:
         The sentences, no two with the same text.

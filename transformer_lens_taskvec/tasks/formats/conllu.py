@@ -20,22 +20,21 @@ _UPOS = frozenset([
 
 
 def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
-    r"""Read the sentences of a CoNLL-U file with their universal parts of speech.
+    r"""Return the sentences of a CoNLL-U file with their universal parts of speech.
 
-    Words are the lines with a plain number; a contraction counts as its parts ("did", "n't"),
-    and empty nodes, which are not pronounced, are skipped. The text is the ``# text`` comment, or
-    without one the forms, with a space after each that has no ``SpaceAfter=No``.
-    :func:`pos_tasks` leaves out sentences whose answers are not separate words in that text.
+    Words are the lines with a plain number: a contraction counts as its parts ("did", "n't"), and
+    empty nodes are skipped. The text is the ``# text`` comment, or without one the forms, each
+    followed by a space unless it has ``SpaceAfter=No``. :func:`pos_tasks` leaves out sentences
+    whose answers are not separate words in that text.
 
     Args:
-        path: The file, in UTF-8; it is read line by line.
+        path: A UTF-8 file.
 
     Returns:
-        The sentences in the order of the file, repeated ones included.
+        The sentences in the order of the file, with repetitions.
 
     Raises:
-        ValueError: If the file has no sentences or a line is malformed; the message gives the
-            file and the line.
+        ValueError: If the file has no sentences or a line is malformed; the message names the line.
         OSError: If the file cannot be read.
 
     Example:
@@ -61,12 +60,12 @@ def load_conllu(path: str | os.PathLike[str]) -> list[Sentence]:
     if block.words:
         sentences.append(block.sentence())
     if not sentences:
-        raise ValueError(f"{file} holds no sentences; give a CoNLL-U file with word lines")
+        raise ValueError(f"{file} has no sentences; give a CoNLL-U file with word lines")
     return sentences
 
 
 class _Block:
-    """The lines of one sentence, read so far."""
+    """The lines of one sentence read so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,44 +74,38 @@ class _Block:
         self.text: str | None = None
         self.surface = ""
         self.range_end = 0
-        self.last_line = 0
+        self.line = 0
 
     def add(self, number: int, line: str) -> None:
         """Take a comment, a word, a range of words or an empty node."""
-        self.last_line = number
+        self.line = number
         if line.startswith("#"):
             if line.startswith(_TEXT):
                 self.text = line[len(_TEXT) :].strip() or None
             return
         columns = line.split("\t")
         if len(columns) != _N_COLUMNS:
-            raise line_error(
-                self.path,
-                number,
-                f"has {len(columns)} tab-separated columns; CoNLL-U has {_N_COLUMNS}",
-            )
+            raise self._error(f"has {len(columns)} tab-separated columns; CoNLL-U has {_N_COLUMNS}")
         identifier, form, _, tag = columns[:4]
         if not form.strip():
-            raise line_error(self.path, number, "has an empty form; the second column is the word")
+            raise self._error("has an empty form; the second column is the word")
         spaced = "SpaceAfter=No" not in columns[-1].split("|")
         following = str(len(self.words) + 1)
         if span := _RANGE.fullmatch(identifier):
             if self.range_end > len(self.words):
-                raise self._wrong_id(number, identifier, following)
+                raise self._wrong_id(identifier, following)
             if span[1] != following or int(span[2]) < int(span[1]):
-                raise self._wrong_id(number, identifier, f"{following}-N")
+                raise self._wrong_id(identifier, f"{following}-N")
             self.range_end = int(span[2])
             self._print(form, spaced)
         elif node := _EMPTY_NODE.fullmatch(identifier):
             if node[1] != str(len(self.words)):
-                raise self._wrong_id(number, identifier, f"{len(self.words)}.N")
+                raise self._wrong_id(identifier, f"{len(self.words)}.N")
         elif identifier != following:
-            raise self._wrong_id(number, identifier, following)
+            raise self._wrong_id(identifier, following)
         elif tag not in _UPOS:
-            raise line_error(
-                self.path,
-                number,
-                f"has the tag {tag[:40]!r}, which is none of the 17 universal ones (NOUN, ...)",
+            raise self._error(
+                f"has the tag {tag[:40]!r}, which is none of the 17 universal ones (NOUN, ...)"
             )
         else:
             self.words.append(form)
@@ -121,23 +114,20 @@ class _Block:
                 self._print(form, spaced)
 
     def sentence(self) -> Sentence:
-        """Return the sentence of the lines read, which must reach the end of its last range."""
+        """Return the sentence, which must reach the end of its last range of words."""
         if self.range_end > len(self.words):
-            raise line_error(
-                self.path,
-                self.last_line,
-                f"ends the sentence within a range of words up to {self.range_end}",
-            )
+            raise self._error(f"ends the sentence within a range of words up to {self.range_end}")
         text = self.surface.strip() if self.text is None else self.text
         return Sentence(tuple(self.words), tuple(self.tags), text)
 
     def _print(self, form: str, spaced: bool) -> None:
         self.surface += form + (" " if spaced else "")
 
-    def _wrong_id(self, number: int, identifier: str, expected: str) -> ValueError:
-        return line_error(
-            self.path,
-            number,
+    def _wrong_id(self, identifier: str, expected: str) -> ValueError:
+        return self._error(
             f"has the id {identifier[:40]!r} where {expected} is expected; "
-            "ids count the words from 1",
+            "ids count the words from 1"
         )
+
+    def _error(self, problem: str) -> ValueError:
+        return line_error(self.path, self.line, problem)

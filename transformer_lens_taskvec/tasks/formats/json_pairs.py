@@ -14,25 +14,23 @@ _EXPECTED_SHAPE = '{"x": "y", ...} or [{"input": "x", "output": "y"}, ...]'
 
 
 def load_mapping(path: str | os.PathLike[str], name: str | None = None) -> MappingTask:
-    """Read a task from a JSON file of input-output pairs, in either of two public shapes.
+    """Return the task in a JSON file of input-output pairs.
 
-    The shapes are ``{"x": "y", ...}`` and ``[{"input": "x", "output": "y"}, ...]``, the latter
-    that of the function-vectors data sets (Todd et al. 2023); other keys of an entry are
-    ignored. Where an input occurs more than once, in either shape, the first pair counts and
-    the later ones are dropped, since inputs of a task are distinct. Texts are kept as they
-    are, spaces included.
+    The file has the shape ``{"x": "y", ...}``, or ``[{"input": "x", "output": "y"}, ...]`` like the
+    function-vectors data sets (Todd et al. 2023), where other keys of an entry are ignored. If an
+    input is repeated, only its first pair is kept. Texts are not changed, and keep their spaces.
 
     Args:
         path: A UTF-8 JSON file, with or without a byte order mark.
-        name: The task's name in results; by default the file's name without its ending.
+        name: The task's name in results; by default the file's name without its suffix.
 
     Returns:
-        The pairs as a task, in the file's order.
+        The task, with its pairs in the file's order.
 
     Raises:
         ValueError: If the file is not UTF-8, not JSON, of another shape or without pairs, or an
-            input or output is not a text with visible characters. The message names the file,
-            and the line or the number of the entry, counted from 0.
+            input or output is not a non-empty string. The message names the file and the line or
+            entry.
         OSError: If the file cannot be read.
 
     Example:
@@ -54,7 +52,7 @@ def load_mapping(path: str | os.PathLike[str], name: str | None = None) -> Mappi
 
 
 def _parse(path: Path) -> object:
-    """Parse a JSON file; its objects become tuples of (key, value), its arrays lists."""
+    """Return the content of a JSON file, objects as tuples of (key, value) and arrays as lists."""
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -69,7 +67,7 @@ def _parse(path: Path) -> object:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
     except ValueError as error:
-        raise ValueError(f"{path}: has a number that is too long to read ({error})") from error
+        raise ValueError(f"{path}: a number is too long to read ({error})") from error
     except RecursionError as error:
         raise ValueError(
             f"{path}: the JSON is nested too deeply to read; expected {_EXPECTED_SHAPE}"
@@ -94,27 +92,23 @@ def _examples(path: Path, content: object) -> Iterator[Example]:
                 _text(path, index, "output", fields["output"]),
             )
     else:
-        raise _shape_error(path, content)
+        raise ValueError(f"{path}: expected {_EXPECTED_SHAPE}, got {_describe(content)}")
 
 
 def _text(path: Path, index: int, side: str, value: object) -> str:
     if not isinstance(value, str):
         raise _entry_error(path, index, f"the {side} must be a string, got {_describe(value)}")
     if not value.strip():
-        raise _entry_error(path, index, f"the {side} is empty; give it a text or drop the entry")
+        raise _entry_error(path, index, f"the {side} is empty; give it a text or remove the entry")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise _entry_error(
             path,
             index,
-            f"the {side} {reprlib.repr(value)} has half of a surrogate pair, which is no character",
+            f"the {side} {reprlib.repr(value)} contains half of a surrogate pair; remove it",
         ) from error
     return value
-
-
-def _shape_error(path: Path, content: object) -> ValueError:
-    return ValueError(f"{path}: expected {_EXPECTED_SHAPE}, got {_describe(content)}")
 
 
 def _entry_error(path: Path, index: int, problem: str) -> ValueError:
@@ -122,11 +116,11 @@ def _entry_error(path: Path, index: int, problem: str) -> ValueError:
 
 
 def _describe(value: object) -> str:
-    """Say what a parsed JSON value is, in JSON's words."""
+    """Return what a parsed JSON value is, in JSON's terms."""
     if isinstance(value, tuple):
         keys = ", ".join(reprlib.repr(key) for key, _ in value[:4])
         return f"an object with the keys {keys}" if value else "an empty object"
     if isinstance(value, list):
         return f"an array of length {len(value)}"
-    # ``true`` and ``null`` rather than Python's True and None; long strings are cut short.
+    # ``true`` and ``null`` rather than Python's True and None; long strings are truncated.
     return reprlib.repr(value) if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Sentences from Penn Treebank files (bracketed ``.mrg``), as NLTK lays them out."""
+"""Sentences from bracketed Penn Treebank files (``.mrg``), as in NLTK's corpora."""
 
 from __future__ import annotations
 
@@ -9,42 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformer_lens_taskvec._utils.text import line_error, read_lines
+from transformer_lens_taskvec.tasks._data import read_pairs
 from transformer_lens_taskvec.tasks.sentences import Sentence, detokenise
 
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 _TRACE = "-NONE-"
-_UPOS = {
-    "CC": "CCONJ", "CD": "NUM", "DT": "DET", "PDT": "DET", "WDT": "DET", "EX": "PRON", "FW": "X",
-    "IN": "ADP", "RP": "ADP", "JJ": "ADJ", "JJR": "ADJ", "JJS": "ADJ", "LS": "X", "MD": "AUX",
-    "NN": "NOUN", "NNS": "NOUN", "NNP": "PROPN", "NNPS": "PROPN", "POS": "PART", "TO": "PART",
-    "PRP": "PRON", "PRP$": "PRON", "WP": "PRON", "WP$": "PRON", "RB": "ADV", "RBR": "ADV",
-    "RBS": "ADV", "WRB": "ADV", "SYM": "SYM", "$": "SYM", "#": "SYM", "UH": "INTJ", "VB": "VERB",
-    "VBD": "VERB", "VBG": "VERB", "VBN": "VERB", "VBP": "VERB", "VBZ": "VERB", "AFX": "X",
-    "ADD": "X", "GW": "X", "XX": "X", "NFP": "PUNCT", "HYPH": "PUNCT", "-LRB-": "PUNCT",
-    "-RRB-": "PUNCT", ".": "PUNCT", ",": "PUNCT", ":": "PUNCT", "``": "PUNCT", "''": "PUNCT",
-}  # fmt: skip
+_UPOS = dict(read_pairs("penn_upos"))
 _ESCAPES = {
     "-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]", "-LCB-": "{", "-RCB-": "}",
 }  # fmt: skip
 
 
 def load_treebank(path: str | os.PathLike[str]) -> list[Sentence]:
-    """Read the sentences of the Penn Treebank, with universal parts of speech.
+    """Return the sentences of Penn Treebank files with universal parts of speech.
 
-    Tags are mapped to UPOS by the tag alone: every VB is VERB and every IN is ADP, auxiliaries
-    and subordinating conjunctions too. Traces are dropped, brackets unescaped, and the words
-    joined into the text.
+    Tags are mapped to UPOS one by one: every VB is VERB and every IN is ADP, even auxiliaries and
+    subordinating conjunctions. Traces are dropped, brackets unescaped, and the words joined into
+    the text.
 
     Args:
-        path: A bracketed file, or a directory with ``.mrg`` files in it or in its
-            subdirectories, such as NLTK's ``corpora/treebank``.
+        path: A file, or a directory with ``.mrg`` files at any depth, such as NLTK's
+            ``corpora/treebank``.
 
     Returns:
-        The sentences in the order of the file names and files, repeated ones included.
+        The sentences, in the order of the file names and files, with repetitions.
 
     Raises:
-        ValueError: If there are no files or no sentences or a line is malformed; the message
-            gives the file and the line.
+        ValueError: If there are no files or no sentences, or a line is malformed; the message names
+            the line.
         OSError: If a file cannot be read.
 
     Example:
@@ -59,16 +51,16 @@ def load_treebank(path: str | os.PathLike[str]) -> list[Sentence]:
     root = Path(path)
     files = sorted(root.rglob("*.mrg")) if root.is_dir() else [root]
     if not files:
-        raise ValueError(f"{root} holds no .mrg files; give the directory of the bracketed files")
+        raise ValueError(f"{root} has no .mrg files; give the directory of the bracketed files")
     sentences = [sentence for file in files for sentence in _sentences(file)]
     if not sentences:
-        raise ValueError(f"{root} holds no sentences; give files of bracketed trees")
+        raise ValueError(f"{root} has no sentences; give files of bracketed trees")
     return sentences
 
 
 @dataclass
 class _Node:
-    """An open bracket: where it opened, and what it has contained so far."""
+    """An open bracket: the line it opened in, and its content so far."""
 
     line: int
     label: str | None = None
@@ -77,7 +69,7 @@ class _Node:
 
 
 def _sentences(path: Path) -> Iterator[Sentence]:
-    """Yield a sentence for each outermost bracket; a stack instead of recursion bounds depth."""
+    """Yield a sentence per outermost bracket; a stack has no limit of depth, unlike recursion."""
     stack: list[_Node] = []
     leaves: list[tuple[str, str]] = []
     for number, line in read_lines(path):
@@ -112,7 +104,7 @@ def _open(path: Path, number: int, stack: list[_Node]) -> None:
 
 def _read_atom(path: Path, number: int, stack: list[_Node], token: str) -> None:
     if not stack:
-        raise line_error(path, number, f"has {token[:40]!r} outside of all brackets")
+        raise line_error(path, number, f"has {token[:40]!r} outside all brackets")
     node = stack[-1]
     if node.has_children or node.word is not None:
         raise line_error(
@@ -131,7 +123,7 @@ def _close(path: Path, number: int, node: _Node) -> tuple[str, str] | None:
     if node.label is None or node.word is None:
         label = None if node.label is None else node.label[:40]
         raise line_error(path, number, f"closes a bracket without a word after {label!r}")
-    # An annotator's doubt is written "JJ|NN", the likelier tag first.
+    # Where annotators were in doubt, as in "JJ|NN", the likelier tag comes first.
     tag = _UPOS.get(node.label.split("|")[0])
     if tag is None:
         raise line_error(
