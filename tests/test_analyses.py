@@ -82,7 +82,7 @@ def test_a_task_without_a_vector_is_named(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
     strange = [tv.Episode("strange", (), episodes[0].query)]
-    with pytest.raises(ValueError, match="no vector for strange; the vectors are of: singular"):
+    with pytest.raises(ValueError, match="no vector for strange; there are vectors for: singular"):
         tv.layer_sweep(model, strange, vectors)
 
 

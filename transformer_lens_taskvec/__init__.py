@@ -141,7 +141,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The replication of the paper and the lab, imported when they are first used."""
+    """Return the replication of the paper or the lab, imported on first use."""
     if name in ("lab", "paper"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,10 +15,7 @@ import typer
 if TYPE_CHECKING:
     from transformer_lens_taskvec.prompts import PromptTemplate
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 STUDIES = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
 DEMO_TASKS = (
@@ -34,7 +31,7 @@ DEMO_TASKS = (
 
 
 def _task_names(incomplete: str) -> list[str]:
-    """What may follow in a list of tasks with commas, for the shell's completion."""
+    """Return completions of a comma-separated list of tasks, for the shell."""
     from transformer_lens_taskvec.tasks import all_tasks
 
     done, comma, started = incomplete.rpartition(",")
@@ -53,16 +50,18 @@ Out = Annotated[Path, typer.Option(help="Folder for results.json, the vectors an
 Model = Annotated[
     str,
     typer.Option(
-        help="'smollm2', 'toy', or any model name of TransformerLens.",
-        autocompletion=lambda: ["smollm2", "toy"],
+        help="'smollm2', 'gemma3-270m', 'toy', any TransformerLens name, or a .gguf path.",
+        autocompletion=lambda: ["smollm2", "gemma3-270m", "toy"],
     ),
 ]
 Shots = Annotated[int, typer.Option(min=0, help="Demonstrations in a few-shot prompt.")]
-Count = Annotated[int, typer.Option(min=1, help="Train, dev and test episodes per task, of each.")]
+Count = Annotated[
+    int, typer.Option(min=1, help="Episodes per task in each of the train, dev and test sets.")
+]
 Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same results.")]
 Bos = Annotated[
     bool | None,
-    typer.Option("--bos/--no-bos", help="BOS token before every prompt; the tokenizer's habit."),
+    typer.Option("--bos/--no-bos", help="Prepend a BOS token; by default as the tokenizer does."),
 ]
 
 
@@ -81,11 +80,11 @@ def main(
 
 @app.command()
 def demo(out: Out = Path("taskvec-demo"), seed: Seed = 0) -> None:
-    """Measure eight task vectors in SmolLM2-135M.
+    """Measure eight task vectors in SmolLM2-135M-Instruct.
 
     Example: taskvec demo --out demo
     """
-    _run("smollm2", DEMO_TASKS, shots=8, n=40, seed=seed, bos=None, out=out)
+    run(",".join(DEMO_TASKS), seed=seed, out=out)
 
 
 @app.command()
@@ -93,7 +92,7 @@ def run(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Names with commas between them; 'taskvec tasks' lists them.",
+            help="Comma-separated task names; 'taskvec tasks' lists them.",
             autocompletion=_task_names,
         ),
     ],
@@ -104,17 +103,48 @@ def run(
     bos: Bos = None,
     out: Out = Path("taskvec-run"),
 ) -> None:
-    """Measure the vectors of chosen tasks in any model.
+    """Measure task vectors of chosen tasks in any model.
 
     Example: taskvec run --model gpt2 --tasks upper_case,en_fr --shots 5 --out gpt2
     """
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    _run(model, names, shots=shots, n=n, seed=seed, bos=bos, out=out)
+    with _errors_as_messages():
+        from transformer_lens_taskvec.experiment import run_experiment
+        from transformer_lens_taskvec.loading import load_model
+        from transformer_lens_taskvec.tasks import find_tasks
+
+        chosen = find_tasks(_names(tasks))
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise OSError(f"the folder {out} cannot be written to; choose another --out")
+        typer.echo(f"loading {model} ...")
+        result = run_experiment(
+            load_model(model),
+            chosen,
+            n_shots=shots,
+            n=n,
+            seed=seed,
+            template=_template(bos),
+            progress=True,
+        )
+        frame = result.to_frame()
+        typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
+        typer.echo("\naccuracy with each control in place of the task's vector:")
+        controls = result.comparison.table().reset_index()
+        typer.echo(controls.to_string(index=False) + "\n")
+        best = result.decodability.best_layer()
+        typer.echo(
+            f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
+            f"(chance {result.decodability.chance:.2f})"
+        )
+        from transformer_lens_taskvec.plots import experiment_figures, save_figures
+
+        for path in [*result.save(out), *save_figures(experiment_figures(result), out)]:
+            typer.echo(f"wrote {path}")
 
 
 @app.command()
 def tasks() -> None:
-    """List the tasks by family, with an example of each.
+    """List the tasks by family, each with an example.
 
     Example: taskvec tasks
     """
@@ -143,16 +173,16 @@ def study(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Sentences for 'pos' and 'prompting': a CoNLL-U file, or a Penn Treebank folder."
+            help="Sentences for 'pos' and 'prompting': a CoNLL-U file or a Penn Treebank folder."
         ),
     ] = None,
     checkpoints: Annotated[
-        str, typer.Option(help="For 'checkpoints': training steps or revisions, with commas.")
+        str, typer.Option(help="For 'checkpoints': comma-separated steps or revisions.")
     ] = "",
     samples: Annotated[
-        int, typer.Option(min=6, help="For 'finetune': training episodes; the paper's by default.")
+        int, typer.Option(min=6, help="For 'finetune': number of training episodes.")
     ] = 10_000,
-    quick: Annotated[bool, typer.Option("--quick", help="20 episodes a task, not 100.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="20 episodes per task, not 100.")] = False,
     seed: Seed = 0,
     bos: Bos = None,
 ) -> None:
@@ -161,36 +191,30 @@ def study(
     Example: taskvec study bitwise --model smollm2 --quick --out bitwise
     """
     with _errors_as_messages():
-        paths = _written_study(
-            kind,
-            model,
-            out,
-            data=data,
-            checkpoints=[part.strip() for part in checkpoints.split(",") if part.strip()],
-            samples=240 if quick else samples,
-            options={
-                "n": 20 if quick else 100,
-                "seed": seed,
-                "template": _template(bos),
-                "progress": True,
-            },
-        )
+        options = {
+            "n": 20 if quick else 100,
+            "seed": seed,
+            "template": _template(bos),
+            "progress": True,
+        }
+        steps = _names(checkpoints)
+        samples = 240 if quick else samples
+        paths = _write_study(kind, model, out, data, steps, samples, **options)
         typer.echo((out / "report.md").read_text())
         for path in paths:
             typer.echo(f"wrote {path}")
 
 
-def _written_study(
+def _write_study(
     kind: str,
     model: str,
     out: Path,
-    *,
     data: Path | None,
     checkpoints: list[str],
     samples: int,
-    options: dict[str, Any],
+    **options: Any,
 ) -> list[Path]:
-    """Load what the study needs, run it, and return the files that it wrote."""
+    """Load what the study needs, run it, and return the files written."""
     from transformer_lens_taskvec.loading import load_checkpoint, load_hf_model, load_model
     from transformer_lens_taskvec.paper import LoraSettings, runner
 
@@ -207,14 +231,14 @@ def _written_study(
         settings = LoraSettings(n_samples=samples)
         return runner.write_finetuning_study(hf_model, tokenizer, out, settings=settings, **options)
     if kind != "checkpoints":
-        raise ValueError(f"no study {kind!r}; there are {', '.join(STUDIES)}")
+        raise ValueError(f"no study {kind!r}; there are: {', '.join(STUDIES)}")
     steps: list[int | str] = [int(part) if part.isdigit() else part for part in checkpoints]
     shots = (1, 4, 10)
     if model == "toy":
         from transformer_lens_taskvec.lab import shipped_toy_run
 
         steps = steps or [*shipped_toy_run().steps]
-        shots = (1, 4, 8)  # it has seen eight demonstrations at most
+        shots = (1, 4, 8)  # it was trained on at most eight demonstrations
     return runner.write_checkpoint_study(
         model, steps, out, load=partial(load_checkpoint, model), shots=shots, **options
     )
@@ -222,16 +246,18 @@ def _written_study(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run is resumed.")],
     preset: Annotated[
         str,
         typer.Option(
             help="'small', 'paper' or 'toy'.", autocompletion=lambda: ["small", "paper", "toy"]
         ),
     ] = "small",
-    steps: Annotated[int | None, typer.Option(min=1, help="In place of the preset's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; the preset's by default.")
+    ] = None,
     seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="'cpu', 'cuda'; CUDA if there is any.")] = None,
+    device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; CUDA if available.")] = None,
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
 ) -> None:
@@ -247,14 +273,14 @@ def train(
         )
         typer.echo(repr(run))
         if preset != "toy":
-            typer.echo(f"look at it with: taskvec emergence {out}")
+            typer.echo(f"measure and draw it with: taskvec emergence {out}")
 
 
 @app.command()
 def emergence(
     run: Annotated[
         Path | None,
-        typer.Argument(help="Folder of a run of 'taskvec train'; by default one that comes along."),
+        typer.Argument(help="Folder of a run of 'taskvec train'; a built-in run by default."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for emergence.json and the figures.")] = Path(
         "taskvec-emergence"
@@ -262,7 +288,7 @@ def emergence(
     n: Annotated[int, typer.Option(min=11, help="Sequences per task.")] = 100,
     seed: Seed = 0,
 ) -> None:
-    """Measure and draw a run: errors, decodability, swaps, embeddings, pruned heads.
+    """Measure and draw a run: errors, decodability, swaps, embeddings, ablated heads.
 
     Example: taskvec emergence runs/small --out figures
     """
@@ -278,55 +304,15 @@ def emergence(
             typer.echo(f"wrote {path}")
 
 
+def _names(text: str) -> list[str]:
+    """Return the parts of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _template(bos: bool | None) -> PromptTemplate:
     from transformer_lens_taskvec.prompts import EXAMPLE_ARROW
 
     return replace(EXAMPLE_ARROW, bos=bos)
-
-
-def _run(
-    model: str,
-    names: tuple[str, ...] | list[str],
-    *,
-    shots: int,
-    n: int,
-    seed: int,
-    bos: bool | None,
-    out: Path,
-) -> None:
-    with _errors_as_messages():
-        from transformer_lens_taskvec.experiment import run_experiment
-        from transformer_lens_taskvec.loading import load_model
-        from transformer_lens_taskvec.tasks import find_tasks
-
-        chosen = find_tasks(names)
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise OSError(f"the folder {out} cannot be written to")
-        typer.echo(f"loading {model} ...")
-        result = run_experiment(
-            load_model(model),
-            chosen,
-            n_shots=shots,
-            n=n,
-            seed=seed,
-            template=_template(bos),
-            progress=True,
-        )
-        frame = result.to_frame()
-        typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
-        typer.echo("\naccuracy with something else in the place of the task's vector:")
-        others = result.comparison.table().reset_index()
-        typer.echo(others.to_string(index=False) + "\n")
-        best = result.decodability.best_layer()
-        typer.echo(
-            f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
-            f"(chance {result.decodability.chance:.2f})"
-        )
-        from transformer_lens_taskvec.plots import experiment_figures, save_figures
-
-        for path in [*result.save(out), *save_figures(experiment_figures(result), out)]:
-            typer.echo(f"wrote {path}")
 
 
 @contextmanager

@@ -1,19 +1,19 @@
 """Controls: vectors that should not do what a task vector does.
 
-An accuracy under injection is evidence for a task vector only next to what other vectors of the
-same size, from the same model and prompts, do in its place. Controls can be injected like any task
-vector, so they go into every function that takes vectors, at the price of a few more variants.
+An accuracy under injection is evidence for a task vector only next to the accuracy under other
+vectors of the same size, from the same model and prompts. A control is injected like any task
+vector, so every function that takes vectors takes controls.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,28 +21,27 @@ from transformer_lens_taskvec.activations import Source, collect, layer_index
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.models.tokens import known_bos_habit, note_bos_habit
-from transformer_lens_taskvec.prompts import AnyEpisode, Episode, shuffle_labels, zero_shot
+from transformer_lens_taskvec.prompts import Episode, shuffle_labels, zero_shot
 from transformer_lens_taskvec.vectors.base import Injectable
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 FROM_VECTORS = ("random", "other task", "mean")
-"""Controls that are made of the vectors alone."""
+"""Controls made from the vectors alone."""
 
-FROM_PROMPTS = ("shuffled labels", "zero-shot", "reinitialised")
-"""Controls that need the prompts, and passes over them."""
-
+FROM_PROMPTS: Mapping[str, int] = {"shuffled labels": 2, "zero-shot": 1, "reinitialised": 0}
+"""Controls that need passes over the prompts, and how many demonstrations each needs."""
 
 Extract = Callable[[Any, Sequence[Any]], Injectable]
-"""Makes vectors of a model and of episodes."""
+"""Makes vectors from a model and episodes."""
 
 
 @dataclass(frozen=True, repr=False)
 class ControlVectors:
-    """Vectors that take the place of others: injected where and as those are.
+    """Vectors that take the place of others, with the same interventions.
 
     Attributes:
-        vectors: What they are controls of.
-        values: ``[task, layer, d]``, or ``[task, layer, part, d]`` where the task is injected by
+        vectors: The vectors they are controls for.
+        values: ``[task, layer, d]``, or ``[task, layer, part, d]`` where injecting the task takes
             several interventions.
     """
 
@@ -56,16 +55,16 @@ class ControlVectors:
 
     @property
     def layers(self) -> Sequence[int | None]:
-        """The layers to choose from."""
+        """The layers they can be injected at."""
         return self.vectors.layers
 
     @property
     def source(self) -> Source:
-        """Where the vectors come from that these are controls of."""
+        """The source of ``vectors``."""
         return self.vectors.source
 
     def __getitem__(self, task: str) -> Float[Tensor, "layer *part d"]:
-        """The control's vectors of one task."""
+        """Return the control's vectors for one task."""
         return self.values[self.tasks.index(task)]
 
     def inject(
@@ -77,9 +76,9 @@ class ControlVectors:
         scale: float = 1.0,
         position: int | Sequence[int] | None = -1,
     ) -> list[Intervention]:
-        """The task's interventions with the control's vectors; as for ``Injectable``."""
+        """Return the task's interventions with the control's vectors; as for ``Injectable``."""
         found = self.vectors.inject(task, layer, mode=mode, scale=scale, position=position)
-        own = self[task][layer_index(self.layers, layer)].reshape(len(found), -1)
+        own = rearrange(self[task][layer_index(self.layers, layer)], "... d -> (...) d")
         return [replace(one, vector=vector) for one, vector in zip(found, own, strict=True)]
 
 
@@ -92,34 +91,34 @@ def control_vectors(
     extract: Extract | None = None,
     seed: int = 0,
 ) -> dict[str, Injectable]:
-    """Make vectors to compare task vectors with.
+    """Return vectors to compare task vectors with.
 
-    - ``random``: a random direction, as long as the task's vector;
-    - ``other task``: the vector of the task before it, of the last one for the first;
+    - ``random``: a random direction with the norm of the task's vector;
+    - ``other task``: the vector of the previous task in the list, of the last task for the first;
     - ``mean``: the mean over all tasks;
-    - ``shuffled labels``: the mean over the same prompts with each one's answers shuffled;
+    - ``shuffled labels``: the mean over the same prompts with the answers of each prompt shuffled;
     - ``zero-shot``: the mean over the same queries without demonstrations;
     - ``reinitialised``: the mean over the same prompts in a model whose weights are shuffled within
-      each matrix, as long as the task's vector.
+      each matrix, rescaled to the norm of the task's vector.
 
     Args:
         vectors: Task vectors, or anything else that can be injected.
         model: The model they come from; needed for the last three kinds.
-        episodes: The episodes they were made of; needed for the last three kinds.
-        kinds: Which controls; by default all that can be made of what is given: labels are shuffled
-            among two demonstrations or more.
-        extract: ``(model, episodes) -> vectors``, how these were made, for the last three kinds; by
-            default the mean activation of each task, :func:`task_vectors`.
+        episodes: The episodes they were made from; needed for the last three kinds.
+        kinds: Which controls; by default all that the arguments allow: shuffled labels take prompts
+            of two demonstrations or more.
+        extract: ``(model, episodes) -> vectors``, how ``vectors`` were made, for the last three
+            kinds; by default the mean activation of each task, :func:`task_vectors`.
         seed: Seed of directions, shuffles and weights.
 
     Returns:
         Vectors of the same tasks and layers, by kind, each an :class:`Injectable`.
 
     Raises:
-        ValueError: If a kind is unknown or needs a model and episodes that are not given, there is
-            one task only for ``other task`` or ``mean``, a task of the vectors has no episodes, an
-            episode has too few demonstrations for ``shuffled labels``, the vectors are injected by
-            something that has no vector, or function vectors come without ``extract``.
+        ValueError: If a kind is unknown or needs a model and episodes that are not given, ``other
+            task`` or ``mean`` is asked for with one task, a task has no episodes, an episode has
+            too few demonstrations for ``shuffled labels``, an intervention of ``vectors`` has no
+            vector, or function vectors come without ``extract``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -137,24 +136,22 @@ def control_vectors(
     known = (*FROM_VECTORS, *FROM_PROMPTS)
     given = model is not None and episodes is not None
     if kinds is None:
-        kinds = [*FROM_VECTORS, *(_possible(episodes) if given and episodes else ())]
+        fewest = min((episode.n_shots for episode in episodes or ()), default=-1) if given else -1
+        kinds = [*FROM_VECTORS, *(kind for kind, n in FROM_PROMPTS.items() if fewest >= n)]
     for kind in kinds:
         if kind not in known:
-            raise ValueError(f"no control {kind!r}; there are {', '.join(known)}")
+            raise ValueError(f"no control {kind!r}; there are: {', '.join(known)}")
         if kind in FROM_PROMPTS and not given:
             raise ValueError(f"the control {kind!r} needs model= and episodes=")
     if len(vectors.tasks) < 2 and {"other task", "mean"} & set(kinds):
-        raise ValueError("with one task only there is no other task, and the mean is its own")
+        raise ValueError(
+            "with one task only there is no other task and no mean to compare with; leave out "
+            "'other task' and 'mean', or give vectors of more tasks"
+        )
     extract = extract or _means_like(vectors)
     return {
         kind: _control(kind, vectors, model, list(episodes or ()), extract, seed) for kind in kinds
     }
-
-
-def _possible(episodes: Sequence[Episode]) -> list[str]:
-    """The controls from prompts that these prompts allow: labels to shuffle, shots to leave out."""
-    fewest = min(episode.n_shots for episode in episodes)
-    return [kind for kind, needed in zip(FROM_PROMPTS, (2, 1, 0), strict=True) if fewest >= needed]
 
 
 def _control(
@@ -165,10 +162,15 @@ def _control(
     extract: Extract,
     seed: int,
 ) -> Injectable:
+    missing = set(vectors.tasks) - {episode.task for episode in episodes}
+    if missing and kind in FROM_PROMPTS:
+        raise ValueError(
+            f"no episodes of {', '.join(sorted(missing))}, which vectors has; add some"
+        )
     if kind == "shuffled labels":
-        return _extracted(extract, model, shuffle_labels(episodes, seed), vectors)
+        return extract(model, shuffle_labels(episodes, seed))
     if kind == "zero-shot":
-        return _extracted(extract, model, zero_shot(episodes), vectors)
+        return extract(model, zero_shot(episodes))
     values = _values(vectors, vectors)
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -176,15 +178,16 @@ def _control(
     elif kind == "other task":
         values = values.roll(1, dims=0)
     elif kind == "mean":
-        values = repeat(values.mean(dim=0), "... -> task ...", task=len(values))
+        mean = reduce(values, "task ... -> ...", "mean")
+        values = repeat(mean, "... -> task ...", task=len(values))
     else:
-        found = _extracted(extract, _with_shuffled_weights(model, seed), episodes, vectors)
+        found = extract(_with_shuffled_weights(model, seed), episodes)
         values = _as_long_as(_values(found, vectors), values)
     return ControlVectors(vectors, values)
 
 
 def _values(vectors: Injectable, like: Injectable) -> Float[Tensor, "task layer *part d"]:
-    """What is injected for each task and layer of ``like``."""
+    """Return the vectors injected for each task and layer of ``like``."""
     rows = []
     for task in like.tasks:
         for layer in like.layers:
@@ -192,23 +195,22 @@ def _values(vectors: Injectable, like: Injectable) -> Float[Tensor, "task layer 
             known = [part for part in parts if part is not None]
             if len(known) < len(parts):
                 raise ValueError(
-                    f"{task} is injected at layer {layer} by something that has no vector, which "
-                    "has no control of that size"
+                    f"an intervention for {task} at layer {layer} has no vector, so there is no "
+                    "control of the same size; give vectors whose interventions all have one"
                 )
             rows.append(torch.stack(known) if len(known) > 1 else known[0])
-    n_tasks = len(like.tasks)
-    return rearrange(torch.stack(rows), "(task layer) ... -> task layer ...", task=n_tasks)
+    return rearrange(rows, "(task layer) ... -> task layer ...", task=len(like.tasks))
 
 
 def _means_like(vectors: Injectable) -> Extract:
-    """Extracts means as task vectors of this source are extracted."""
+    """Return a function that extracts means at the hook, layers and position of the vectors."""
     source = vectors.source
 
     def extract(model: Any, episodes: Sequence[Any]) -> Injectable:
         if source.heads:
             raise ValueError(
-                "these are function vectors; say how they are made, as in extract=lambda model, "
-                "episodes: function_vectors(model, episodes)"
+                "these are function vectors; say how they are made, for example "
+                "extract=lambda model, episodes: function_vectors(model, episodes)"
             )
         layers = [layer for layer in vectors.layers if layer is not None]
         return task_vectors(
@@ -216,15 +218,6 @@ def _means_like(vectors: Injectable) -> Extract:
         )
 
     return extract
-
-
-def _extracted(
-    extract: Extract, model: Any, episodes: Sequence[AnyEpisode], like: Injectable
-) -> Injectable:
-    missing = set(like.tasks) - {episode.task for episode in episodes}
-    if missing:
-        raise ValueError(f"no episodes of {', '.join(sorted(missing))}, which there are vectors of")
-    return extract(model, episodes)
 
 
 def _as_long_as(
@@ -236,7 +229,7 @@ def _as_long_as(
 
 
 def _with_shuffled_weights(model: Any, seed: int) -> Any:
-    """A copy of the model with the entries of every weight matrix shuffled."""
+    """Return a copy of the model with the entries of every weight matrix shuffled."""
     shuffled = copy.deepcopy(model)
     known = known_bos_habit(getattr(model, "tokenizer", None))
     note_bos_habit(getattr(shuffled, "tokenizer", None), known)
@@ -245,6 +238,6 @@ def _with_shuffled_weights(model: Any, seed: int) -> Any:
         for parameter in shuffled.parameters():
             if parameter.ndim > 1:
                 order = torch.randperm(parameter.numel(), generator=generator)
-                flat = parameter.flatten()[order.to(parameter.device)]
+                flat = rearrange(parameter, "... -> (...)")[order.to(parameter.device)]
                 parameter.copy_(flat.view_as(parameter))
     return shuffled

@@ -1,7 +1,7 @@
 """The main job in one call: extract task vectors, choose a layer, inject, and measure.
 
 Train episodes give the vectors, dev episodes the layer, test episodes the figures; no query of one
-set is a query of another. On the test episodes, controls are injected at the same layers beside the
+set is a query of another. On the test episodes, controls are injected at the same layers as the
 task vectors.
 """
 
@@ -42,7 +42,7 @@ class Experiment(Shown):
         icl: Test queries after demonstrations.
         injected: Test queries without demonstrations, each task's vector injected at its layer.
         controls: The same with each control in the vector's place, by kind.
-        layers: For each task the layer chosen on the dev episodes.
+        layers: The layer chosen for each task on the dev episodes.
         sweep: Accuracy by layer on the dev episodes.
         decodability: TD of the train episodes.
         activations: Activations of the train episodes.
@@ -51,14 +51,9 @@ class Experiment(Shown):
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> found = tv.run_experiment(model, tv.bitwise_tasks(null=False), n_shots=4, n=12)
-        >>> found.layers["XOR"], round(found.icl.accuracy, 1), round(found.injected.accuracy, 1)
-        (1, 1.0, 1.0)
-        >>> found.to_frame().columns.tolist()[:6]
-        ['task', 'zero_shot', 'icl', 'injected', 'low', 'high']
-        >>> list(found.controls)
-        ['random', 'other task', 'mean', 'shuffled labels', 'zero-shot', 'reinitialised']
+        >>> model, tasks = tv.load_model("toy"), tv.bitwise_tasks(null=False)
+        >>> tv.run_experiment(model, tasks, n_shots=4, n=12).layers["XOR"]
+        1
     """
 
     zero_shot: Scores
@@ -74,55 +69,44 @@ class Experiment(Shown):
 
     @property
     def comparison(self) -> Comparison:
-        """The task vectors against the model without them and against every control."""
+        """The task vectors compared with no injection and with every control."""
         return compare(self.injected, {"nothing injected": self.zero_shot, **self.controls})
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per task, on the test episodes.
+        """Return one row per task, on the test episodes.
 
-        Columns ``task, zero_shot, icl, injected`` (accuracies), ``low, high`` (Wilson's 95 %
+        Columns: ``task, zero_shot, icl, injected`` (accuracies), ``low, high`` (Wilson's 95 %
         interval of ``injected``), ``control`` and ``best_control`` (the accuracy of the control
-        that does best, and its kind), ``p`` (of the difference to it, or to nothing injected where
-        that does better, corrected for all tasks and controls), ``layer, n``, and for each metric
-        that was asked for ``zero_shot_NAME, icl_NAME, injected_NAME``.
+        that does best, and its kind), ``p`` (of the difference from that control, or from no
+        injection where that does better, corrected for all tasks and controls), ``layer, n``, and
+        ``zero_shot_NAME, icl_NAME, injected_NAME`` for each metric asked for.
         """
-        hardest = self.comparison.hardest().set_index("task")
         conditions = {"zero_shot": self.zero_shot, "icl": self.icl, "injected": self.injected}
-        rows = []
-        for task, layer in self.layers.items():
-            injected = self.injected.of(task)
-            low, high = injected.interval()
-            others = {kind: scores.of(task).accuracy for kind, scores in self.controls.items()}
-            best = max(others, key=others.__getitem__, default=None)
-            rows.append(
-                {
-                    "task": task,
-                    "zero_shot": self.zero_shot.of(task).accuracy,
-                    "icl": self.icl.of(task).accuracy,
-                    "injected": injected.accuracy,
-                    "low": low,
-                    "high": high,
-                    "control": None if best is None else others[best],
-                    "best_control": best,
-                    "p": float(hardest.p_holm[task]),
-                    "layer": layer,
-                    "n": len(injected),
-                    **{
-                        f"{condition}_{name}": of.of(task).mean(name)
-                        for name in injected.extra
-                        for condition, of in conditions.items()
-                    },
-                }
-            )
-        return pd.DataFrame(rows)
+        intervals = pd.DataFrame(
+            {task: self.injected.of(task).interval() for task in self.layers}, index=["low", "high"]
+        )
+        controls = pd.DataFrame({kind: of.by_task() for kind, of in self.controls.items()})
+        hardest = self.comparison.hardest().set_index("task")
+        columns = {
+            **{name: of.by_task() for name, of in conditions.items()},
+            **intervals.T,
+            "control": controls.max(axis=1),
+            "best_control": controls.idxmax(axis=1),
+            "p": hardest.p_holm,
+            "layer": self.layers,
+            "n": hardest.n,
+            **{
+                f"{condition}_{name}": of.by_task(name)
+                for name in self.injected.extra
+                for condition, of in conditions.items()
+            },
+        }
+        return pd.DataFrame(columns, index=[*self.layers]).rename_axis("task").reset_index()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the activations, as plain values."""
+        """Return everything except the activations, as plain values."""
         return {
-            "tasks": {
-                row["task"]: {key: value for key, value in row.items() if key != "task"}
-                for row in self.to_frame().to_dict(orient="records")
-            },
+            "tasks": self.to_frame().set_index("task").to_dict(orient="index"),
             "controls": json.loads(self.comparison.to_frame().to_json(orient="records")),
             "decodability": {
                 "scores": self.decodability.scores.tolist(),
@@ -149,14 +133,14 @@ class Experiment(Shown):
         """Write ``results.json`` and ``vectors.safetensors`` to a folder.
 
         Args:
-            folder: Created when it does not exist.
+            folder: Created if it does not exist.
 
         Returns:
             The files written; :func:`~transformer_lens_taskvec.plots.experiment_figures` draws the
-            figures that belong to them.
+            figures.
 
         Raises:
-            OSError: If the folder cannot be written to; then neither file is half-written.
+            OSError: If the folder cannot be written to; neither file is then left half-written.
         """
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
@@ -181,13 +165,13 @@ def run_experiment(
     k: int = 10,
     progress: bool = False,
 ) -> Experiment:
-    """Zero-shot, few-shot and injected accuracy, and decodability, of tasks on a model.
+    """Return zero-shot, few-shot and injected accuracy, and decodability, of tasks in a model.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
         tasks: At least two tasks.
         n_shots: Demonstrations in few-shot prompts.
-        n: Train, dev and test episodes per task, of each.
+        n: Episodes per task in each of the train, dev and test sets.
         seed: Seed of the sampling and the controls; the same seed gives the same results.
         template: How the episodes become text.
         metrics: Further metrics, as for :func:`evaluate_many`.
@@ -195,12 +179,9 @@ def run_experiment(
         k: Neighbours for the decodability.
         progress: Whether to show progress bars.
 
-    Returns:
-        The measurements.
-
     Raises:
-        ValueError: If a task is empty or cannot give so many shots, there are fewer than two
-            tasks, a number is out of range, or ``k`` is not less than the number of train episodes.
+        ValueError: If a task is empty or has too few examples for the shots, there are fewer than
+            two tasks, a number is out of range, or ``k`` is not below the number of train episodes.
 
     Example:
         >>> import transformer_lens_taskvec as tv

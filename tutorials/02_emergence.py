@@ -128,7 +128,7 @@ pd.DataFrame(found.swap_ratio[-1].double(), found.tasks, found.tasks).round(1)
 # %%
 episodes = lab.regression_episodes(run.config.mixture, n=30 if FAST else 100, seed=1)
 activations = tv.collect(run.model(), episodes)
-tv.plot_embedding(activations, tv.task_decodability(activations).best_layer, method="pca");
+tv.plot_embedding(activations, tv.task_decodability(activations).best_layer(), method="pca");
 
 # %% [markdown]
 # How does the encoding compare with theory? After a few points the basis is uncertain, and the exact

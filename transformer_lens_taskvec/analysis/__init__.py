@@ -1,4 +1,4 @@
-"""Analyses: one file each; a function that measures, and the result it returns."""
+"""Analyses, one per file: a function that measures, and the result it returns."""
 
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
 from transformer_lens_taskvec.analysis.decodability import (

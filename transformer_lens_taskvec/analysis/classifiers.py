@@ -1,8 +1,4 @@
-"""Ways to read the task off representations: what counts as decodable.
-
-Each scores every point, 1 where its task is read off rightly and 0 where not, the point itself
-left out.
-"""
+"""Leave-one-out classifiers that decode the task from representations."""
 
 from __future__ import annotations
 
@@ -10,15 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Method = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
-"""Scores every point: 1 where its task is read off rightly, 0 where not."""
+"""Scores every point: 1 where its task is decoded correctly from the other points, else 0."""
 
 
 def readout(method: str | Method, k: int) -> Method:
-    """The function of a method's name; a function as it is."""
+    """Return the method with a name, or the function that was given."""
     if callable(method):
         return method
     if method not in _METHODS:
@@ -27,7 +24,7 @@ def readout(method: str | Method, k: int) -> Method:
 
 
 def readout_name(method: str | Method) -> str:
-    """The name of a method, or of a function."""
+    """Return the name of a method or of a function."""
     return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
 
 
@@ -49,13 +46,13 @@ def _cosine(k: int) -> Method:
 def _centroid(_: int) -> Method:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         own = torch.nn.functional.one_hot(labels).to(points.dtype)
-        counts = own.sum(dim=0)
-        means = (own.T @ points) / counts[:, None]
-        distances = torch.cdist(points, means)
-        # Without the point its own mean is n / (n - 1) times as far from it; alone, nowhere.
+        counts = reduce(own, "point task -> task", "sum")
+        totals = einsum(own, points, "point task, point d -> task d")
+        distances = torch.cdist(points, totals / rearrange(counts, "task -> task 1"))
+        # Without the point its own mean is n / (n - 1) times as far from it; alone, it has no mean.
         without = (counts / (counts - 1))[labels]
-        to_own = (distances.gather(1, labels[:, None])[:, 0] * without).nan_to_num(torch.inf)
-        distances.scatter_(1, labels[:, None], to_own[:, None])
+        rows = torch.arange(len(labels))
+        distances[rows, labels] = (distances[rows, labels] * without).nan_to_num(torch.inf)
         return distances.argmin(dim=1) == labels
 
     return hits
@@ -85,8 +82,9 @@ def _divergence(k: int) -> Method:
     def scores(points: Tensor, labels: Tensor) -> Tensor:
         _, neighbours = distances(points).topk(k, dim=1, largest=False)
         n_classes = int(labels.max()) + 1
-        votes = (labels[neighbours] == labels[:, None]).sum(dim=1)
-        # One vote beside the neighbours', shared by all classes, keeps the logarithm finite.
+        same = labels[neighbours] == rearrange(labels, "point -> point 1")
+        votes = reduce(same.long(), "point k -> point", "sum")
+        # One more vote, shared by all classes, keeps the logarithm finite.
         share = (votes + 1 / n_classes) / (k + 1)
         return (share * n_classes).log() / math.log(n_classes)
 
@@ -104,15 +102,16 @@ WITH_NEIGHBOURS = ("knn", "cosine", "divergence")
 
 
 def distances(points: Float[Tensor, "point d"]) -> Float[Tensor, "point point"]:
-    """Euclidean distances, with every point infinitely far from itself.
+    """Return Euclidean distances, with every point infinitely far from itself.
 
-    Points at the same distance, such as equal ones, would be ordered by their place in the list,
-    that is by task; something random, a ten-millionth of the spread, orders them instead.
+    Points at the same distance, such as equal points, would be ordered by their place in the list,
+    that is by task; random noise of a ten-millionth of the spread orders them instead.
     """
-    # The mean is taken off first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
-    centred = (points - points.mean(dim=0)).double()
-    squares = centred.square().sum(dim=1)
-    squared = squares[:, None] + squares[None] - 2 * (centred @ centred.T)
+    # The mean is subtracted first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
+    centred = (points - reduce(points, "point d -> d", "mean")).double()
+    squares = reduce(centred.square(), "point d -> point", "sum")
+    products = einsum(centred, centred, "row d, column d -> row column")
+    squared = rearrange(squares, "row -> row 1") + squares - 2 * products
     chance = torch.rand(squared.shape, generator=torch.Generator().manual_seed(0)).double()
     apart = squared.clamp(min=0).sqrt() + chance * (1e-7 * squares.mean().sqrt() + 1e-30)
     return apart.fill_diagonal_(float("inf"))
@@ -121,8 +120,8 @@ def distances(points: Float[Tensor, "point d"]) -> Float[Tensor, "point point"]:
 def vote(
     voters: Int[Tensor, "*many point k"], nearest: Float[Tensor, "point k"], n_classes: int
 ) -> Int[Tensor, "*many point"]:
-    """The class with most votes; of tied ones the one whose voters are nearer in sum."""
-    # A vote weighs one, less a distance so small that it can only decide a tie.
+    """Return the class with most votes; of tied classes, that with the nearest voters in sum."""
+    # Each vote weighs one minus a distance so small that it can only break a tie.
     weights = 1 - nearest / (2 * nearest.sum(dim=1, keepdim=True).clamp(min=1e-30))
     scores = [(weights * (voters == one)).sum(dim=-1) for one in range(n_classes)]
     return torch.stack(scores, dim=-1).argmax(dim=-1)

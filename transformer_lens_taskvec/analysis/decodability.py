@@ -1,9 +1,9 @@
-"""Task decodability (TD): how well the task can be read off the representation.
+"""Task decodability (TD): how well the task can be decoded from the representation.
 
-All tasks' representations are pooled; each point, itself left out, is classified by the majority
-vote of its k nearest neighbours (Euclidean); TD of a task is the share of its points classified
-right (Han et al. 2025, section 4; N = 100 points a task, k = 10). It is computed at every layer.
-TD means something only over tasks whose inputs look alike.
+The representations of all tasks are pooled. Each point is classified by the majority vote of its k
+nearest neighbours (Euclidean, itself left out). The TD of a task is the share of its points
+classified correctly (Han et al. 2025, section 4; N = 100 points per task, k = 10), at every layer.
+TD is meaningful only over tasks whose inputs look alike.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval, cross_fitted_best
 from transformer_lens_taskvec.activations import Activations, layer_index
@@ -30,11 +31,8 @@ from transformer_lens_taskvec.analysis.classifiers import (
     vote,
 )
 
-if TYPE_CHECKING:
-    pass
-
 _AT_ONCE = 50
-"""Permutations at once."""
+"""Permutations classified in one go."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,23 +40,18 @@ class Decodability(Shown):
     """Task decodability by layer and task.
 
     Attributes:
-        hits: ``[layer, point]``, 1 where a point is classified right and 0 where not; what the
-            method gives where it is another.
+        hits: ``[layer, point]``, the method's score of each point: 1 where it is classified
+            correctly, else 0.
         activations: What it was computed from.
         k: The number of neighbours that vote.
-        method: ``"knn"``, another of the methods' names, or a function.
+        method: ``"knn"``, the name of another method, or a function.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> found = tv.task_decodability(tv.collect(model, episodes))
-        >>> found.scores.shape, found.best_layer()
-        (torch.Size([4, 6]), 1)
-        >>> round(found.chance, 2), round(found.held_out, 1)
-        (0.17, 1.0)
-        >>> found.interval(layer=1).shape  # [task, low and high]
-        torch.Size([6, 2])
+        >>> found = tv.task_decodability(tv.collect(tv.load_model("toy"), episodes))
+        >>> found.scores.shape, round(found.chance, 2)  # [layer, task]
+        (torch.Size([4, 6]), 0.17)
     """
 
     hits: Float[Tensor, "layer point"]
@@ -83,16 +76,16 @@ class Decodability(Shown):
 
     @property
     def scores(self) -> Float[Tensor, "layer task"]:
-        """``[layer, task]``, the share of the task's points classified right."""
+        """``[layer, task]``, the share of the task's points classified correctly."""
         return torch.stack([own.mean(dim=1) for own in self._by_task()], dim=1)
 
     @property
     def mean(self) -> Float[Tensor, " layer"]:
         """The mean over tasks, by layer."""
-        return self.scores.mean(dim=1)
+        return reduce(self.scores, "layer task -> layer", "mean")
 
     def best_layer(self, task: str | None = None) -> int:
-        """The layer with the highest TD of a task, or of the mean over tasks; the first of several.
+        """Return the first layer with the highest TD of a task, or of the mean over tasks.
 
         Raises:
             ValueError: If there is no such task.
@@ -104,24 +97,24 @@ class Decodability(Shown):
 
     @property
     def held_out(self) -> float:
-        """The mean TD of the best layer, on points that the layer was not chosen on.
+        """The mean TD at the best layer, on points that the layer was not chosen on.
 
-        The highest of many layers is too high by chance; here every other point of each task
-        chooses the layer, and the rest are counted there, and the other way round.
+        The highest TD of many layers is biased upwards. Here half the points of each task choose
+        the layer and TD is measured on the other half; then the halves swap.
         """
         return float(cross_fitted_best(self.hits, self.activations.labels))
 
     @property
     def chance(self) -> float:
-        """What a method that ignores the representation is expected to score."""
+        """The expected score of a method that ignores the representation."""
         return 0.0 if self.method == "divergence" else 1 / len(self.tasks)
 
     def pairwise(self, layer: int) -> Float[Tensor, "task task"]:
-        """TD of each pair of tasks alone, at one layer (the paper's Figure 23).
+        """Return the TD of each pair of tasks alone, at one layer (the paper's Figure 23).
 
         Returns:
-            ``[task, task]``: row i, column j is the share of task i's points that are told from
-            task j's; the diagonal is NaN.
+            ``[task, task]``: row i, column j is the share of task i's points classified correctly
+            against task j's; the diagonal is NaN.
 
         Raises:
             ValueError: If the layer was not collected, or a pair has k points or fewer.
@@ -140,13 +133,13 @@ class Decodability(Shown):
         return matrix
 
     def null(self, n_permutations: int = 1_000, seed: int = 0) -> DecodabilityNull:
-        """The mean TD that labels without meaning would have, at every layer.
+        """Return the distribution of mean TD under permuted labels, at every layer.
 
-        Labels are permuted over the points, the same way at every layer. With nearest neighbours
-        those stay, so that no distance is computed anew; other methods are run again each time.
+        The permutations are the same at every layer. With ``"knn"`` the neighbours are computed
+        once; other methods run again for each permutation.
 
         Args:
-            n_permutations: How often.
+            n_permutations: The number of permutations.
             seed: Seed of the permutations.
 
         Returns:
@@ -156,19 +149,19 @@ class Decodability(Shown):
         labels, n_classes = self.activations.labels, len(self.tasks)
         orders = [torch.randperm(len(labels), generator=generator) for _ in range(n_permutations)]
         permuted = labels[torch.stack(orders)]
-        means = torch.empty(n_permutations, len(self.layers))
+        own = [permuted == task for task in range(n_classes)]
+        means = []
         for index in range(len(self.layers)):
             points = _flat(self.activations.values[:, index])
-            for start, hits in self._of_permuted(points, permuted):
-                some = permuted[start : start + len(hits)]
-                per_task = [_share(hits, some == task) for task in range(n_classes)]
-                means[start : start + len(hits), index] = torch.stack(per_task).mean(dim=0)
-        return DecodabilityNull(self.mean, means, self.layers)
+            hits = torch.cat([*self._of_permuted(points, permuted)])
+            shares = [(hits * one).sum(dim=1) / one.sum(dim=1) for one in own]
+            means.append(torch.stack(shares).mean(dim=0))
+        return DecodabilityNull(self.mean, torch.stack(means, dim=1), self.layers)
 
     def interval(
         self, layer: int, confidence: float = 0.95, n_resamples: int = 2_000, seed: int = 0
     ) -> Float[Tensor, "task 2"]:
-        """Each task's interval at a layer, by a bootstrap over its points; neighbours stay.
+        """Return each task's interval at a layer, by a bootstrap over its points' scores.
 
         Raises:
             ValueError: If the layer was not collected.
@@ -177,27 +170,15 @@ class Decodability(Shown):
         return self._intervals(confidence, n_resamples, seed)[at]
 
     def at(self, layer: int) -> Float[Tensor, " task"]:
-        """The scores at one layer, by its number in the model."""
+        """Return the scores at one layer."""
         return self.scores[layer_index(self.layers, layer)]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer and task: ``layer, task, td, low, high, n, k``, a 95 % interval."""
-        scores, intervals, n = self.scores.tolist(), self._intervals().tolist(), self.n.tolist()
-        return pd.DataFrame(
-            [
-                {
-                    "layer": layer,
-                    "task": task,
-                    "td": scores[row][column],
-                    "low": intervals[row][column][0],
-                    "high": intervals[row][column][1],
-                    "n": n[column],
-                    "k": self.k,
-                }
-                for row, layer in enumerate(self.layers)
-                for column, task in enumerate(self.tasks)
-            ]
-        )
+        """Return one row per layer and task: ``layer, task, td, low, high`` (95 %), ``n, k``."""
+        low, high = rearrange(self._intervals(), "layer task end -> end layer task")
+        columns = {"td": self.scores, "low": low, "high": high, "n": self.n}
+        frame = grid_frame({"layer": self.layers, "task": self.tasks}, columns)
+        return frame.assign(k=self.k)
 
     def _by_task(self) -> list[Float[Tensor, "layer point"]]:
         labels = self.activations.labels
@@ -211,18 +192,15 @@ class Decodability(Shown):
 
     def _of_permuted(
         self, points: Float[Tensor, "point d"], permuted: Int[Tensor, "permutation point"]
-    ) -> Iterator[tuple[int, Float[Tensor, "some point"]]]:
-        """Hits under permuted labels, some permutations at a time, with where they begin."""
+    ) -> Iterator[Float[Tensor, "some point"]]:
+        """Yield the hits under permuted labels, some permutations at a time."""
         if self.method != "knn":
             method = readout(self.method, self.k)
-            for start, labels in enumerate(permuted):
-                yield start, method(points, labels).float()[None]
+            yield torch.stack([method(points, labels).float() for labels in permuted])
             return
         nearest, neighbours = distances(points).topk(self.k, dim=1, largest=False)
-        small = permuted.to(torch.int8)
-        for start in range(0, len(small), _AT_ONCE):
-            some = small[start : start + _AT_ONCE]
-            yield start, (vote(some[:, neighbours], nearest, len(self.tasks)) == some).float()
+        for some in permuted.to(torch.int8).split(_AT_ONCE):
+            yield (vote(some[:, neighbours], nearest, len(self.tasks)) == some).float()
 
     def __repr__(self) -> str:
         best = self.best_layer()
@@ -230,7 +208,7 @@ class Decodability(Shown):
             f"{task} {score:.2f}"
             for task, score in zip(self.tasks, self.at(best).tolist(), strict=True)
         )
-        how = f"k={self.k}" if self.method == "knn" else f"{readout_name(self.method)}"
+        how = f"k={self.k}" if self.method == "knn" else readout_name(self.method)
         return (
             f"Decodability(best layer {best}: mean {float(self.mean.max()):.3f}, "
             f"{self.held_out:.3f} on points it was not chosen on "
@@ -240,18 +218,18 @@ class Decodability(Shown):
 
 @dataclass(frozen=True, repr=False)
 class DecodabilityNull(Shown):
-    """TD beside what it would be if the labels meant nothing.
+    """TD next to its distribution under permuted labels.
 
     Attributes:
-        observed: Mean TD, ``[layer]``.
-        permuted: Mean TD under permuted labels, ``[permutation, layer]``.
+        observed: ``[layer]``, mean TD.
+        permuted: ``[permutation, layer]``, mean TD under permuted labels.
         layers: The layers, counted from 0.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> null = tv.task_decodability(tv.collect(model, episodes)).null(n_permutations=99)
+        >>> activations = tv.collect(tv.load_model("toy"), episodes)
+        >>> null = tv.task_decodability(activations).null(n_permutations=99)
         >>> null.p_value, null.band().shape
         (0.01, torch.Size([2, 4]))
     """
@@ -262,33 +240,33 @@ class DecodabilityNull(Shown):
 
     @property
     def p_values(self) -> Float[Tensor, " layer"]:
-        """At each layer by itself, the share of permutations with as high a TD, and one more."""
+        """``[layer]``, p-values without correction for the number of layers."""
         as_high = (self.permuted >= self.observed).sum(dim=0)
         return (1 + as_high) / (1 + len(self.permuted))
 
     @property
     def p_value(self) -> float:
-        """Of the highest TD over layers: each permutation's highest is what it is held against."""
-        higher = int((self.permuted.max(dim=1).values >= self.observed.max()).sum())
+        """The p-value of the highest TD over layers, against each permutation's highest."""
+        highest = reduce(self.permuted, "permutation layer -> permutation", "max")
+        higher = int((highest >= self.observed.max()).sum())
         return (1 + higher) / (1 + len(self.permuted))
 
     def band(self, confidence: float = 0.95) -> Float[Tensor, "2 layer"]:
-        """Where TD lies at each layer if labels mean nothing."""
+        """Return the ends of the interval of TD under permuted labels, at each layer."""
         tail = (1 - confidence) / 2
         return torch.quantile(self.permuted, torch.tensor([tail, 1 - tail]), dim=0)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer: ``layer, td, null, null_low, null_high, p``, a 95 % band."""
+        """Return one row per layer: ``layer, td, null, null_low, null_high`` (95 %), ``p``."""
         low, high = self.band()
         columns = {
-            "layer": torch.tensor(self.layers),
             "td": self.observed,
-            "null": self.permuted.mean(dim=0),
+            "null": reduce(self.permuted, "permutation layer -> layer", "mean"),
             "null_low": low,
             "null_high": high,
             "p": self.p_values,
         }
-        return pd.DataFrame({name: values.tolist() for name, values in columns.items()})
+        return grid_frame({"layer": self.layers}, columns)
 
     def __repr__(self) -> str:
         best = int(self.observed.argmax())
@@ -303,30 +281,27 @@ class DecodabilityNull(Shown):
 def task_decodability(
     activations: Activations, k: int = 10, *, method: str | Method = "knn"
 ) -> Decodability:
-    """How well the task can be read off the activations, by layer and task.
+    """Return how well the task can be decoded from the activations, by layer and task.
 
-    - ``"knn"``: leave-one-out vote of the k nearest neighbours, the paper's. A tied vote goes to
-      the tied class whose neighbours are nearer: the one with the smaller sum of distances.
+    - ``"knn"``: the paper's leave-one-out vote of the k nearest neighbours. A tie goes to the class
+      whose neighbours are nearer: the one with the smaller sum of distances.
     - ``"cosine"``: the same with neighbours by angle.
     - ``"centroid"``: the class with the nearest mean, the point itself left out of its own.
     - ``"linear"``: a ridge classifier on standardised activations, in five-fold cross-validation,
       its regularisation chosen within each fold (extra ``probe``).
-    - ``"divergence"``: an f-divergence in the place of accuracy (the paper's Definition B.3): the
-      Jensen-Shannon divergence between the tasks' distributions, over the logarithm of their
-      number, so that 0 is nothing and 1 all. Estimated, from below, by the neighbours' shares.
-    - A function of yours: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for right.
+    - ``"divergence"``: an f-divergence in place of accuracy (the paper's Definition B.3): the
+      Jensen-Shannon divergence between the tasks' distributions, divided by the logarithm of their
+      number to lie between 0 and 1; a lower bound, estimated from the neighbours' labels.
+    - Your own function: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for correct.
 
     Args:
-        activations: ``[example, layer, d_model]`` of at least two tasks, about 100 a task.
+        activations: ``[example, layer, d_model]`` of at least two tasks, about 100 per task.
         k: The number of neighbours.
-        method: How to tell tasks apart.
-
-    Returns:
-        The scores, ``[layer, task]``.
+        method: How to classify the points.
 
     Raises:
-        ValueError: If there is one task only, no such method, or ``k`` is not between 1 and the
-            number of points less one.
+        ValueError: If there is only one task, the method is unknown, or ``k`` is not between 1 and
+            the number of points minus one.
         ImportError: If ``"linear"`` is asked for and scikit-learn is not installed.
 
     Example:
@@ -342,7 +317,7 @@ def task_decodability(
     labels = activations.labels
     if len(activations.tasks) < 2:
         raise ValueError(
-            f"decodability needs two tasks or more to tell apart; got {list(activations.tasks)}"
+            f"decodability takes two tasks or more to tell apart; got {list(activations.tasks)}"
         )
     _check_k(k, len(labels))
     of_points = readout(method, k)
@@ -360,18 +335,18 @@ def decodability_sensitivity(
     layer: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Mean TD under other numbers of neighbours, numbers of points, and methods.
+    """Return mean TD for several numbers of neighbours, numbers of points, and methods.
 
     Args:
         activations: As for :func:`task_decodability`.
         ks: Numbers of neighbours, for the methods that have neighbours.
-        ns: Points a task, drawn without replacement; by default a quarter, a half and all.
+        ns: Points per task, drawn without replacement; by default a quarter, a half and all.
         methods: As for :func:`task_decodability`.
-        layer: The layer; by default the best of the plain TD.
+        layer: The layer; by default the best for ``"knn"``.
         seed: Seed of the draws.
 
     Returns:
-        One row a method, k and n: ``method, k, n, layer, td, chance``.
+        One row per method, k and n: ``method, k, n, layer, td, chance``.
 
     Raises:
         ValueError: As for :func:`task_decodability`, or if a task has fewer points than asked for.
@@ -413,13 +388,13 @@ def decodability_sensitivity(
 
 
 def _drawn(activations: Activations, layer: int, n: int, seed: int) -> Activations:
-    """One layer of n points a task."""
+    """Return one layer of n points per task."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(activations), generator=generator)
     rows = torch.cat(
         [order[activations.labels[order] == task][:n] for task in range(len(activations.tasks))]
     )
-    values = activations.at(layer)[rows][:, None]
+    values = rearrange(activations.at(layer)[rows], "point ... -> point 1 ...")
     return replace(activations, values=values, labels=activations.labels[rows], layers=(layer,))
 
 
@@ -432,8 +407,4 @@ def _check_k(k: int, n_points: int) -> None:
 
 
 def _flat(points: Tensor) -> Float[Tensor, "point d"]:
-    return points.flatten(start_dim=1).float()
-
-
-def _share(hits: Float[Tensor, "many point"], own: Tensor) -> Float[Tensor, " many"]:
-    return (hits * own).sum(dim=1) / own.sum(dim=1)
+    return rearrange(points, "point ... -> point (...)").float()

@@ -1,4 +1,4 @@
-"""What each task's vector does to the episodes of each task (Han et al. 2025, Figure 7)."""
+"""The effect of each task's vector on the episodes of each task (Han et al. 2025, Figure 7)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
@@ -29,11 +31,11 @@ from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
 
 @dataclass(frozen=True, repr=False)
 class PerturbationMatrix(Shown):
-    """What each task's vector does to the episodes of each task (the paper's Figure 7).
+    """The effect of each task's vector on the episodes of each task (the paper's Figure 7).
 
     Attributes:
-        deltas: By metric ``[source, target]``, its mean change in the source task's episodes when
-            the target task's vector is injected: ``correct``, ``loss``, and what was asked for.
+        deltas: For each metric ``[source, target]``, its mean change in the source task's episodes
+            when the target task's vector is injected: ``correct``, ``loss``, and those asked for.
         loss_interval: ``[source, target, 2]``, the 95 % interval of ``delta_loss`` by a bootstrap.
         sources: The tasks of the episodes.
         targets: The tasks of the vectors.
@@ -46,9 +48,7 @@ class PerturbationMatrix(Shown):
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> matrix = tv.perturbation_matrix(model, episodes, vectors, layer=1)
-        >>> matrix.delta_loss.shape
-        torch.Size([6, 6])
-        >>> matrix.conditional_decoding > 5  # nats: the answers hang on the right vector
+        >>> matrix.conditional_decoding > 5  # nats: the answers depend on the right vector
         True
     """
 
@@ -61,7 +61,7 @@ class PerturbationMatrix(Shown):
 
     @property
     def delta_loss(self) -> Float[Tensor, "source target"]:
-        """``[source, target]``, the change in the mean loss, of the kind ``baseline.loss_kind``."""
+        """``[source, target]``, the change in mean loss, of the kind ``baseline.loss_kind``."""
         return self.deltas["loss"]
 
     @property
@@ -71,18 +71,18 @@ class PerturbationMatrix(Shown):
 
     @property
     def conditional_decoding(self) -> float:
-        """Mean change in loss off the diagonal less the mean on it.
+        """The mean change in loss off the diagonal minus the mean on it.
 
-        It tells how far the answers depend on the vector being the right one.
+        It measures how far the answers depend on the vector being the right one.
         """
         own = torch.tensor([[s == t for t in self.targets] for s in self.sources])
         return float(self.delta_loss[~own].mean() - self.delta_loss[own].mean())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per source and target: ``source, target, delta_loss, low, high``, the rest.
+        """Return one row per source and target: ``source, target, delta_loss, low, high`` ...
 
-        ``low`` and ``high`` are ``loss_interval``; then ``delta_accuracy``, and a column
-        ``delta_...`` for each metric that was asked for.
+        ``low`` and ``high`` are ``loss_interval``. Then ``delta_accuracy``, and ``delta_NAME`` for
+        each metric asked for.
         """
         columns = {
             "delta_loss": self.delta_loss,
@@ -91,9 +91,7 @@ class PerturbationMatrix(Shown):
             "delta_accuracy": self.delta_accuracy,
             **{f"delta_{name}": self.deltas[name] for name in self.baseline.extra},
         }
-        index = pd.MultiIndex.from_product([self.sources, self.targets], names=["source", "target"])
-        flat = {name: values.flatten().tolist() for name, values in columns.items()}
-        return pd.DataFrame(flat, index=index).reset_index()
+        return grid_frame({"source": self.sources, "target": self.targets}, columns)
 
     def __repr__(self) -> str:
         return (
@@ -116,25 +114,22 @@ def perturbation_matrix(
     stop: str | None = None,
     max_tokens: int | None = None,
 ) -> PerturbationMatrix:
-    """Inject every task's vector into the episodes of every task (Han et al. 2025, Figure 7).
+    """Return the effect of every task's vector on every task (Han et al. 2025, Figure 7).
 
     Args:
         model: The model that the vectors come from.
-        episodes: Usually few-shot ones.
+        episodes: Usually few-shot episodes.
         vectors: Task vectors, or anything else that can be injected; their tasks are the columns.
         layer: The layer, counted from 0.
-        mode: As for :func:`inject`; by default the vectors' own.
+        mode: As for :func:`inject`; the vectors' own by default.
         scale: As for :func:`inject`.
         position: As for :func:`inject`.
         metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
 
-    Returns:
-        Changes in loss and accuracy, ``[source task, target vector]``.
-
     Raises:
-        ValueError: If there is no such layer, or the vectors are another model's.
+        ValueError: If there is no such layer, or the vectors come from another model.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -163,37 +158,28 @@ def matrix_of_edits(
     episodes: Sequence[AnyEpisode],
     edits: Mapping[str, Variant],
     layer: int | None,
-    *,
-    metrics: Iterable[str | Metric] = (),
-    stop: str | None = None,
-    max_tokens: int | None = None,
+    **options: Any,
 ) -> PerturbationMatrix:
     """Return a perturbation matrix of any edits, one column each.
 
     Args:
         model: Any model with TransformerLens' hook API.
         episodes: The episodes; their tasks are the rows.
-        edits: For each target the interventions that stand for it.
-        layer: The layer they act in, for the record.
-        metrics: As for :func:`evaluate_many`.
-        stop: As for :func:`evaluate`.
-        max_tokens: As for :func:`evaluate`.
+        edits: The interventions of each target, by its name.
+        layer: The layer they act on, to be recorded in the result.
+        **options: As for :func:`evaluate_many`.
     """
-    before, *after = evaluate_many(
-        model,
-        episodes,
-        [[], *edits.values()],
-        metrics=metrics,
-        stop=stop,
-        max_tokens=max_tokens,
-    )
+    before, *after = evaluate_many(model, episodes, [[], *edits.values()], **options)
     changes = {
         name: values.double() - before.metrics[name].double()
         for name, values in stack(after).items()
     }
     own = [before.labels == index for index in range(len(before.tasks))]
     return PerturbationMatrix(
-        {name: mean_by_task(values, before).T for name, values in changes.items()},
+        {
+            name: rearrange(mean_by_task(values, before), "target source -> source target")
+            for name, values in changes.items()
+        },
         torch.stack([bootstrap_interval(changes["loss"][:, rows]) for rows in own]),
         before.tasks,
         tuple(edits),

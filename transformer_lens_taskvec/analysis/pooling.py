@@ -1,4 +1,4 @@
-"""Pooled representations: the mean input embedding of a prompt, where only its words count."""
+"""Pooled representations: the mean input embedding of a prompt, which ignores word order."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from transformer_lens_taskvec.prompts import AnyEpisode
 
 
 def input_embeddings(model: Any, episodes: Sequence[AnyEpisode]) -> Activations:
-    """Return the mean over each prompt's tokens of what goes into the first block.
+    """Return the mean over each prompt's tokens of the input to the first block.
 
-    It holds the prompt's words and not their order.
+    It depends on the prompt's words and not on their order.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
         episodes: The episodes; their order is kept.
 
     Returns:
-        ``[example, 1, d_model]``, under layer 0.
+        ``[example, 1, d_model]``, recorded as layer 0.
 
     Example:
         >>> import transformer_lens_taskvec as tv

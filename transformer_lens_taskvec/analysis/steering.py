@@ -1,4 +1,4 @@
-"""What the right task's vector and the Null vector do to accuracy (Han et al. 2025, Figure 20)."""
+"""Accuracy under the right task's vector and under Null's (Han et al. 2025, Figure 20)."""
 
 from __future__ import annotations
 
@@ -20,22 +20,18 @@ from transformer_lens_taskvec.vectors.base import Injectable, check_tasks, check
 
 @dataclass(frozen=True, repr=False)
 class SteeringEffect(Shown):
-    """Accuracy unperturbed, with the right task's vector, and with Null's (the paper's Figure 20).
+    """Scores unperturbed, with the right task's vector, and with Null's (the paper's Figure 20).
 
     Attributes:
-        unperturbed: ``[example]`` scores of the model as it is.
+        unperturbed: Nothing injected.
         positive: The right task's vector injected.
         negative: The Null task's vector injected.
         layer: The layer of the injection.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> four_shot = tv.sample_episodes(tv.bitwise_tasks(), 10, 4, seed=0)
-        >>> one_shot = tv.sample_episodes(tv.bitwise_tasks(), 10, 1, seed=1)
-        >>> vectors = tv.task_vectors(tv.collect(model, four_shot))
-        >>> effect = tv.steering_effect(model, one_shot, vectors, layer=1)
-        >>> effect.positive.of("XOR").accuracy > effect.negative.of("XOR").accuracy
+        >>> study = tv.paper.run_study(tv.load_model("toy"), tv.bitwise_tasks(), shots=(1, 4), n=12)
+        >>> study.steering[1].positive.accuracy > study.steering[1].negative.accuracy
         True
     """
 
@@ -50,10 +46,10 @@ class SteeringEffect(Shown):
         return self.unperturbed.tasks
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per task: ``task, unperturbed, positive, negative, n``.
+        """Return one row per task: ``task, unperturbed, positive, negative, n``.
 
-        Next to each accuracy stand ``..._low`` and ``..._high``, Wilson's 95 % interval, and
-        ``..._NAME`` for each metric that was asked for.
+        Each accuracy is followed by ``..._low`` and ``..._high``, Wilson's 95 % interval, and
+        ``..._NAME`` for each metric asked for.
         """
         rows = []
         for task in self.tasks:
@@ -88,22 +84,19 @@ def steering_effect(
     stop: str | None = None,
     max_tokens: int | None = None,
 ) -> SteeringEffect:
-    """Accuracy unperturbed, with the right task's mean, and with Null's (the paper's Figure 20).
+    """Return scores unperturbed, with the right task's vector, and with Null's.
 
     Args:
         model: The model that the vectors come from.
         episodes: Episodes of tasks that have vectors.
-        vectors: Task vectors, or anything else that can be injected, Null's among them.
+        vectors: Task vectors, or anything else that can be injected, including Null's.
         layer: The layer, counted from 0.
-        null: The name of the task whose vector carries no task.
-        mode: As for :func:`inject`; by default the vectors' own.
+        null: The task whose vector carries no task.
+        mode: As for :func:`inject`; the vectors' own by default.
         scale: As for :func:`inject`.
         metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
-
-    Returns:
-        The three scores of every episode.
 
     Raises:
         ValueError: If a task or ``null`` has no vector, or there is no such layer.
@@ -135,13 +128,13 @@ def steering_variants(
     mode: Mode | None = None,
     scale: float = 1.0,
 ) -> Callable[[str], list[Variant]]:
-    """For each task no intervention, the positive and the negative: its own vector, and Null's.
+    """Return a function of the task: no intervention, its own vector, and Null's vector.
 
     Raises:
         ValueError: If ``null`` has no vector.
     """
     if null not in vectors.tasks:
-        raise ValueError(f"no vector for {null}; the vectors are of: {', '.join(vectors.tasks)}")
+        raise ValueError(f"no vector for {null}; there are vectors for: {', '.join(vectors.tasks)}")
 
     def variants_of(task: str) -> list[Variant]:
         injected = [vectors.inject(name, layer, mode=mode, scale=scale) for name in (task, null)]

@@ -1,6 +1,6 @@
 """Layer sweeps: each task's own vector injected at one layer at a time.
 
-All layers, scales and controls are variants of the same pass.
+All layers, scales and controls share one pass over the prompts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import cross_fitted_best, wilson_interval
@@ -32,22 +33,18 @@ class LayerSweep(Shown):
     """Scores with each task's own vector injected, by layer.
 
     Attributes:
-        metrics: By name ``[scale, layer, example]``: ``correct``, ``loss``, and what was asked for.
+        metrics: By name ``[scale, layer, example]``: ``correct``, ``loss``, and those asked for.
         baseline: The same episodes without intervention.
         layers: The layers, counted from 0.
-        scales: What the vectors were multiplied with.
+        scales: The factors that multiply the vectors.
         controls: The same sweep, at the first scale, with each control in the vectors' place.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> sweep = tv.layer_sweep(model, tv.zero_shot(episodes), vectors)
+        >>> model, tasks = tv.load_model("toy"), tv.bitwise_tasks(null=False)
+        >>> sweep = tv.run_experiment(model, tasks, n_shots=4, n=12).sweep
         >>> sweep.accuracy.shape, sweep.best_layer("XOR")
         (torch.Size([4, 6]), 1)
-        >>> sweep.at(1)[sweep.tasks.index("XOR")]
-        tensor(1., dtype=torch.float64)
     """
 
     metrics: Mapping[str, Shaped[Tensor, "scale layer example"]]
@@ -87,7 +84,7 @@ class LayerSweep(Shown):
         return mean_by_task(self.baseline.correct, self.baseline)
 
     def mean(self, metric: str) -> Float[Tensor, "layer task"]:
-        """``[layer, task]`` mean of a metric, at the first scale.
+        """Return ``[layer, task]``, the mean of a metric at the first scale.
 
         Raises:
             KeyError: If it was not measured.
@@ -97,7 +94,7 @@ class LayerSweep(Shown):
         return mean_by_task(self.metrics[metric][0], self.baseline)
 
     def scores_at(self, layer: int | None) -> Scores:
-        """The scores of every episode at one layer and the first scale.
+        """Return the scores of every episode at one layer and the first scale.
 
         Raises:
             ValueError: If the layer is not in the sweep.
@@ -107,10 +104,10 @@ class LayerSweep(Shown):
         return replace(self.baseline, metrics=metrics)
 
     def at_scale(self, scale: float) -> LayerSweep:
-        """The sweep of one scale alone.
+        """Return the sweep at one scale.
 
         Raises:
-            ValueError: If it was not among the scales.
+            ValueError: If the scale is not in the sweep.
         """
         if scale not in self.scales:
             raise ValueError(f"scale {scale} is not among the scales {list(self.scales)}")
@@ -119,10 +116,10 @@ class LayerSweep(Shown):
         return replace(self, metrics=metrics, scales=(scale,))
 
     def best_layer(self, task: str | None = None) -> int | None:
-        """The layer with the highest accuracy of a task, or of the mean over tasks.
+        """Return the layer with the highest accuracy of a task, or of the mean over tasks.
 
-        Of layers with the same accuracy, the one with the lowest loss. Report the accuracy there
-        on other episodes than those the layer was chosen on.
+        Ties go to the layer with the lowest loss. Report the accuracy there on other episodes than
+        those the layer was chosen on.
 
         Raises:
             ValueError: If there is no such task.
@@ -130,8 +127,8 @@ class LayerSweep(Shown):
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} in this sweep; there are: {', '.join(self.tasks)}")
         columns = slice(None) if task is None else [self.tasks.index(task)]
-        accuracy = self.accuracy[:, columns].mean(dim=1)
-        loss = self.mean_loss[:, columns].mean(dim=1)
+        accuracy = reduce(self.accuracy[:, columns], "layer task -> layer", "mean")
+        loss = reduce(self.mean_loss[:, columns], "layer task -> layer", "mean")
         best = accuracy == accuracy.max()
         return self.layers[int(loss.masked_fill(~best, float("inf")).argmin())]
 
@@ -139,14 +136,13 @@ class LayerSweep(Shown):
     def held_out(self) -> float:
         """The mean accuracy at the best layer of the first scale, on other episodes.
 
-        Every other episode of each task chooses the layer, the rest are counted there, and the
-        other way round.
+        Half the episodes of each task choose the layer and accuracy is measured on the other half;
+        then the halves swap.
         """
-        correct = self.correct[0].float()
-        return float(cross_fitted_best(correct, self.baseline.labels))
+        return float(cross_fitted_best(self.correct[0].float(), self.baseline.labels))
 
     def at(self, layer: int | None) -> Float[Tensor, " task"]:
-        """The accuracy of each task at one layer, by its number in the model.
+        """Return the accuracy of each task at one layer and the first scale.
 
         Raises:
             ValueError: If the layer is not in the sweep.
@@ -154,11 +150,11 @@ class LayerSweep(Shown):
         return self.accuracy[layer_index(self.layers, layer)]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per scale, layer and task, next to the score without intervention.
+        """Return one row per scale, layer and task, next to the score without intervention.
 
-        ``low`` and ``high`` are Wilson's 95 % interval of the accuracy. Every metric has its mean
-        in a column, and its baseline in ``baseline_...``; where there are controls, each has its
-        accuracy in a column ``control: ...``.
+        A column holds the mean of each metric, and ``baseline_NAME`` its baseline; ``low`` and
+        ``high`` are Wilson's 95 % interval of the accuracy, and ``control: NAME`` is the accuracy
+        of each control.
         """
         sizes = torch.bincount(self.baseline.labels, minlength=len(self.tasks))
         named = {("accuracy" if name == "correct" else name): name for name in self.metrics}
@@ -166,26 +162,21 @@ class LayerSweep(Shown):
             column: mean_by_task(self.baseline.metrics[name], self.baseline)
             for column, name in named.items()
         }
-        rows = []
-        for scale in self.scales:
-            sweep = self.at_scale(scale)
-            means = {column: sweep.mean(name) for column, name in named.items()}
-            means["low"], means["high"] = wilson_interval(sweep.accuracy, sizes)
-            for kind, control in self.controls.items():
-                means[f"control: {kind}"] = control.accuracy
-            rows += [
-                {
-                    "scale": scale,
-                    "layer": layer,
-                    "task": task,
-                    **{name: float(values[row, column]) for name, values in means.items()},
-                    **{f"baseline_{name}": float(one[column]) for name, one in before.items()},
-                    "n": int(sizes[column]),
-                }
-                for row, layer in enumerate(self.layers)
-                for column, task in enumerate(self.tasks)
-            ]
-        return pd.DataFrame(rows)
+        means = {
+            column: mean_by_task(self.metrics[name], self.baseline)
+            for column, name in named.items()
+        }
+        low, high = wilson_interval(means["accuracy"], sizes)
+        columns = {
+            **means,
+            "low": low,
+            "high": high,
+            **{f"control: {kind}": control.accuracy for kind, control in self.controls.items()},
+            **{f"baseline_{name}": values for name, values in before.items()},
+            "n": sizes,
+        }
+        axes = {"scale": self.scales, "layer": self.layers, "task": self.tasks}
+        return grid_frame(axes, columns)
 
     def __repr__(self) -> str:
         lines = []
@@ -213,17 +204,17 @@ def layer_sweep(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> LayerSweep:
-    """Inject each episode's own task vector, at one layer at a time.
+    """Return scores with each episode's own task vector injected, at one layer at a time.
 
     Args:
         model: The model that the vectors come from.
-        episodes: Usually zero-shot ones, with other queries than the vectors were taken from.
-        vectors: Task vectors, or anything else that can be injected; their layers are those of the
-            sweep.
-        mode: As for :func:`inject`; by default the vectors' own.
-        scales: What the vectors are multiplied with, one sweep each.
-        controls: Vectors to inject in the task vectors' place, from :func:`control_vectors`; True
-            for those that are made of the vectors alone. They are at the first scale.
+        episodes: Usually zero-shot episodes, with other queries than the vectors were taken from.
+        vectors: Task vectors, or anything else that can be injected; the sweep is over their
+            layers.
+        mode: As for :func:`inject`; the vectors' own by default.
+        scales: Factors to multiply the vectors by, one sweep each.
+        controls: Vectors to inject in the task vectors' place, from :func:`control_vectors`, at the
+            first scale; True for those made from the vectors alone.
         position: Where to inject; -1, the last prompt token, is by far the fastest.
         metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
@@ -231,10 +222,10 @@ def layer_sweep(
         progress: Whether to show a progress bar.
 
     Returns:
-        Accuracy and loss by layer and task, with those without intervention.
+        The metrics by scale, layer and episode, and the baseline without intervention.
 
     Raises:
-        ValueError: If a task has no vector, or the vectors are another model's.
+        ValueError: If a task has no vector, or the vectors come from another model.
 
     Example:
         >>> import transformer_lens_taskvec as tv

@@ -1,4 +1,4 @@
-"""Does decodability predict accuracy? A line through points of task and number of shots."""
+"""Does decodability predict accuracy? A line fitted over tasks and numbers of shots."""
 
 from __future__ import annotations
 
@@ -24,23 +24,19 @@ class AccuracyFit(Shown):
 
     Attributes:
         points: ``task, shots, td, accuracy``, one row per point.
-        slope: Of the least-squares line.
-        intercept: Of the same line.
+        slope: The slope of the least-squares line.
+        intercept: Its intercept.
         r2: The share of the variance in accuracy that the line explains.
-        spearman: Rank correlation.
-        slope_interval: 95 % interval of the slope, by a bootstrap over points.
-        r2_interval: The same of ``r2``.
-        spearman_interval: The same of ``spearman``.
+        spearman: Spearman's rank correlation.
+        slope_interval: 95 % interval of ``slope``, by a bootstrap over points.
+        r2_interval: The same for ``r2``.
+        spearman_interval: The same for ``spearman``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> study = tv.paper.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
-        >>> study.fit.points.columns.tolist()
+        >>> model, tasks = tv.load_model("toy"), tv.bitwise_tasks()
+        >>> tv.paper.run_study(model, tasks, shots=(1, 2), n=12).fit.points.columns.tolist()
         ['task', 'shots', 'td', 'accuracy']
-        >>> low, high = study.fit.r2_interval
-        >>> low <= study.fit.r2 <= high
-        True
     """
 
     points: pd.DataFrame
@@ -53,7 +49,7 @@ class AccuracyFit(Shown):
     spearman_interval: Interval
 
     def to_frame(self) -> pd.DataFrame:
-        """The points."""
+        """Return the points."""
         return self.points
 
     def __repr__(self) -> str:
@@ -76,21 +72,18 @@ def td_vs_accuracy(
     n_resamples: int = 2_000,
     seed: int = 0,
 ) -> AccuracyFit:
-    """Fit accuracy to TD over tasks and numbers of shots (Han et al. 2025, section 4).
+    """Return the fit of accuracy to TD over tasks and shots (Han et al. 2025, section 4).
 
     Args:
-        decodability: TD; or, by number of shots, several.
-        scores: Scores of the same tasks; by the same numbers of shots.
-        layer: The layer of TD; by default each one's best.
+        decodability: TD, or a mapping from number of shots to TD.
+        scores: Scores of the same tasks, or a mapping with the same numbers of shots.
+        layer: The layer of TD; by default the best layer of each.
         leave_out: Tasks whose accuracy is meaningless.
-        n_resamples: Bootstrap samples, of points.
+        n_resamples: Resamples of the bootstrap over points.
         seed: Seed of the bootstrap.
 
-    Returns:
-        The points, the line, and how well it fits, with 95 % intervals.
-
     Raises:
-        ValueError: If the shots or tasks of the two differ, or fewer than three points are left.
+        ValueError: If the shots or tasks of the two differ, or fewer than three points remain.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -115,7 +108,7 @@ def td_vs_accuracy(
                 accuracy = scored[shots].of(task).accuracy
                 rows.append({"task": task, "shots": shots, "td": td, "accuracy": accuracy})
     if len(rows) < 3:
-        raise ValueError(f"a line needs three points or more; there are {len(rows)}")
+        raise ValueError(f"the fit takes three points or more; there are {len(rows)}")
     points = pd.DataFrame(rows)
     x, y = points.td.to_numpy(), points.accuracy.to_numpy()
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
@@ -129,7 +122,7 @@ def td_vs_accuracy(
 def _line(
     x: Float[np.ndarray, "*sample point"], y: Float[np.ndarray, "*sample point"], axis: int = -1
 ) -> Float[np.ndarray, "number ..."]:
-    """Slope, R^2 and Spearman's correlation; NaN where nothing varies."""
+    """Return slope, R^2 and Spearman's correlation; NaN where nothing varies."""
     from scipy.stats import pearsonr, rankdata  # half a second to import
 
     r = pearsonr(x, y, axis=axis).statistic
@@ -140,7 +133,7 @@ def _line(
 def _intervals(
     x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], n_resamples: int, seed: int
 ) -> list[Interval]:
-    """The 95 % percentile interval of each number of the line, by resampling points."""
+    """Return the 95 % percentile interval of each number of the line, by resampling points."""
     from scipy.stats import bootstrap
 
     drawn = bootstrap(

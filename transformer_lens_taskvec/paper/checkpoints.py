@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +27,13 @@ class CheckpointStudy(Shown):
     Attributes:
         name: The model.
         checkpoints: The checkpoints, in the order they were given.
-        results: ``checkpoint, task, shots, layer, td, accuracy, ...``: a study's rows at each.
+        results: The study's rows at each checkpoint: ``checkpoint, task, shots, layer, td, ...``.
 
     Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> from transformer_lens_taskvec import lab
-        >>> run = lab.shipped_toy_run()
-        >>> def study(model):
-        ...     tasks = tv.bitwise_tasks()
-        ...     return tv.paper.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
-        >>> found = tv.paper.over_checkpoints("toy", [run.steps[-1]], study, load=run.model)
-        >>> found.results.columns[:4].tolist()
-        ['checkpoint', 'task', 'shots', 'layer']
+        >>> import pandas as pd
+        >>> rows = pd.DataFrame({"checkpoint": [1_000], "td": [0.4], "accuracy": [0.3]})
+        >>> CheckpointStudy("EleutherAI/pythia-160m", (1_000,), rows)
+        CheckpointStudy(EleutherAI/pythia-160m; 1000: TD 0.40, accuracy 0.30)
     """
 
     name: str
@@ -45,7 +41,7 @@ class CheckpointStudy(Shown):
     results: pd.DataFrame
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows."""
+        """Return the rows."""
         return self.results
 
     def __repr__(self) -> str:
@@ -66,39 +62,38 @@ def over_checkpoints(
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> CheckpointStudy:
-    """Run a study at each checkpoint, one model in memory at a time.
-
-    >>> over_checkpoints(  # doctest: +SKIP
-    ...     "EleutherAI/pythia-160m",
-    ...     [1_000, 16_000, 143_000],
-    ...     lambda model: run_study(model, bitwise_tasks()),
-    ...     load=lambda step: load_model("EleutherAI/pythia-160m", checkpoint_value=step),
-    ...     folder="pythia",
-    ... )
+    """Return a study's results at each checkpoint, with one model in memory at a time.
 
     Args:
         name: The model, as TransformerLens names it.
         checkpoints: Training steps by TransformerLens' labels (``checkpoint_value``), or revisions
             on the model hub, as strings.
-        study: Measures a model.
-        load: Loads the model of a checkpoint.
-        folder: Where each checkpoint's result is kept as soon as it is there; those found are not
-            run again.
+        study: A function that studies a model.
+        load: A function that loads the model at a checkpoint.
+        folder: A folder where each checkpoint's result is saved as soon as it is measured; saved
+            results are not measured again.
         progress: Whether to show a progress bar.
-
-    Returns:
-        The results.
 
     Raises:
         ValueError: If there are no checkpoints, one is given twice, a model cannot be loaded, or a
-            kept result is damaged.
+            saved result is damaged.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> from transformer_lens_taskvec import lab
+        >>> run, tasks = lab.shipped_toy_run(), tv.bitwise_tasks()
+        >>> def study(model):
+        ...     return tv.paper.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
+        >>> found = tv.paper.over_checkpoints("toy", [run.steps[-1]], study, load=run.model)
+        >>> found.results.columns[:4].tolist()
+        ['checkpoint', 'task', 'shots', 'layer']
     """
     if not checkpoints or len(set(checkpoints)) < len(checkpoints):
-        raise ValueError(f"checkpoints must be distinct, and at least one; got {list(checkpoints)}")
-    kept = None if folder is None else Path(folder)
+        raise ValueError(f"checkpoints is {list(checkpoints)}; give at least one, all distinct")
     frames = []
     for checkpoint in tqdm(checkpoints, disable=not progress, leave=False, desc=name):
-        file = None if kept is None else kept / f"{_safe(name)}@{_safe(str(checkpoint))}.json"
+        place = "@".join(re.sub(r"[^\w.-]|_", "-", part) for part in (name, str(checkpoint)))
+        file = None if folder is None else Path(folder) / f"{place}.json"
         if file is not None and file.exists():
             frame = _saved(file)
         else:
@@ -115,7 +110,7 @@ def over_checkpoints(
 
 
 def _saved(file: Path) -> pd.DataFrame:
-    """The rows that a checkpoint's study left in the folder."""
+    """Return the rows saved for a checkpoint."""
     problem = "damaged results; remove the file to measure the checkpoint again"
     saved = read_json(file, problem)
     with reading(file, problem):
@@ -124,7 +119,3 @@ def _saved(file: Path) -> pd.DataFrame:
         if not {"task", "shots"} <= set(frame) or "checkpoint" in frame:
             raise ValueError(f"its columns are {list(frame)}")
     return frame
-
-
-def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)

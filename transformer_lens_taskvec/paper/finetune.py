@@ -1,7 +1,7 @@
 """Finetuning by depth: LoRA on the answers, in chosen layers only (Han et al. 2025, Table 1).
 
-Finetuning the layers that encode the task raises decodability, and accuracy with it. Finetuning
-the layers after them leaves decodability as it was.
+Finetuning the layers that encode the task raises decodability and accuracy. Finetuning later
+layers leaves decodability unchanged.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from transformer_lens_taskvec._utils.results import Shown
@@ -24,7 +26,7 @@ from transformer_lens_taskvec._utils.training_state import TrainingState
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 from transformer_lens_taskvec.paper.shots import ShotStudy
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
-from transformer_lens_taskvec.tasks.base import Task
+from transformer_lens_taskvec.tasks.base import NULL, Task
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _IGNORED = -100
@@ -32,18 +34,18 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How to finetune: the paper's adapter, and settings that the paper does not give.
+    """How to finetune: the paper's adapter, and values for what the paper does not give.
 
     Attributes:
         rank: Rank of the adapters.
         alpha: The adapters are scaled by ``alpha / rank``.
         dropout: Dropout on the input of the adapters.
-        n_samples: Training episodes in total, evenly over tasks.
+        n_samples: Training episodes in total, divided equally among tasks.
         n_shots: Demonstrations per episode.
         batch_size: Episodes per pass.
         accumulate: Passes whose gradients are summed before each step.
-        learning_rate: AdamW's, decaying linearly to zero.
-        target_modules: The linear maps that get adapters.
+        learning_rate: The learning rate of AdamW, decaying linearly to zero.
+        target_modules: The linear maps with adapters.
         template: How episodes are written as text.
 
     Example:
@@ -75,16 +77,16 @@ def finetune_layers(
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> Any:
-    """Finetune some layers of a causal language model on the answers of few-shot prompts.
+    """Return a causal language model finetuned in some layers on the answers of few-shot prompts.
 
     Args:
         hf_model: A Hugging Face model; it is not changed.
         tokenizer: Its tokenizer.
-        tasks: What to learn; one model learns all tasks.
-        layers: The blocks that get adapters, counted from 0; the others stay the same to the bit.
-        settings: Adapter and training; by default the paper's.
+        tasks: The tasks; one model learns them all.
+        layers: The blocks with adapters, counted from 0; the others stay identical to the bit.
+        settings: Adapter and training; the paper's by default.
         seed: Seed of adapters, episodes and dropout.
-        folder: Where the adapter is saved during training, to resume from if interrupted.
+        folder: Where the adapter is saved during training, so that training can resume.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -94,7 +96,7 @@ def finetune_layers(
     Raises:
         ImportError: If peft is not installed.
         ValueError: If there are no layers or tasks, a layer does not exist, or the adapter in the
-            folder is damaged or of another training.
+            folder is damaged or comes from another training.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -143,28 +145,16 @@ def finetune_layers(
 
 @dataclass(frozen=True, repr=False)
 class FinetuningStudy(Shown):
-    """Studies of a pretrained model, and of it finetuned in its first and in its last layers.
+    """Studies of a pretrained model, and of the model finetuned in its first or last layers.
 
     Attributes:
         studies: The study of each setting: ``pretrained``, ``first n``, ``last n``.
         layers: The layers finetuned in each setting.
-        unchanged: Whether every parameter outside these layers is the same to the bit, by setting.
+        unchanged: Whether every parameter outside these layers is identical, by setting.
 
     Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> from transformer_lens_taskvec import lab
-        >>> llama, tokenizer = lab.ToyConfig().llama(), lab.toy_tokenizer()
-        >>> tasks = tv.bitwise_tasks()
-        >>> few = tv.paper.LoraSettings(n_samples=12, n_shots=1)
-        >>> def study(model):
-        ...     return tv.paper.run_study(model, tasks, shots=(1, 2), n=12, steer_shots=())
-        >>> found = tv.paper.finetuning_study(
-        ...     llama, tokenizer, tasks, study, n_layers=1, settings=few
-        ... )
-        >>> found.layers
-        {'pretrained': (), 'first 1': (0,), 'last 1': (3,)}
-        >>> found.unchanged
-        {'pretrained': True, 'first 1': True, 'last 1': True}
+        >>> found = finetuning_study(hf_model, tokenizer, tasks, study)  # doctest: +SKIP
+        >>> found.to_frame()[["setting", "td", "accuracy"]]  # doctest: +SKIP
     """
 
     studies: dict[str, ShotStudy]
@@ -172,35 +162,29 @@ class FinetuningStudy(Shown):
     unchanged: dict[str, bool]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per setting: mean and standard deviation over tasks of TD and accuracy (Table 1).
+        """Return one row per setting: mean and standard deviation of TD and accuracy over tasks.
 
-        Null is left out.
+        As in Table 1; Null is left out.
         """
-        rows = []
-        for name, study in self.studies.items():
-            frame = study.to_frame()
-            real = frame[frame.task != "Null"]
-            rows.append(
-                {
-                    "setting": name,
-                    "td": real.td.mean(),
-                    "td_std": real.td.std(),
-                    "accuracy": real.accuracy.mean(),
-                    "accuracy_std": real.accuracy.std(),
-                    "unchanged_outside": self.unchanged[name],
-                }
-            )
-        return pd.DataFrame(rows)
+        frame = pd.concat([s.to_frame().assign(setting=name) for name, s in self.studies.items()])
+        by_setting = frame[frame.task != NULL].groupby("setting", sort=False)
+        table = by_setting.agg(
+            td=("td", "mean"),
+            td_std=("td", "std"),
+            accuracy=("accuracy", "mean"),
+            accuracy_std=("accuracy", "std"),
+        )
+        return table.assign(unchanged_outside=pd.Series(self.unchanged)).reset_index()
 
     def td_below(self, name: str) -> Float[Tensor, " shots"]:
-        """The largest change in TD from the pretrained model below a setting's first layer."""
+        """Return the largest change in TD from pretraining below a setting's first layer."""
         first = min(self.layers[name])
         before, after = self.studies["pretrained"], self.studies[name]
-        differences = [
-            (after.decodability[shots].scores - before.decodability[shots].scores)[:first].abs()
-            for shots in after.shots
-        ]
-        return torch.stack([d.max() if d.numel() else torch.zeros(()) for d in differences])
+        changes = torch.stack(
+            [after.decodability[n].scores - before.decodability[n].scores for n in after.shots]
+        )
+        changes[:, first:] = 0
+        return reduce(changes.abs(), "shots layer task -> shots", "max")
 
     def __repr__(self) -> str:
         table = self.to_frame().to_string(index=False, float_format="{:.2f}".format)
@@ -219,21 +203,18 @@ def finetuning_study(
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> FinetuningStudy:
-    """Study a model, then the same model finetuned in its first and in its last layers (Table 1).
+    """Return studies of a model, and of it finetuned in its first or its last layers (Table 1).
 
     Args:
         hf_model: A Hugging Face model; it is not changed.
         tokenizer: Its tokenizer.
-        tasks: What to learn; Null is left out.
-        study: Studies a hooked model.
-        n_layers: How many layers count as the first and as the last.
+        tasks: The tasks to learn; Null is left out.
+        study: A function that studies a hooked model.
+        n_layers: How many layers are the first and the last.
         settings: As for :func:`finetune_layers`.
         seed: As for :func:`finetune_layers`.
         folder: As for :func:`finetune_layers`.
         progress: Whether to show progress bars.
-
-    Returns:
-        The study of each setting.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -246,8 +227,10 @@ def finetuning_study(
         >>> found = tv.paper.finetuning_study(
         ...     llama, tokenizer, tasks, study, n_layers=1, settings=few
         ... )
-        >>> list(found.studies)
-        ['pretrained', 'first 1', 'last 1']
+        >>> found.layers
+        {'pretrained': (), 'first 1': (0,), 'last 1': (3,)}
+        >>> all(found.unchanged.values())  # every parameter outside these layers is identical
+        True
     """
     depth = int(hf_model.config.num_hidden_layers)
     chosen = {
@@ -255,7 +238,7 @@ def finetuning_study(
         f"first {n_layers}": tuple(range(min(n_layers, depth))),
         f"last {n_layers}": tuple(range(max(0, depth - n_layers), depth)),
     }
-    learned = {name: task for name, task in tasks.items() if name != "Null"}
+    learned = {name: task for name, task in tasks.items() if name != NULL}
     studies: dict[str, ShotStudy] = {}
     unchanged: dict[str, bool] = {}
     for name, layers in chosen.items():
@@ -278,7 +261,7 @@ def finetuning_study(
 
 
 def same_outside(before: Any, after: Any, layers: Sequence[int]) -> bool:
-    """Whether every parameter outside some layers is the same to the bit."""
+    """Return whether every parameter outside some layers is identical to the bit."""
     others = dict(after.named_parameters())
     inside = tuple(f".layers.{layer}." for layer in layers)
     return all(
@@ -324,7 +307,7 @@ def _train(
 def _batches(
     tokenizer: Any, tasks: Mapping[str, Task], settings: LoraSettings, seed: int
 ) -> list[list[tuple[list[int], int]]]:
-    """Token ids of prompt and answer, and the length of the prompt, in shuffled batches."""
+    """Return token ids of prompt and answer with the prompt's length, in shuffled batches."""
     each = max(1, settings.n_samples // len(tasks))
     episodes = sample_episodes(tasks, each, settings.n_shots, seed, template=settings.template)
     random.Random(seed).shuffle(episodes)
@@ -340,13 +323,12 @@ def _batches(
 
 
 def _collated(rows: Sequence[tuple[list[int], int]], tokenizer: Any) -> dict[str, Tensor]:
-    """Right-padded tokens, and the answers as labels."""
-    width = max(len(ids) for ids, _ in rows)
-    tokens = torch.full((len(rows), width), tokenizer.pad_token_id or 0)
-    labels = torch.full((len(rows), width), _IGNORED)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for row, (ids, n_prompt) in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        labels[row, n_prompt : len(ids)] = torch.tensor(ids[n_prompt:])
-        mask[row, : len(ids)] = 1
-    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    """Return right-padded tokens, and the answers as labels."""
+    tokens = [torch.tensor(ids) for ids, _ in rows]
+    labels = [torch.tensor([_IGNORED] * n_prompt + ids[n_prompt:]) for ids, n_prompt in rows]
+    mask = [torch.ones_like(row) for row in tokens]
+    return {
+        "input_ids": pad_sequence(tokens, True, padding_value=tokenizer.pad_token_id or 0),
+        "attention_mask": pad_sequence(mask, True),
+        "labels": pad_sequence(labels, True, padding_value=_IGNORED),
+    }

@@ -1,10 +1,10 @@
-"""Naming the task in the prompt, and how much of its decodability is the words of the name.
+"""The effect of naming the task in the prompt, and how much of it is due to the words themselves.
 
-The paper's App. I puts an instruction before the demonstrations and finds decodability and accuracy
-raised. An instruction changes the input itself, so that tasks are told apart by it even where
-nothing is inferred. Two checks are measured beside: TD of the mean input embedding of the prompt,
-where only words count; and prompts with another task's instruction, drawn at random, where TD of
-the task and TD of the instruction come apart.
+In the paper's App. I an instruction before the demonstrations raises decodability and accuracy. But
+an instruction changes the input, so it separates tasks even where nothing is inferred. Two checks
+are measured alongside: TD of the prompt's mean input embedding, which depends only on its words;
+and prompts with a random task's instruction, which separate TD of the task from TD of the
+instruction.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ POS_INSTRUCTIONS: Mapping[str, str] = {
 }
 """Instructions that name the part of speech."""
 
-
 BITWISE_INSTRUCTIONS: Mapping[str, str] = {
     "AND": "AND",
     "NAND": "NAND",
@@ -53,26 +52,24 @@ BITWISE_INSTRUCTIONS: Mapping[str, str] = {
     "XNOR": "XNOR",
     NULL: "Random",
 }
-"""Instructions that name the operator; for :func:`prompting_study` and ``run_study``."""
+"""Instructions that name the operator."""
 
 
 @dataclass(frozen=True, repr=False)
 class InstructionStudy(Shown):
-    """TD and accuracy without instructions, with them, and with random ones.
+    """TD and accuracy without instructions, with instructions, and with random instructions.
 
     Attributes:
         decodability: TD of the task, by condition: ``plain``, ``instructed``, ``random``.
-        scores: The same conditions' scores.
+        scores: Scores, by condition.
         at_input: TD of the task from the prompt's mean input embedding, by condition.
         of_instruction: With random instructions, TD of the instruction instead of the task.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
         >>> tasks, names = tv.bitwise_tasks(), tv.paper.BITWISE_INSTRUCTIONS
-        >>> study = tv.paper.prompting_study(model, tasks, names, n_shots=2, n=12)
-        >>> list(study.decodability), study.to_frame().condition.tolist()
-        (['plain', 'instructed', 'random'], ['plain', 'instructed', 'random'])
+        >>> tv.paper.prompting_study(tv.load_model("toy"), tasks, names, n=12).scores.keys()
+        dict_keys(['plain', 'instructed', 'random'])
     """
 
     decodability: dict[str, Decodability]
@@ -81,21 +78,21 @@ class InstructionStudy(Shown):
     of_instruction: Decodability
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per condition: ``condition, layer, td, td_at_input, ..., accuracy``.
+        """Return one row per condition: ``condition, layer, td, td_at_input, ..., accuracy``.
 
-        Means over tasks; Null is left out of the accuracy.
+        The values are means over tasks; accuracy leaves out Null.
         """
         rows = []
         for condition, found in self.decodability.items():
-            scores = self.scores[condition]
+            scores, layer = self.scores[condition], found.best_layer()
             real = [scores.of(task) for task in scores.tasks if task != NULL]
             of_instruction = None
             if condition == "random":
-                of_instruction = float(self.of_instruction.at(found.best_layer()).mean())
+                of_instruction = float(self.of_instruction.at(layer).mean())
             rows.append(
                 {
                     "condition": condition,
-                    "layer": found.best_layer(),
+                    "layer": layer,
                     "td": float(found.mean.max()),
                     "td_at_input": float(self.at_input[condition].mean.max()),
                     "td_of_instruction": of_instruction,
@@ -123,22 +120,19 @@ def prompting_study(
     metrics: Iterable[str | Metric] = (),
     progress: bool = False,
 ) -> InstructionStudy:
-    """Measure what naming the task does (Han et al. 2025, App. I), with the checks it needs.
+    """Return the effect of naming the task (Han et al. 2025, App. I), with the checks it needs.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
         tasks: The tasks.
-        instructions: The text before the demonstrations, for each task.
-        n_shots: Demonstrations.
-        n: Episodes a task.
+        instructions: The text before the demonstrations, by task.
+        n_shots: Demonstrations per prompt.
+        n: Episodes per task.
         k: Neighbours that vote in TD.
         seed: Seed of the sampling.
         template: How the episodes become text.
         metrics: Further metrics, as for :func:`evaluate_many`.
         progress: Whether to show progress bars.
-
-    Returns:
-        TD and accuracy in each condition.
 
     Raises:
         KeyError: If a task has no instruction.
@@ -149,7 +143,7 @@ def prompting_study(
         >>> tasks, names = tv.bitwise_tasks(), tv.paper.BITWISE_INSTRUCTIONS
         >>> study = tv.paper.prompting_study(model, tasks, names, n_shots=2, n=12)
         >>> told, plain = (study.at_input[kind].mean.max() for kind in ("instructed", "plain"))
-        >>> bool(told > plain)  # the name of the task is in the words
+        >>> bool(told > plain)  # the words contain the name of the task
         True
     """
     episodes = sample_episodes(tasks, n, n_shots, seed, template=template)
@@ -166,8 +160,7 @@ def prompting_study(
             model, some, [[]], observe=Observe(), metrics=metrics, progress=progress
         )
         decodability[condition] = task_decodability(activations, k)
-        words = input_embeddings(model, some)
-        at_input[condition] = task_decodability(words, k)
+        at_input[condition] = task_decodability(input_embeddings(model, some), k)
     by_instruction = replace(
         activations, labels=torch.tensor([names.index(name) for name in told]), tasks=tuple(names)
     )

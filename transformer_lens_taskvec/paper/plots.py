@@ -27,15 +27,14 @@ if TYPE_CHECKING:
 def plot_checkpoints(
     found: CheckpointStudy, axes: Sequence[Axes] | None = None, *, leave_out: str = NULL
 ) -> tuple[Axes, Axes]:
-    """TD and accuracy over training checkpoints, a line a task (the paper's Figure 5).
+    """Return axes with TD and accuracy over checkpoints, a line per task (the paper's Figure 5).
+
+    Both are at the study's highest number of shots.
 
     Args:
         found: From :func:`over_checkpoints`.
-        axes: Two axes to draw on; new ones by default.
-        leave_out: A task whose accuracy means nothing.
-
-    Returns:
-        The axes of TD and of accuracy, at the most shots there are.
+        axes: Two axes to draw on; new axes by default.
+        leave_out: A task whose accuracy is meaningless.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -65,14 +64,11 @@ def plot_checkpoints(
 
 @styled
 def plot_prompting(study: InstructionStudy, ax: Axes | None = None) -> Axes:
-    """TD, TD of the words alone, and accuracy: without, with and with random instructions.
+    """Return axes with TD, TD of the words alone, and accuracy, for each kind of instruction.
 
     Args:
         study: From :func:`prompting_study`.
         ax: Where to draw; new axes by default.
-
-    Returns:
-        The axes.
 
     Example:
         >>> import transformer_lens_taskvec as tv

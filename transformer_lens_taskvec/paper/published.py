@@ -24,7 +24,6 @@ PUBLISHED_R2: Mapping[str, Mapping[str, float]] = {
 }
 """The paper's R^2 of accuracy on TD over tasks and shots (Figures 4, 21, 22; App. G)."""
 
-
 PUBLISHED_TABLE_1: Mapping[str, tuple[float, float]] = {
     "pretrained": (0.43, 0.262),
     "first 10": (0.85, 0.902),

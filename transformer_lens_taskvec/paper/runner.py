@@ -1,4 +1,8 @@
-"""Run a study of the paper, and write its results, figures and a report to a folder."""
+"""Run a study of the paper and write its results, figures and a report to a folder.
+
+Each function returns the paths of the files in the folder ``out``. Further options are those of
+the study's own function. Without ``sentences``, part-of-speech tasks use generated sentences.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.paper.checkpoints import Checkpoint, over_checkpoints
 from transformer_lens_taskvec.paper.finetune import LoraSettings, finetuning_study
@@ -18,8 +21,8 @@ from transformer_lens_taskvec.paper.instructions import (
 )
 from transformer_lens_taskvec.paper.plots import plot_checkpoints, plot_prompting
 from transformer_lens_taskvec.paper.published import PUBLISHED_TABLE_1
-from transformer_lens_taskvec.paper.shots import ShotStudy, markdown, run_study
-from transformer_lens_taskvec.plots import figure_of, plot_decodability, save_figures
+from transformer_lens_taskvec.paper.shots import ShotStudy, markdown, run_study, write_study
+from transformer_lens_taskvec.plots import figure_of, plot_decodability
 from transformer_lens_taskvec.tasks import bitwise_tasks, load_conllu, load_treebank, pos_tasks
 from transformer_lens_taskvec.tasks.pos import split_pos_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence
@@ -38,17 +41,7 @@ def write_shot_study(
     sentences: Sequence[Sentence] | None = None,
     **options: Any,
 ) -> list[Path]:
-    """Run the study of TD, accuracy and interventions (Figures 4, 19, 20, 23) and write it.
-
-    Args:
-        model: Any model with TransformerLens' hook API and a tokenizer.
-        kind: ``"pos"`` or ``"bitwise"``.
-        out: The folder.
-        sentences: Tagged sentences for ``"pos"``; generated ones by default.
-        **options: As for :func:`run_study`.
-
-    Returns:
-        The files.
+    """Run :func:`run_study` on one set of tasks (Figures 4, 19, 20, 23) and write it.
 
     Raises:
         ValueError: If ``kind`` is neither ``"pos"`` nor ``"bitwise"``.
@@ -64,28 +57,18 @@ def write_shot_study(
 def write_instruction_study(
     model: Any, out: str | Path, *, sentences: Sequence[Sentence] | None = None, **options: Any
 ) -> list[Path]:
-    """Run the study of instructions on both sets of tasks (App. I) and write it.
-
-    Args:
-        model: Any model with TransformerLens' hook API and a tokenizer.
-        out: The folder.
-        sentences: Tagged sentences for the part-of-speech tasks; generated ones by default.
-        **options: As for :func:`prompting_study`.
-
-    Returns:
-        The files.
-    """
+    """Run :func:`prompting_study` on both sets of tasks (App. I) and write it."""
     found = {
         "bitwise": prompting_study(model, bitwise_tasks(), BITWISE_INSTRUCTIONS, **options),
         "pos": prompting_study(model, pos_tasks(sentences), POS_INSTRUCTIONS, **options),
     }
-    figures = save_figures({k: figure_of(plot_prompting(v)) for k, v in found.items()}, out)
+    figures = {kind: figure_of(plot_prompting(study)) for kind, study in found.items()}
     frames = {kind: study.to_frame() for kind, study in found.items()}
     rows = {kind: json.loads(frame.to_json(orient="records")) for kind, frame in frames.items()}
     lines = [f"# Instructions in the prompt: {model_name(model)}, 4 shots", ""]
     for kind, frame in frames.items():
         lines += [f"## {kind}", "", *markdown(frame), "", f"![{kind}]({kind}.png)", ""]
-    return [*_written(out, rows, lines), *figures]
+    return write_study(out, rows, "\n".join([*lines, ""]), figures)
 
 
 def write_checkpoint_study(
@@ -97,33 +80,24 @@ def write_checkpoint_study(
     shots: Sequence[int] = (1, 4, 10),
     **options: Any,
 ) -> list[Path]:
-    """Run the study of bitwise tasks over training checkpoints (Figure 5) and write it.
+    """Run :func:`run_study` on bitwise tasks at each training checkpoint (Figure 5) and write it.
 
-    Args:
-        name: The model's name.
-        checkpoints: Training steps or revisions.
-        out: The folder; a checkpoint whose results it holds already is not measured again.
-        load: Loads the model of a checkpoint.
-        shots: Numbers of demonstrations.
-        **options: As for :func:`run_study`.
-
-    Returns:
-        The files.
+    A checkpoint whose results are already in the folder is not measured again.
     """
 
     def study(loaded: Any) -> ShotStudy:
         return run_study(loaded, bitwise_tasks(), shots=shots, steer_shots=(), **options)
 
-    # What another size, seed or prompt left is not what is asked for.
+    # Results of another size, seed or prompt format must not be reused.
     kept = Path(out) / "n{n}-seed{seed}-bos{template.bos}".format(**options)
     found = over_checkpoints(
         name, checkpoints, study, load=load, folder=kept, progress=bool(options["progress"])
     )
-    figures = save_figures({"over_checkpoints": figure_of(plot_checkpoints(found)[0])}, out)
+    figures = {"over_checkpoints": figure_of(plot_checkpoints(found)[0])}
     rows = json.loads(found.to_frame().to_json(orient="records"))
     lines = [f"# Over checkpoints: {name}", "", repr(found), "", *markdown(found.to_frame())]
-    lines += ["", *(f"![{p.name}]({p.name})" for p in figures if p.suffix == ".png")]
-    return [*_written(out, rows, lines), *figures]
+    lines += ["", "![over_checkpoints.png](over_checkpoints.png)", ""]
+    return write_study(out, rows, "\n".join(lines), figures)
 
 
 def write_finetuning_study(
@@ -134,17 +108,9 @@ def write_finetuning_study(
     settings: LoraSettings | None = None,
     **options: Any,
 ) -> list[Path]:
-    """Run the study of finetuning by depth on bitwise tasks (Table 1) and write it.
+    """Run :func:`finetuning_study` on bitwise tasks (Table 1) and write it.
 
-    Args:
-        hf_model: A Hugging Face model; it is left as it is.
-        tokenizer: Its tokenizer.
-        out: The folder; adapters in training are kept there.
-        settings: As for :func:`finetune_layers`.
-        **options: As for :func:`run_study`.
-
-    Returns:
-        The files.
+    The adapters are saved in the same folder during training.
     """
     settings = settings or LoraSettings()
     tasks = bitwise_tasks()
@@ -162,31 +128,26 @@ def write_finetuning_study(
     frame = found.to_frame()
     below = {
         name: float(found.td_below(name).max())
-        for name in found.studies
-        if min(found.layers[name], default=0) > 0
+        for name, layers in found.layers.items()
+        if layers and min(layers) > 0
     }
-    lines = [f"# Finetuning by depth: {name}, bitwise, 4 shots, {settings.n_samples} samples", ""]
-    lines += [*markdown(frame), ""]
-    lines += [f"Largest change of TD below the layers of '{n}': {v:.3f}." for n, v in below.items()]
-    lines += [
+    published = "; ".join(
+        f"{name}: TD {td:.2f}, accuracy {accuracy:.2f}"
+        for name, (td, accuracy) in PUBLISHED_TABLE_1.items()
+    )
+    lines = [
+        f"# Finetuning by depth: {name}, bitwise, 4 shots, {settings.n_samples} samples",
         "",
-        "In the paper (Llama-3.1-8B): "
-        + "; ".join(
-            f"{name}: TD {td:.2f}, accuracy {accuracy:.2f}"
-            for name, (td, accuracy) in PUBLISHED_TABLE_1.items()
-        )
-        + ".",
+        *markdown(frame),
+        "",
+        *(f"Largest change of TD below the layers of '{n}': {v:.3f}." for n, v in below.items()),
+        "",
+        f"In the paper (Llama-3.1-8B): {published}.",
+        "",
+        "![td_by_layer.png](td_by_layer.png)",
+        "",
     ]
     curves = {name: study.decodability[4] for name, study in found.studies.items()}
-    figures = save_figures({"td_by_layer": figure_of(plot_decodability(curves))}, out)
-    lines += ["", *(f"![{p.name}]({p.name})" for p in figures if p.suffix == ".png")]
     results = {name: study.to_json() for name, study in found.studies.items()}
-    return [*_written(out, results, lines), *figures]
-
-
-def _written(out: str | Path, results: Any, lines: Sequence[str]) -> list[Path]:
-    """Write the numbers and the page; returns their paths."""
-    out = Path(out)
-    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(out / "report.md", "\n".join(lines) + "\n")
-    return [out / "results.json", out / "report.md"]
+    figures = {"td_by_layer": figure_of(plot_decodability(curves))}
+    return write_study(out, results, "\n".join(lines), figures)

@@ -1,8 +1,8 @@
 """The paper's experiments on pretrained models, one call each (Han et al. 2025, section 4).
 
-A study runs tasks at several numbers of shots. From one pass over each prompt it takes task
-decodability at every layer, the accuracy of the answers, and that with the right task's mean or the
-Null task's injected at the layer where TD of the train episodes peaks.
+A study runs tasks at several numbers of shots. One pass over each prompt gives task decodability
+at every layer and accuracy: without intervention, and with the right task's or the Null task's mean
+injected at the layer where TD of the train episodes peaks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from einops import rearrange, reduce
 
 from transformer_lens_taskvec import plots
 from transformer_lens_taskvec._utils.atomic_io import write_text
@@ -29,7 +30,6 @@ from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.paper.published import PUBLISHED_R2
 from transformer_lens_taskvec.prompts import (
     EXAMPLE_ARROW,
-    Episode,
     PromptTemplate,
     sample_episodes,
     sample_splits,
@@ -49,23 +49,18 @@ class ShotStudy(Shown):
 
     Attributes:
         model: The model's name.
-        decodability: By number of shots, TD of the test episodes.
-        scores: By number of shots, how the test episodes were answered.
-        steering: By number of shots, the positive and the negative intervention.
+        decodability: TD of the test episodes, by number of shots.
+        scores: Scores of the test episodes, by number of shots.
+        steering: The positive and the negative intervention, by number of shots.
         layer: The layer of the interventions, the fit and the tables.
-        fit: Accuracy against TD over tasks and shots, Null left out.
+        fit: Accuracy against TD over tasks and shots, without Null.
         settings: Sizes, seed, template.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> study = tv.paper.run_study(model, tv.bitwise_tasks(), shots=(1, 2), n=12)
-        >>> list(study.decodability), list(study.steering)
-        ([1, 2], [1, 2])
-        >>> study.layer, study.steering[1].layer
-        (1, 1)
-        >>> study.to_frame().columns[:4].tolist()
-        ['task', 'shots', 'layer', 'td']
+        >>> study = tv.paper.run_study(tv.load_model("toy"), tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> study.shots, study.layer, study.steering[1].layer
+        ((1, 2), 1, 1)
     """
 
     model: str
@@ -87,38 +82,35 @@ class ShotStudy(Shown):
         return next(iter(self.scores.values())).tasks
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per task and number of shots.
+        """Return one row per task and number of shots.
 
-        Columns ``task, shots, layer, td, td_low, td_high, accuracy, low, high`` (95 % intervals,
-        Wilson's of the accuracy) and ``positive, negative`` where there are interventions.
+        Columns: ``task, shots, layer, td, td_low, td_high, accuracy, low, high`` (95 % intervals,
+        Wilson's for the accuracy), and ``positive, negative`` where there are interventions.
         """
-        rows = []
-        for shots in self.shots:
-            td = self.decodability[shots].at(self.layer).tolist()
-            td_interval = self.decodability[shots].interval(self.layer).tolist()
-            for index, task in enumerate(self.tasks):
-                scores = self.scores[shots].of(task)
-                low, high = scores.interval()
-                row = {
-                    "task": task,
-                    "shots": shots,
-                    "layer": self.layer,
-                    "td": td[index],
-                    "td_low": td_interval[index][0],
-                    "td_high": td_interval[index][1],
-                    "accuracy": scores.accuracy,
-                    "low": low,
-                    "high": high,
-                    **{name: scores.mean(name) for name in scores.extra},
-                }
-                if shots in self.steering:
-                    row["positive"] = self.steering[shots].positive.of(task).accuracy
-                    row["negative"] = self.steering[shots].negative.of(task).accuracy
-                rows.append(row)
-        return pd.DataFrame(rows)
+        frames = []
+        for shots, scores in self.scores.items():
+            td = self.decodability[shots]
+            td_low, td_high = rearrange(td.interval(self.layer), "task end -> end task").tolist()
+            low, high = zip(*(scores.of(task).interval() for task in self.tasks), strict=True)
+            frame = pd.DataFrame({"task": self.tasks, "shots": shots, "layer": self.layer})
+            columns = {
+                "td": td.at(self.layer).tolist(),
+                "td_low": td_low,
+                "td_high": td_high,
+                "accuracy": [*scores.by_task().values()],
+                "low": low,
+                "high": high,
+                **{name: [*scores.by_task(name).values()] for name in scores.extra},
+            }
+            if shots in self.steering:
+                steered = self.steering[shots]
+                columns["positive"] = [*steered.positive.by_task().values()]
+                columns["negative"] = [*steered.negative.by_task().values()]
+            frames.append(frame.assign(**columns))
+        return pd.concat(frames, ignore_index=True)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the activations, as plain values."""
+        """Return everything except the activations, as plain values."""
         rows = json.loads(self.to_frame().to_json(orient="records"))
         by_layer = {
             shots: {"layers": found.layers, "tasks": found.tasks, "td": found.scores.tolist()}
@@ -135,7 +127,7 @@ class ShotStudy(Shown):
         }
 
     def figures(self) -> dict[str, Figure]:
-        """TD against accuracy, TD by layer, pairwise TD, an embedding, and the interventions."""
+        """Return figures of accuracy on TD, TD by layer and pair, an embedding, and steering."""
         most = self.decodability[max(self.shots)]
         drawn = {
             "td_vs_accuracy": plots.plot_td_vs_accuracy(self.fit),
@@ -149,11 +141,11 @@ class ShotStudy(Shown):
         return {name: plots.figure_of(ax) for name, ax in drawn.items()}
 
     def report(self, name: str = "study", figures: Iterable[str] = ()) -> str:
-        """A page in Markdown, with the published figures beside the measured ones.
+        """Return a page in Markdown, with the paper's R^2 next to the measured one.
 
         Args:
-            name: ``"pos"`` and ``"bitwise"`` have published figures.
-            figures: Names of PNG files to show.
+            name: ``"pos"`` and ``"bitwise"`` have a published R^2.
+            figures: File names of the images to show.
         """
         n_layers = len(self.decodability[max(self.shots)].layers)
         lines = [
@@ -169,11 +161,7 @@ class ShotStudy(Shown):
                 f"{found.chance:.2f}); on these episodes the highest is "
                 f"{float(found.mean.max()):.2f}, at layer {found.best_layer()}."
             )
-        lines += [
-            f"- {self.fit!r}.",
-            "",
-            *markdown(self.to_frame()),
-        ]
+        lines += [f"- {self.fit!r}.", "", *markdown(self.to_frame())]
         if name in PUBLISHED_R2:
             published = ", ".join(f"{m} {r2:.2f}" for m, r2 in PUBLISHED_R2[name].items())
             lines += ["", f"R^2 in the paper (Han et al. 2025): {published}."]
@@ -181,15 +169,10 @@ class ShotStudy(Shown):
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path, name: str = "study") -> list[Path]:
-        """Write ``results.json``, the figures, and ``report.md``; returns their paths."""
-        folder = Path(folder)
-        paths = plots.save_figures(self.figures(), folder)
-        write_text(folder / "results.json", json.dumps(self.to_json(), indent=1) + "\n")
-        write_text(
-            folder / "report.md",
-            self.report(name, [path.name for path in paths if path.suffix == ".png"]),
-        )
-        return [folder / "results.json", folder / "report.md", *paths]
+        """Write the figures, ``results.json`` and ``report.md``, and return their paths."""
+        figures = self.figures()
+        page = self.report(name, [f"{figure}.png" for figure in figures])
+        return write_study(folder, self.to_json(), page, figures)
 
     def __repr__(self) -> str:
         return f"ShotStudy({self.model}: shots {list(self.shots)}; {self.fit!r})"
@@ -214,36 +197,31 @@ def run_study(
     stop: str | None = None,
     progress: bool = False,
 ) -> ShotStudy:
-    """TD, accuracy and interventions of tasks at several numbers of shots.
+    """Return TD, accuracy and interventions of tasks at several numbers of shots.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
-        tasks: The tasks, ``null`` among them: :func:`bitwise_tasks` or :func:`pos_tasks`.
-        test_tasks: The same tasks on other data, for everything but the vectors; by default the
-            same data, with other queries.
+        tasks: The tasks including ``null``: :func:`bitwise_tasks` or :func:`pos_tasks`.
+        test_tasks: The same tasks on other data, to measure everything except the vectors on; by
+            default the same data, with other queries.
         shots: Numbers of demonstrations.
-        steer_shots: Those at which to intervene; by default all of them.
-        layer: The layer of the interventions and the fit; by default the first at which TD of the
-            train episodes, those of the vectors, is within a standard error of its highest, over
-            tasks and shots.
-        n: Test episodes a task.
-        n_vectors: Episodes a task that the vectors are the means of; by default as many as ``n``.
+        steer_shots: The numbers of shots at which to intervene; all by default.
+        layer: The layer of the interventions and the fit; by default the first layer where the TD
+            of the train episodes, over tasks and shots, is within a standard error of its highest.
+        n: Test episodes per task.
+        n_vectors: Train episodes per task, whose means are the vectors; ``n`` by default.
         k: Neighbours that vote in TD.
         null: The task whose mean is the negative intervention.
         seed: Seed of the sampling.
         template: How the episodes become text.
-        instructions: For each task a text that the prompt begins with; see
-            :func:`with_instructions`.
+        instructions: The text that the prompt begins with, by task; see :func:`with_instructions`.
         metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
-    Returns:
-        The measurements.
-
     Raises:
-        ValueError: If ``null`` is not among the tasks or ``steer_shots`` not among the shots, or as
-            for :func:`sample_splits`.
+        ValueError: If ``null`` is not among the tasks, or one of ``steer_shots`` not among the
+            shots, or as for :func:`sample_splits`.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -256,24 +234,30 @@ def run_study(
     """
     unknown = sorted(set(steer_shots or ()) - set(shots))
     if unknown:
-        raise ValueError(
-            f"steer_shots has {unknown[0]}, which is not among the shots {list(shots)}"
-        )
+        raise ValueError(f"steer_shots contains {unknown[0]}; it must be among {list(shots)}")
     if null not in tasks:
-        raise ValueError(f"no task {null!r} among {', '.join(tasks)}; it is the negative one")
+        raise ValueError(
+            f"no task {null!r}, the negative intervention; there are: {', '.join(tasks)}"
+        )
     n_vectors = n if n_vectors is None else n_vectors
     steer_shots = tuple(shots) if steer_shots is None else tuple(steer_shots)
     test, means = {}, {}
     td_of_train: list[Decodability] = []
     for count in shots:
-        parts = _episodes(tasks, test_tasks, n_vectors, n, count, seed, template)
+        if test_tasks is None:
+            sizes = {"train": n_vectors, "test": n}
+            parts = [*sample_splits(tasks, sizes, count, seed, template=template).values()]
+        else:
+            parts = [
+                sample_episodes(tasks, n_vectors, count, seed, template=template),
+                sample_episodes(test_tasks, n, count, seed, template=template),
+            ]
         if instructions is not None:
             parts = [with_instructions(part, instructions) for part in parts]
         train, test[count] = parts
         if layer is None or count in steer_shots:
-            of_train = collect(
-                model, train, layers=None if layer is None else [layer], progress=progress
-            )
+            layers = None if layer is None else [layer]
+            of_train = collect(model, train, layers=layers, progress=progress)
             means[count] = task_vectors(of_train)
             td_of_train.append(task_decodability(of_train, k))
     layer = _peak(td_of_train) if layer is None else layer
@@ -307,35 +291,14 @@ def run_study(
     return ShotStudy(model_name(model), decodability, scores, steering, layer, fit, settings)
 
 
-def _episodes(
-    tasks: Mapping[str, Task],
-    test_tasks: Mapping[str, Task] | None,
-    n_train: int,
-    n_test: int,
-    n_shots: int,
-    seed: int,
-    template: PromptTemplate,
-) -> list[list[Episode]]:
-    """Train and test episodes."""
-    if test_tasks is None:
-        sets = sample_splits(
-            tasks, {"train": n_train, "test": n_test}, n_shots, seed, template=template
-        )
-        return [sets["train"], sets["test"]]
-    return [
-        sample_episodes(tasks, n_train, n_shots, seed, template=template),
-        sample_episodes(test_tasks, n_test, n_shots, seed, template=template),
-    ]
-
-
 def _peak(decodability: Iterable[Decodability]) -> int:
-    """The first layer whose TD, over tasks and shots, is within a standard error of the highest.
+    """Return the first layer whose TD, over tasks and shots, is within a standard error of the top.
 
-    TD rises where the task is written and then often stays; the highest of a plateau is chance, and
-    at its end an intervention comes too late.
+    TD rises where the task is written and then often stays high. Which layer of the plateau is
+    highest is chance, and an intervention at its end comes too late.
     """
     found = list(decodability)
-    mean = torch.stack([one.mean for one in found]).mean(dim=0)
+    mean = reduce(torch.stack([one.mean for one in found]), "shots layer -> layer", "mean")
     highest = float(mean.max())
     n_points = sum(int(one.n.sum()) for one in found)
     error = math.sqrt(highest * (1 - highest) / n_points)
@@ -343,14 +306,14 @@ def _peak(decodability: Iterable[Decodability]) -> int:
 
 
 def _known(value: Any) -> Any:
-    """A number or a pair of them, with None for what is not known: JSON has no NaN."""
+    """Return a number or a pair of numbers with None for NaN, which JSON does not have."""
     if isinstance(value, tuple):
         return [_known(part) for part in value]
     return value if math.isfinite(value) else None
 
 
 def markdown(frame: pd.DataFrame) -> list[str]:
-    """A frame as the lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     names = list(frame.columns)
     rows = [
         " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row)
@@ -361,3 +324,14 @@ def markdown(frame: pd.DataFrame) -> list[str]:
         "|" + "---|" * len(names),
         *(f"| {row} |" for row in rows),
     ]
+
+
+def write_study(
+    folder: str | Path, results: Any, page: str, figures: Mapping[str, Figure]
+) -> list[Path]:
+    """Write the figures, ``results.json`` and ``report.md``, and return their paths."""
+    folder = Path(folder)
+    paths = plots.save_figures(figures, folder)
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "report.md", page)
+    return [folder / "results.json", folder / "report.md", *paths]

@@ -1,7 +1,7 @@
-"""Figures of the library's results, by matplotlib.
+"""Matplotlib figures of the library's results.
 
 Each function takes a result and returns the ``Axes`` it drew on, new ones unless ``ax`` is given.
-Tasks keep one colour and marker across figures of results that list the same tasks.
+A task has the same colour and marker in all figures of results that list the same tasks.
 """
 
 from transformer_lens_taskvec.plots.decodability import (

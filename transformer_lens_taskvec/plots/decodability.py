@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from einops import rearrange
+
+from transformer_lens_taskvec.analysis.decodability import Decodability
 from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
@@ -21,32 +25,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from transformer_lens_taskvec.analysis.decodability import Decodability
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
 @styled
 def plot_td_vs_accuracy(fit: AccuracyFit, ax: Axes | None = None) -> Axes:
-    """Accuracy against TD: a colour a task, a marker a number of shots (the paper's Figure 4).
+    """Return axes with accuracy against TD (the paper's Figure 4).
+
+    Each task has a colour, each number of shots a marker.
 
     Args:
         fit: From :func:`td_vs_accuracy`.
         ax: Where to draw; new axes by default.
 
-    Returns:
-        The axes.
-
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> study = tv.paper.run_study(
-        ...     model, tv.bitwise_tasks(), shots=(1, 2), n=12, steer_shots=(), n_vectors=12
-        ... )
+        >>> study = tv.paper.run_study(tv.load_model("toy"), tv.bitwise_tasks(), shots=(1, 2), n=12)
         >>> tv.plot_td_vs_accuracy(study.fit).get_xlabel()
         'task decodability'
     """
@@ -77,18 +68,15 @@ def plot_td_vs_accuracy(fit: AccuracyFit, ax: Axes | None = None) -> Axes:
 def plot_decodability(
     decodability: Decodability | Mapping[Any, Decodability], ax: Axes | None = None
 ) -> Axes:
-    """Task decodability by layer.
+    """Return axes with task decodability by layer.
 
     Args:
-        decodability: One: a line a task, their mean in black. Or several, by number of shots or by
-            name: a line each, the mean over tasks (the paper's Figure 19).
+        decodability: One result is drawn as a line per task and their mean in black. Of a mapping
+            from number of shots or name, each result's mean is a line (the paper's Figure 19).
         ax: Where to draw; new axes by default.
 
-    Returns:
-        The axes.
-
     Raises:
-        ValueError: If it is an empty mapping.
+        ValueError: If the mapping is empty.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -107,11 +95,11 @@ def plot_decodability(
         ax.plot(shown.layers, shown.mean.tolist(), color="black", linewidth=2, label="mean")
     else:
         if not decodability:
-            raise ValueError("decodability is empty; give one or several")
+            raise ValueError("decodability is empty; give at least one")
         shown = next(iter(decodability.values()))
         for index, (name, found) in enumerate(decodability.items()):
             style, label = task_style(index), str(name)
-            if isinstance(name, int):  # shades of one colour, since more is more of the same
+            if isinstance(name, int):  # one colour, darker with more shots
                 label = f"{name}-shot"
                 style |= {"color": COLOURS[0], "alpha": (index + 1) / len(decodability)}
             ax.plot(found.layers, found.mean.tolist(), label=label, **style)
@@ -130,15 +118,12 @@ def plot_decodability(
 def plot_pairwise(
     decodability: Decodability, layer: int | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Heat map of the TD of each pair of tasks alone (the paper's Figure 23).
+    """Return axes with a heat map of the TD of each pair of tasks alone (the paper's Figure 23).
 
     Args:
         decodability: From :func:`task_decodability`.
-        layer: The layer; by default the best.
+        layer: The layer; the best by default.
         ax: Where to draw; new axes by default.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: If the layer was not collected, or a pair has k points or fewer.
@@ -155,7 +140,7 @@ def plot_pairwise(
     values = decodability.pairwise(layer)
     names = decodability.tasks
     ax = heat_map(
-        (values + values.T) / 2,
+        (values + rearrange(values, "first second -> second first")) / 2,
         names,
         names,
         ax,

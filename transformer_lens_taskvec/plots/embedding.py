@@ -1,4 +1,4 @@
-"""Two-dimensional maps of representations, still and interactive."""
+"""Two-dimensional maps of representations, static and interactive."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.activations import Activations
-from transformer_lens_taskvec.plots.style import (
-    legend_beside,
-    new_axes,
-    styled,
-    task_style,
-)
+from transformer_lens_taskvec.plots.style import legend_beside, new_axes, styled, task_style
 from transformer_lens_taskvec.prompts import AnyEpisode
 
 if TYPE_CHECKING:
@@ -34,18 +30,15 @@ def plot_embedding(
     method: str | None = None,
     seed: int = 0,
 ) -> Axes:
-    """A two-dimensional map of one layer's activations.
+    """Return axes with a two-dimensional map of one layer's activations.
 
     Args:
         activations: The activations.
         layer: The layer, counted from 0.
         ax: Where to draw; new axes by default.
         method: ``"umap"`` with the paper's settings (15 neighbours, min_dist 0.1), or ``"pca"``; by
-            default UMAP where umap-learn is installed.
+            default UMAP if umap-learn is installed.
         seed: Seed of UMAP.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: If there is no such method or layer.
@@ -61,7 +54,7 @@ def plot_embedding(
     points, names = _mapped(activations, layer, method, seed)
     ax = new_axes(ax)
     for index, task in enumerate(activations.tasks):
-        own = points[activations.labels == index].T.tolist()
+        own = rearrange(points[activations.labels == index], "point xy -> xy point").tolist()
         style = {**task_style(index, task), "s": 9, "alpha": 0.8, "linewidths": 0.5}
         ax.scatter(*own, label=task, **style)
     ax.set(xlabel=names[0], ylabel=names[1], title=f"Representations of the prompts, layer {layer}")
@@ -75,17 +68,17 @@ def explore_embedding(
     method: str | None = None,
     seed: int = 0,
 ) -> InteractiveFigure:
-    """The same map to look around in: a slider over the layers, each prompt under the pointer.
+    """Return an interactive map, with a slider over layers and the prompts as hover text.
 
     Args:
         activations: The activations, of one layer or more.
-        episodes: What they were collected from, in the same order, to show their texts.
+        episodes: The episodes they were collected from, in the same order, for the hover text.
         method: As for :func:`plot_embedding`.
         seed: Seed of UMAP.
 
     Returns:
-        A figure of plotly (extra ``interactive``), which notebooks show; ``.write_html(path)`` for
-        a page of its own.
+        A plotly figure (extra ``interactive``), which notebooks display; ``.write_html(path)``
+        saves it as a page.
 
     Raises:
         ValueError: If there is no such method, or not as many episodes as activations.
@@ -146,7 +139,7 @@ def explore_embedding(
 
 
 def _texts(activations: Activations, episodes: Sequence[AnyEpisode] | None) -> list[str]:
-    """What is said of each point: its task, and of an episode of text its prompt and answer."""
+    """Return the hover text of each point: its task and, with episodes, its prompt and answer."""
     texts = []
     for row, label in enumerate(activations.labels.tolist()):
         lines = [f"<b>{escape(activations.tasks[label])}</b>"]
@@ -161,10 +154,10 @@ def _texts(activations: Activations, episodes: Sequence[AnyEpisode] | None) -> l
 def _mapped(
     activations: Activations, layer: int, method: str | None, seed: int
 ) -> tuple[Float[Tensor, "point 2"], tuple[str, str]]:
-    """The points of the map, and the names of its dimensions."""
+    """Return the points of the map and the names of its axes."""
     if method not in (None, "umap", "pca"):
         raise ValueError(f"method is {method!r}; it must be 'umap', 'pca' or None")
-    at = activations.at(layer).flatten(start_dim=1)
+    at = rearrange(activations.at(layer), "point ... -> point (...)")
     if method == "umap" or (method is None and find_spec("umap") is not None):
         return _umap(at, seed), ("first UMAP dimension", "second")
     points, shares = _principal_components(at)
@@ -188,9 +181,10 @@ def _umap(points: Float[Tensor, "point d"], seed: int) -> Float[Tensor, "point 2
 def _principal_components(
     points: Float[Tensor, "point d"],
 ) -> tuple[Float[Tensor, "point 2"], Sequence[float]]:
-    centred = points.double() - points.double().mean(dim=0)
+    centred = points.double() - reduce(points.double(), "point d -> d", "mean")
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
     shares = singular.square() / singular.square().sum().clamp(min=1e-30)
     if len(singular) < 2:
         raise ValueError("a two-dimensional map needs at least two points and two dimensions")
-    return (centred @ directions[:2].T).float(), shares[:2].tolist()
+    mapped = einsum(centred, directions[:2], "point d, xy d -> point xy")
+    return mapped.float(), shares[:2].tolist()

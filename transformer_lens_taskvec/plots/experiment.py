@@ -1,4 +1,4 @@
-"""The figures of a whole experiment."""
+"""The figures of an experiment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def experiment_figures(experiment: Experiment) -> dict[str, Figure]:
-    """Return the layer sweep, the decodability by layer and an embedding of an experiment.
+    """Return figures of an experiment's layer sweep, decodability by layer and embedding.
 
     Args:
         experiment: From :func:`run_experiment`.

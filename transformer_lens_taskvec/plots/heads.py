@@ -1,26 +1,16 @@
-"""Figures of vectors and of the heads that write them."""
+"""Figures of task vectors and of attention heads' effects."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from einops import einsum, reduce
 
-from transformer_lens_taskvec.plots.style import (
-    heat_map,
-    new_axes,
-    styled,
-)
-from transformer_lens_taskvec.vectors.heads import HeadEffects
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-from typing import TYPE_CHECKING
-
+from transformer_lens_taskvec.plots.style import heat_map, new_axes, styled
 from transformer_lens_taskvec.scoring import LOSS_LABELS
 from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.heads import HeadEffects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,19 +24,15 @@ def plot_head_effects(
     task: str | None = None,
     reach: float | None = None,
 ) -> Axes:
-    """Heat map of every head's effect on the answer's log-probability: of one task, or their mean.
+    """Return axes with a heat map of every head's effect on the answer's log-probability.
 
-    Where answers are numbers, the change in squared error takes its place, with its sign turned:
-    red is harm.
+    Where answers are numbers it is the decrease in squared error. Red is harm.
 
     Args:
         effects: From :func:`head_effects`.
         ax: Where to draw; new axes by default.
-        task: One task; by default the mean over tasks.
-        reach: Where the colours end; by default at the largest effect.
-
-    Returns:
-        The axes.
+        task: One task; the mean over tasks by default.
+        reach: The effect at which the colours end; the largest by default.
 
     Raises:
         ValueError: If there is no such task.
@@ -63,11 +49,12 @@ def plot_head_effects(
         raise ValueError(f"no effects on {task!r}; there are: {', '.join(effects.tasks)}")
     ax = new_axes(ax)
     gain = effects.gain
-    values = gain.mean(dim=0) if task is None else gain[effects.tasks.index(task)]
+    mean = reduce(gain, "task layer head -> layer head", "mean")
+    values = mean if task is None else gain[effects.tasks.index(task)]
     reach = reach or float(values.abs().max()) or 1.0
     image = ax.imshow(values.tolist(), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     what = (
-        "mean into shuffled prompts" if effects.ablation is None else f"{effects.ablation} ablation"
+        "mean in shuffled prompts" if effects.ablation is None else f"{effects.ablation} ablation"
     )
     title = f"Head effects: {what}" + ("" if task is None else f", {task}")
     ax.set(xlabel="head", ylabel="layer (from 0)", title=title)
@@ -83,15 +70,12 @@ def plot_head_effects(
 
 @styled
 def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None = None) -> Axes:
-    """Heat map of the cosines between tasks' vectors, their mean over tasks taken off.
+    """Return axes with a heat map of the cosines between tasks' vectors minus their mean.
 
     Args:
-        vectors: Of two tasks or more.
-        layer: The layer; by default the middle one of those there are.
+        vectors: The vectors of two tasks or more.
+        layer: The layer; the middle one by default.
         ax: Where to draw; new axes by default.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: If there are no vectors at the layer.
@@ -102,12 +86,14 @@ def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> tv.plot_vectors(vectors, layer=1).get_title()
-        'Cosines of task vectors less their mean, layer 1'
+        'Cosines of task vectors minus their mean, layer 1'
     """
     layer = vectors.layers[len(vectors.layers) // 2] if layer is None else layer
     values = vectors.at(layer)
-    centred = torch.nn.functional.normalize(values - values.mean(dim=0), dim=-1)
-    cosines, names = centred @ centred.T, vectors.tasks
+    mean = reduce(values, "task d -> d", "mean")
+    centred = torch.nn.functional.normalize(values - mean, dim=-1)
+    cosines = einsum(centred, centred, "row d, column d -> row column")
+    names = vectors.tasks
     ax = heat_map(cosines, names, names, ax, label="cosine", colours="RdBu_r", ends=(-1, 1))
-    ax.set_title(f"Cosines of task vectors less their mean, layer {layer}")
+    ax.set_title(f"Cosines of task vectors minus their mean, layer {layer}")
     return ax

@@ -1,10 +1,11 @@
-"""Figures of what interventions do: layer sweeps, perturbations, steering."""
+"""Figures of the effects of interventions: layer sweeps, perturbations, steering."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import reduce
 
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix
 from transformer_lens_taskvec.analysis.steering import SteeringEffect
@@ -27,33 +28,31 @@ if TYPE_CHECKING:
 
 @styled
 def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
-    """Accuracy by layer of injection, a line a task; dotted, the accuracy without injection.
+    """Return axes with accuracy by layer of injection, a line per task.
 
-    Where the sweep has controls, a grey band spans what they do for any of the tasks.
+    Dotted lines are accuracies without injection. If the sweep has controls, a grey band spans
+    their accuracies over all tasks.
 
     Args:
         sweep: From :func:`layer_sweep`.
         ax: Where to draw; new axes by default.
 
-    Returns:
-        The axes.
-
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 4, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> ax = tv.plot_layer_sweep(tv.layer_sweep(model, tv.zero_shot(episodes), vectors))
-        >>> ax.get_ylabel()
+        >>> model, tasks = tv.load_model("toy"), tv.bitwise_tasks(null=False)
+        >>> sweep = tv.run_experiment(model, tasks, n_shots=4, n=4).sweep
+        >>> tv.plot_layer_sweep(sweep).get_ylabel()
         'exact-match accuracy'
     """
     ax = new_axes(ax)
     places = [0 if layer is None else layer for layer in sweep.layers]
     if sweep.controls:
-        beside = torch.cat([control.accuracy for control in sweep.controls.values()], dim=1)
-        low, high = beside.min(dim=1).values.tolist(), beside.max(dim=1).values.tolist()
+        accuracy = torch.cat([control.accuracy for control in sweep.controls.values()], dim=1)
+        low, high = (reduce(accuracy, "layer task -> layer", end) for end in ("min", "max"))
         name = "controls" if len(sweep.controls) > 1 else f"{next(iter(sweep.controls))} vectors"
-        ax.fill_between(places, low, high, color=GREY, alpha=0.3, linewidth=0, label=name)
+        ax.fill_between(
+            places, low.tolist(), high.tolist(), color=GREY, alpha=0.3, linewidth=0, label=name
+        )
     for index, task in enumerate(sweep.tasks):
         style = task_style(index, task)
         ax.plot(places, sweep.accuracy[:, index].tolist(), label=task, **style)
@@ -71,27 +70,21 @@ def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
 
 @styled
 def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
-    """Accuracy under the negative intervention, none, and the positive (the paper's Figure 20).
+    """Return axes with accuracy by intervention and task (the paper's Figure 20).
 
-    Negative puts the Null task's mean in the place of the representation, positive the right
-    task's. The bars' whiskers are 95 % intervals.
+    Negative injects the Null task's vector, positive the right task's.
+
+    Whiskers are 95 % intervals.
 
     Args:
         effect: From :func:`steering_effect`.
         ax: Where to draw; new axes by default.
 
-    Returns:
-        The axes.
-
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> one_shot = tv.sample_episodes(tv.bitwise_tasks(), 4, 1, seed=1)
-        >>> ax = tv.plot_steering(tv.steering_effect(model, one_shot, vectors, layer=1))
-        >>> ax.get_title()
-        'Mean of Null or of the right task put in, layer 1'
+        >>> study = tv.paper.run_study(tv.load_model("toy"), tv.bitwise_tasks(), shots=(1, 2), n=12)
+        >>> tv.plot_steering(study.steering[1]).get_title()
+        "Null's or the right task's vector injected, layer 1"
     """
     ax = new_axes(ax)
     frame = effect.to_frame()
@@ -108,7 +101,7 @@ def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
     ax.set(
         ylabel="exact-match accuracy",
         ylim=(0, 1.03),
-        title=f"Mean of Null or of the right task put in, layer {effect.layer}",
+        title=f"Null's or the right task's vector injected, layer {effect.layer}",
     )
     return legend_beside(ax)
 
@@ -117,15 +110,12 @@ def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
 def plot_perturbation(
     matrix: PerturbationMatrix, ax: Axes | None = None, *, reach: float | None = None
 ) -> Axes:
-    """Heat map of the change in loss: red where an injected vector does harm.
+    """Return axes with a heat map of the change in loss, red where an injected vector does harm.
 
     Args:
         matrix: From :func:`perturbation_matrix`.
         ax: Where to draw; new axes by default.
-        reach: Where the colours end; by default at the largest change.
-
-    Returns:
-        The axes.
+        reach: The change at which the colours end; the largest by default.
 
     Example:
         >>> import transformer_lens_taskvec as tv

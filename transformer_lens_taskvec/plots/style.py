@@ -1,4 +1,4 @@
-"""The one style of all figures: sizes, fonts, colours, axes, heat maps, and how they are saved."""
+"""The style of all figures (sizes, fonts, colours, axes, heat maps), and saving them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FIGURE_SIZE = (4.6, 2.9)
-"""Width and height of a figure in inches; in a column of 3.4 inches its text has 6 to 7 points."""
+"""Width and height of a figure in inches; in a column of 3.4 inches its text is 6 to 7 points."""
 
-# Paul Tol's "muted" and "bright" schemes, colour-blind safe; markers tell repeats apart.
+# Paul Tol's "muted" and "bright" schemes, colour-blind safe; markers distinguish repeats.
 COLOURS = (
     "#332288",
     "#CC6677",
@@ -62,7 +62,7 @@ STYLE: Mapping[str, Any] = {
     "svg.hashsalt": "taskvec",  # the same figure gives the same file
     "pdf.fonttype": 42,
 }
-"""What the figures set of matplotlib's settings; ``matplotlib.rc_context(STYLE)`` for your own."""
+"""The figures' matplotlib settings; use ``matplotlib.rc_context(STYLE)`` for your own."""
 
 MARKERS = "osD^vP*X"
 GREY = "#808080"
@@ -71,8 +71,8 @@ GREY = "#808080"
 def task_style(index: int, task: str = "") -> dict[str, Any]:
     """Return the colour and marker of the task at ``index`` in a result's list of tasks.
 
-    So a task looks the same in all figures of results that list the same tasks. The task called
-    ``Null`` is grey wherever it stands.
+    A task looks the same in all figures of results that list the same tasks. The task called
+    ``Null`` is always grey.
 
     Args:
         index: The task's place in the list.
@@ -96,13 +96,10 @@ def task_style(index: int, task: str = "") -> dict[str, Any]:
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Make a function draw in the style of the package, and leave matplotlib's settings alone.
+    """Return the function, drawing in the package's style without changing matplotlib's settings.
 
     Args:
         draw: A function that draws.
-
-    Returns:
-        The same function, for use as a decorator.
 
     Example:
         >>> import matplotlib.pyplot as plt
@@ -117,7 +114,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
         import matplotlib as mpl
 
-        # Not rc_context: it also takes back what a notebook's backend sets when it first draws.
+        # Not rc_context: it would also undo what a notebook's backend sets when it first draws.
         settings: Any = mpl.rcParams
         before = {name: settings[name] for name in STYLE}
         settings.update(STYLE)
@@ -130,7 +127,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = FIGURE_SIZE) -> Axes:
-    """The axes given, or those of a new figure."""
+    """Return the axes given, or those of a new figure."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -139,18 +136,17 @@ def new_axes(ax: Axes | None, size: tuple[float, float] = FIGURE_SIZE) -> Axes:
 
 
 def two_axes(axes: Sequence[Axes] | None) -> Sequence[Axes]:
-    """The axes given, or two new ones, one above the other."""
+    """Return the axes given, or two new ones, one above the other."""
     if axes is not None:
         return axes
     import matplotlib.pyplot as plt
 
-    width, height = FIGURE_SIZE
-    size = (width, 1.5 * height)
+    size = (FIGURE_SIZE[0], 1.5 * FIGURE_SIZE[1])
     return list(plt.subplots(2, 1, figsize=size, layout="constrained", sharex=True)[1])
 
 
 def legend_beside(ax: Axes) -> Axes:
-    """A legend to the right of the axes, in two columns where there is much in it."""
+    """Return the axes with a legend to their right, in two columns if it is long."""
     columns = 1 if len(ax.get_legend_handles_labels()[1]) <= 14 else 2
     ax.legend(
         loc="center left",
@@ -173,17 +169,17 @@ def heat_map(
     ends: tuple[float, float],
     written: str | None = None,
 ) -> Axes:
-    """A matrix with a name at every row and column; NaN stays empty.
+    """Return axes with a matrix whose rows and columns are named; NaN cells stay empty.
 
     Args:
         values: ``[row, column]``.
         rows: The rows' names.
         columns: The columns' names.
-        ax: Where to draw; new axes by default, of a size that lets the names be read.
-        label: What the colours stand for.
-        colours: The name of matplotlib's colour map.
-        ends: Where the colours end.
-        written: The format of the number in every cell, such as ``".2f"``; None for none.
+        ax: Where to draw; new axes by default, sized so that the names can be read.
+        label: What the colours mean.
+        colours: The name of a matplotlib colour map.
+        ends: The values at which the colours end.
+        written: The format of the number in each cell, such as ``".2f"``; no numbers if None.
     """
     side = 1.5 + 0.33 * max(len(rows), len(columns))
     ax = new_axes(ax, (side + 0.9, side))
@@ -204,7 +200,7 @@ def heat_map(
 
 
 def whole_numbers(ax: Axes) -> None:
-    """Ticks of the horizontal axis at whole numbers only."""
+    """Put ticks on the horizontal axis at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -232,14 +228,14 @@ def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> list[Path
     """Write figures as PNG and SVG and close them.
 
     Args:
-        figures: By name; the files are called by it.
-        folder: Made when it is not there.
+        figures: Figures by name, which becomes the file name.
+        folder: Created if it does not exist.
 
     Returns:
         The files written, ``name.png`` and ``name.svg`` for each.
 
     Raises:
-        OSError: If one cannot be written; then it is not half-written.
+        OSError: If a file cannot be written; it is then not left half-written.
 
     Example:
         >>> import tempfile

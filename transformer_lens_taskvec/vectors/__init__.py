@@ -1,4 +1,4 @@
-"""Vectors: every way to make a task vector; each returns something that can be injected."""
+"""Task vectors: every method returns an object that can be injected."""
 
 from transformer_lens_taskvec.vectors.base import Injectable, TaskVectors
 from transformer_lens_taskvec.vectors.heads import HeadEffects, function_vectors, head_effects

@@ -1,7 +1,7 @@
-"""What can be injected, and task vectors: one vector for each task and layer.
+"""What can be injected, and task vectors: one vector per task and layer.
 
-Task vectors are saved as safetensors, with the names that make them usable inside the file; loading
-never unpickles.
+Task vectors are saved as safetensors, with the names of their tasks and layers in the metadata;
+loading never unpickles.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.atomic_io import reading, replacing
+from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Source, layer_index
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
@@ -35,10 +37,10 @@ _SOURCE = {"model": str, "hook": str, "position": int, "template": str, "bos": b
 
 @runtime_checkable
 class Injectable(Protocol):
-    """What can be injected: every way of making a task vector returns one.
+    """What can be injected: every method of making task vectors returns one.
 
-    Sweeps, controls, perturbations and experiments take any object with these members. ``layers``
-    are the choices to sweep; an object that acts at all layers at once has the one choice None.
+    Sweeps, controls, perturbations and experiments take any object with these members. A sweep
+    covers ``layers``; an object that acts at all layers at once has None as its only layer.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -58,12 +60,12 @@ class Injectable(Protocol):
 
     @property
     def layers(self) -> Sequence[int | None]:
-        """The layers to choose from, counted from 0."""
+        """The layers it can be injected at, counted from 0."""
         ...
 
     @property
     def source(self) -> Source:
-        """Where it comes from."""
+        """The model, hook point and prompt format it comes from."""
         ...
 
     def inject(
@@ -75,12 +77,12 @@ class Injectable(Protocol):
         scale: float = 1.0,
         position: int | Sequence[int] | None = -1,
     ) -> list[Intervention]:
-        """The interventions that do the task.
+        """Return the interventions that make the model do the task.
 
         Args:
             task: One of ``tasks``.
             layer: One of ``layers``.
-            mode: As for :func:`inject`; None for its own.
+            mode: As for :func:`inject`; its own mode if None.
             scale: As for :func:`inject`.
             position: As for :func:`inject`.
         """
@@ -99,7 +101,8 @@ def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode
     source = vectors.source
     if model_name(model) != source.model:
         raise ValueError(
-            f"these vectors come from {source.model!r}, the model is {model_name(model)!r}"
+            f"these vectors come from {source.model!r}, the model is {model_name(model)!r}; "
+            "extract vectors from this model"
         )
     if episodes and bos_of(model, episodes) is not source.bos:
         there, here = ("with", "without") if source.bos else ("without", "with")
@@ -115,20 +118,20 @@ def check_tasks(vectors: Injectable, episodes: Sequence[AnyEpisode]) -> None:
     missing = [task for task in tasks if task not in vectors.tasks]
     if missing:
         raise ValueError(
-            f"no vector for {', '.join(missing)}; the vectors are of: {', '.join(vectors.tasks)}"
+            f"no vector for {', '.join(missing)}; there are vectors for: {', '.join(vectors.tasks)}"
         )
 
 
 @dataclass(frozen=True, repr=False)
 class TaskVectors(Shown):
-    """One vector for each task and layer.
+    """One vector per task and layer.
 
     Attributes:
-        values: ``[task, layer, d_model]``, float32 on the CPU (``[task, layer, head, d]`` for a
-            hook point with a head axis).
+        values: ``[task, layer, d_model]``, float32 on the CPU; ``[task, layer, head, d]`` for a
+            hook point with a head axis.
         tasks: The tasks' names, in the order of the first axis.
         layers: The layers of the second axis, counted from 0.
-        source: Where the vectors come from.
+        source: The model, hook point and prompt format they come from.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -146,19 +149,19 @@ class TaskVectors(Shown):
         ('AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR')
     """
 
-    values: Float[Tensor, "task layer d_model"]
+    values: Float[Tensor, "task layer *head d"]
     tasks: tuple[str, ...]
     layers: tuple[int, ...]
     source: Source
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "*layer d_model"]:
-        """The vectors of one task in the order of ``layers``, or its vector at one layer.
+    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "*layer d"]:
+        """Return one task's vectors in the order of ``layers``, or its vector at one layer.
 
         Args:
-            key: A task, or a task and a layer by its number in the model.
+            key: A task, or a task and a layer.
 
         Raises:
-            KeyError: If there is no such task; the message names those there are.
+            KeyError: If there is no such task.
             ValueError: If there is no such layer.
         """
         task, *layer = (key,) if isinstance(key, str) else key
@@ -167,8 +170,8 @@ class TaskVectors(Shown):
         values = self.values[self.tasks.index(task)]
         return values[layer_index(self.layers, layer[0])] if layer else values
 
-    def at(self, layer: int) -> Float[Tensor, "task d_model"]:
-        """The vectors of all tasks at one layer, by its number in the model.
+    def at(self, layer: int) -> Float[Tensor, "task *head d"]:
+        """Return the vectors of all tasks at one layer.
 
         Raises:
             ValueError: If there is no such layer.
@@ -184,93 +187,71 @@ class TaskVectors(Shown):
         scale: float = 1.0,
         position: int | Sequence[int] | None = -1,
     ) -> list[Intervention]:
-        """The intervention that writes a task's vector where it comes from.
+        """Return the intervention that injects a task's vector at the hook point it comes from.
 
-        Args:
-            task: The task.
-            layer: The layer, counted from 0.
-            mode: As for :func:`inject`; None for the vectors' own, ``source.mode``.
-            scale: As for :func:`inject`.
-            position: As for :func:`inject`.
+        The arguments are those of :meth:`Injectable.inject`.
 
         Raises:
             KeyError: If there is no such task.
             ValueError: If there is no such layer, or as for :func:`inject`.
         """
         if layer is None:
-            raise ValueError(f"layer is None; these vectors are of the layers {list(self.layers)}")
-        how = self.source.mode if mode is None else mode
-        return [
-            inject(
-                self[task, layer],
-                layer,
-                mode=how,
-                scale=scale,
-                position=position,
-                hook=self.source.hook,
-            )
-        ]
+            raise ValueError(f"layer is None; give one of {list(self.layers)}")
+        mode = self.source.mode if mode is None else mode
+        vector, hook = self[task, layer], self.source.hook
+        return [inject(vector, layer, mode=mode, scale=scale, position=position, hook=hook)]
 
     def subspace(self, layer: int) -> InSubspace:
-        """The directions in which the tasks' vectors differ at a layer, as a mode for ``inject``.
+        """Return the span of the differences between tasks' vectors, as a mode for ``inject``.
 
-        Its rank is the number of tasks less one, at most.
+        Its rank is at most the number of tasks minus one.
 
         Raises:
-            ValueError: If there is no such layer, or one task only.
+            ValueError: If there is no such layer, or only one task.
         """
         if len(self.tasks) < 2:
-            raise ValueError("one task spans no subspace; it takes two or more to differ")
+            raise ValueError("one task spans no subspace; it takes vectors of two tasks or more")
         values = self.at(layer).double()
-        centred = values - values.mean(dim=0)
+        centred = values - reduce(values, "task d -> d", "mean")
         _, strengths, directions = torch.linalg.svd(centred, full_matrices=False)
         kept = strengths > 1e-9 * strengths.max()
         return InSubspace(directions[kept].float())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per task and layer: ``task, layer, norm, cosine`` (to the mean over tasks)."""
-        mean = self.values.mean(dim=0, keepdim=True)
-        cosine = torch.nn.functional.cosine_similarity(self.values, mean, dim=-1)
-        return pd.DataFrame(
-            [
-                {
-                    "task": task,
-                    "layer": layer,
-                    "norm": float(self.values[row, column].norm()),
-                    "cosine": float(cosine[row, column]),
-                }
-                for row, task in enumerate(self.tasks)
-                for column, layer in enumerate(self.layers)
-            ]
-        )
+        """Return one row per task and layer: ``task, layer, norm, cosine`` to the tasks' mean."""
+        vectors = rearrange(self.values, "task layer ... -> task layer (...)")
+        mean = reduce(vectors, "task layer d -> 1 layer d", "mean")
+        cosine = torch.nn.functional.cosine_similarity(vectors, mean, dim=-1)
+        axes = {"task": self.tasks, "layer": self.layers}
+        return grid_frame(axes, {"norm": vectors.norm(dim=-1), "cosine": cosine})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vectors to a safetensors file, whole or not at all."""
+        """Write the vectors to a safetensors file; an interrupted write leaves no partial file."""
         metadata = {
             "format": _FORMAT,
             "tasks": json.dumps(self.tasks),
             "layers": json.dumps(self.layers),
             "source": json.dumps(asdict(self.source)),
         }
-        with replacing(Path(path)) as beside:
-            # A function vector is the same at every layer, and stored once.
+        with replacing(Path(path)) as temporary:
+            # A function vector is the same at every layer, so it is stored once.
             stored = self.values[:, :1] if self.values.stride(1) == 0 else self.values
-            save_file({"values": stored.contiguous()}, beside, metadata=metadata)
+            save_file({"values": stored.contiguous()}, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None) -> TaskVectors:
-        """Read vectors that :meth:`save` wrote.
+        """Return the vectors that :meth:`save` wrote.
 
         Args:
             path: The file.
-            model: When given, the model the vectors must come from.
+            model: If given, the model that the vectors must come from.
 
         Raises:
-            ValueError: If the file is damaged or not of this kind, or the vectors come from
+            ValueError: If the file is damaged or holds no task vectors, or the vectors come from
                 another model.
             OSError: If the file cannot be read.
         """
-        with reading(path, "damaged task-vector file, or none"):
+        with reading(path, "damaged, or not a task-vector file"):
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 values = file.get_tensor("values")
@@ -291,13 +272,13 @@ class TaskVectors(Shown):
         for name, kind in _SOURCE.items():
             value = getattr(source, name)
             if type(value) is not kind:
-                raise TypeError(f"its source's {name} is {value!r}, not of type {kind.__name__}")
+                raise TypeError(f"{name} in its source is {value!r}, not of type {kind.__name__}")
         if source.mode not in MODES:
             raise TypeError(f"its mode is {source.mode!r}, not one of {', '.join(MODES)}")
         if not values.is_floating_point():
             raise TypeError(f"values of type {values.dtype}")
         if source.heads and values.ndim == 3 and values.shape[1] == 1:
-            values = values.expand(-1, len(layers), -1)
+            values = repeat(values, "task 1 d -> task layer d", layer=len(layers))
         if values.ndim < 3 or values.shape[:2] != (len(tasks), len(layers)):
             raise TypeError(
                 f"values of shape {tuple(values.shape)} for {len(tasks)} tasks and "

@@ -1,10 +1,10 @@
-"""Attention heads: what each of them does for a task, and function vectors made of the best.
+"""Attention heads: the effect of each on a task, and function vectors made of the top heads.
 
-A head's mean output over clean few-shot prompts is put in its place in prompts whose labels are
-shuffled, at the last prompt token; the change in the answer's probability is its average indirect
+In prompts with shuffled labels, a head's output at the last prompt token is replaced by its mean
+over clean few-shot prompts; the change in the answer's probability is the head's average indirect
 effect (AIE). The sum of the top heads' mean outputs, each through its own part of ``W_O``, is the
-task's *function vector*, which triggers the task when it is added to the residual stream of a
-zero-shot prompt (Todd et al. 2023).
+task's *function vector*: added to the residual stream of a zero-shot prompt, it makes the model do
+the task (Todd et al. 2023).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
@@ -39,29 +40,23 @@ from transformer_lens_taskvec.vectors.base import TaskVectors
 
 @dataclass(frozen=True, repr=False)
 class HeadEffects(Shown):
-    """What every head does to the answers: changed prompts less unchanged ones.
+    """The change in the answers when a head is patched or ablated, for every head.
 
     Attributes:
-        by_task: ``[task, layer, head]``, the mean change of each metric: ``probability``,
-            ``log_probability`` (nats) and what was asked for; where answers are numbers there is no
-            probability, and it holds ``loss``.
+        by_task: ``[task, layer, head]``, the mean change in each metric: ``probability``,
+            ``log_probability`` (nats) and the metrics asked for; where answers are numbers,
+            ``loss`` in place of the two probabilities.
         interval: ``[task, layer, head, 2]``, the 95 % interval of the change in log-probability, or
             in loss where answers are numbers, by a bootstrap over episodes.
-        baseline: Scores of the prompts that the heads were changed in, unchanged.
+        baseline: Scores of the same prompts with no head changed.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
-        ablation: None where means were put into shuffled prompts, else ``"zero"`` or ``"mean"``.
+        ablation: ``"zero"`` or ``"mean"``; None if means were patched into shuffled prompts.
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> effects = tv.head_effects(model, episodes)
-        >>> effects.probability.shape  # [layer, head], mean over tasks
+        >>> tv.head_effects(tv.load_model("toy"), episodes).probability.shape  # [layer, head]
         torch.Size([4, 4])
-        >>> effects.top(1)  # (layer, head)
-        ((1, 0),)
-        >>> effects.to_frame().columns.tolist()
-        ['task', 'layer', 'head', 'probability', 'log_probability', 'low', 'high']
     """
 
     by_task: Mapping[str, Float[Tensor, "task layer head"]]
@@ -80,64 +75,55 @@ class HeadEffects(Shown):
         """``[layer, head]``, the mean over tasks of the effect on the answer's probability.
 
         Raises:
-            KeyError: If answers are numbers, which have none.
+            KeyError: If answers are numbers, which have no probability.
         """
         return self.mean("probability")
 
     @property
     def log_probability(self) -> Float[Tensor, "layer head"]:
-        """``[layer, head]``, the mean over tasks of the effect on the log-probability, in nats.
-
-        Raises:
-            KeyError: If answers are numbers, which have none.
-        """
+        """The same for the log-probability, in nats."""
         return self.mean("log_probability")
 
     @property
     def gain(self) -> Float[Tensor, "task layer head"]:
-        """``[task, layer, head]``, by how much the answers get better: less loss."""
+        """``[task, layer, head]``, the decrease in loss."""
         if "log_probability" in self.by_task:
             return self.by_task["log_probability"]
         return -self.by_task["loss"]
 
     def mean(self, metric: str) -> Float[Tensor, "layer head"]:
-        """``[layer, head]``, the mean over tasks of the effect on a metric.
+        """Return ``[layer, head]``, the mean over tasks of the effect on a metric.
 
         Raises:
             KeyError: If it was not measured.
         """
         if metric not in self.by_task:
             raise KeyError(f"no effects on {metric!r}; there are: {', '.join(self.by_task)}")
-        return self.by_task[metric].mean(dim=0)
+        return reduce(self.by_task[metric], "task layer head -> layer head", "mean")
 
     def top(self, n: int) -> tuple[tuple[int, int], ...]:
-        """The ``n`` heads that matter most to the answers, as (layer, head).
+        """Return the ``n`` heads that matter most to the answers, as (layer, head).
 
-        Those whose means help most; or, of ablated heads, those whose absence does most harm. Help
-        is counted in the answer's probability, and in loss where answers are numbers.
+        These are the heads whose means help most or, under ablation, whose absence does most harm,
+        measured by the answer's probability, or by the loss where answers are numbers.
 
         Raises:
-            ValueError: If there are not so many heads.
+            ValueError: If the model has fewer heads.
         """
-        helps = self.probability if "probability" in self.by_task else self.gain.mean(dim=0)
+        helps = self.probability if "probability" in self.by_task else -self.mean("loss")
         effects = helps if self.ablation is None else -helps
         if not 1 <= n <= effects.numel():
             raise ValueError(f"{n} heads are asked for; the model has {effects.numel()}")
-        best = effects.flatten().topk(n).indices.tolist()
+        best = rearrange(effects, "layer head -> (layer head)").topk(n).indices.tolist()
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per task, layer and head: ``task, layer, head``, the effects, ``low, high``.
-
-        ``low`` and ``high`` are the interval.
-        """
+        """Return one row per task, layer and head: the effects, ``low`` and ``high``."""
         columns = {**self.by_task, "low": self.interval[..., 0], "high": self.interval[..., 1]}
         layers, heads = self.means.shape[1:3]
-        index = pd.MultiIndex.from_product(
-            [self.tasks, range(layers), range(heads)], names=["task", "layer", "head"]
+        return grid_frame(
+            {"task": self.tasks, "layer": range(layers), "head": range(heads)}, columns
         )
-        flat = {name: values.flatten().tolist() for name, values in columns.items()}
-        return pd.DataFrame(flat, index=index).reset_index()
 
     def __repr__(self) -> str:
         metric = "probability" if "probability" in self.by_task else "loss"
@@ -146,9 +132,7 @@ class HeadEffects(Shown):
             f"{layer}.{head} {float(effects[layer, head]):+.3f}"
             for layer, head in self.top(min(5, effects.numel()))
         )
-        what = (
-            "means into shuffled prompts" if self.ablation is None else f"{self.ablation} ablation"
-        )
+        what = "means in shuffled prompts" if self.ablation is None else f"{self.ablation} ablation"
         name = "P(answer)" if metric == "probability" else LOSS_LABELS[self.baseline.loss_kind]
         return f"HeadEffects({what}, {len(self.tasks)} tasks; largest on {name}: {best})"
 
@@ -165,35 +149,35 @@ def head_effects(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> HeadEffects:
-    """The effect of every attention head on the answers.
+    """Return the effect of every attention head on the answers.
 
     By default each head's mean output over clean prompts replaces its output in prompts with
     shuffled labels: the average indirect effect (Todd et al. 2023). With ``ablation`` each head
-    is pruned instead, in the clean prompts (Han et al. 2025, Figures 17 and 18).
+    is ablated in the clean prompts instead (Han et al. 2025, Figures 17 and 18).
 
     Args:
         model: A model with attention heads (``attn.hook_z``).
         episodes: Clean few-shot episodes that the means are taken from.
-        on: Clean episodes to measure on, of the same tasks; by default the second half of each
-            task's ``episodes``, and the means are taken from the first half, so that no answer
+        on: Clean episodes of the same tasks to measure on; by default the second half of each
+            task's ``episodes``, with the means taken from the first half, so that no answer
             leaks into its own measurement.
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
-            None is every token, the whole head. Means are of the last prompt token in any case.
+            None changes it at every token. Means always come from the last prompt token.
         metrics: Further metrics, as for :func:`evaluate_many`.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
     Returns:
-        Effects on the answer's probability and log-probability, ``[layer, head]``: the changed
-        prompt's less the unchanged one's, so that a head whose ablation harms has a negative one.
-        Effects on the loss where answers are numbers.
+        Effects on the answer's probability and log-probability, ``[layer, head]``, or on the loss
+        where answers are numbers: the changed prompt minus the unchanged one, so that a head whose
+        ablation harms has a negative effect on probability.
 
     Raises:
-        ValueError: If ``ablation`` is unknown, a task has one episode only and there is no ``on``,
-            an episode has too few demonstrations to shuffle or a task of ``on`` no clean episodes
-            (neither matters to ablation), or as for :func:`collect` and :func:`evaluate`.
+        ValueError: If ``ablation`` is unknown, a task has only one episode and there is no ``on``,
+            an episode has too few demonstrations to shuffle (without ablation), a task of ``on``
+            has no clean episodes, or as for :func:`collect` and :func:`evaluate`.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -201,8 +185,8 @@ def head_effects(
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
         >>> tv.head_effects(model, episodes).top(1)  # (layer, head) of the largest effect
         ((1, 0),)
-        >>> pruned = tv.head_effects(model, episodes, ablation="zero")
-        >>> bool(pruned.log_probability[1, 0] < -1)  # nats: it is needed, too
+        >>> ablated = tv.head_effects(model, episodes, ablation="zero")
+        >>> bool(ablated.log_probability[1, 0] < -1)  # nats: the head is needed, too
         True
     """
     if ablation not in (None, "zero", "mean"):
@@ -214,7 +198,9 @@ def head_effects(
     means = torch.stack(
         [found.values[found.labels == index].mean(dim=0) for index in range(len(found.tasks))]
     )
-    places = [(layer, head) for layer in found.layers for head in range(means.shape[2])]
+    mean = reduce(means, "task layer head d -> layer head d", "mean")
+    n_heads = means.shape[2]
+    places = [(layer, head) for layer in found.layers for head in range(n_heads)]
 
     def variants_of(task: str) -> list[Variant]:
         if ablation == "zero":
@@ -222,9 +208,9 @@ def head_effects(
                 ablate(layer, hook="z", head=head, position=position) for layer, head in places
             ]
         else:
-            mean = means[found.tasks.index(task)] if ablation is None else means.mean(dim=0)
+            patch = means[found.tasks.index(task)] if ablation is None else mean
             edits = [
-                inject(mean[layer, head], layer, hook="z", head=head, position=position)
+                inject(patch[layer, head], layer, hook="z", head=head, position=position)
                 for layer, head in places
             ]
         return [[], *([edit] for edit in edits)]
@@ -238,21 +224,16 @@ def head_effects(
     order = [found.tasks.index(task) for task in baseline.tasks]
     before, after = _of_answers([baseline]), _of_answers(scores)
     change = {name: after[name] - before[name] for name in after}
-    n_heads = means.shape[2]
-
-    def by_head(
-        values: Float[Tensor, "place task *rest"],
-    ) -> Float[Tensor, "task layer head *rest"]:
-        return rearrange(
-            values.float(), "(layer head) task ... -> task layer head ...", head=n_heads
-        )
-
+    axes = "(layer head) task ... -> task layer head ..."
     loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
     own = [baseline.labels == index for index in range(len(baseline.tasks))]
     intervals = torch.stack([bootstrap_interval(loss[:, rows]) for rows in own], dim=1)
     return HeadEffects(
-        {name: by_head(mean_by_task(values, baseline)) for name, values in change.items()},
-        by_head(intervals),
+        {
+            name: rearrange(mean_by_task(values, baseline).float(), axes, head=n_heads)
+            for name, values in change.items()
+        },
+        rearrange(intervals, axes, head=n_heads),
         baseline,
         means[order],
         ablation,
@@ -269,27 +250,28 @@ def function_vectors(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> TaskVectors:
-    """Return each task's function vector: the top heads' mean outputs, through ``W_O``, summed.
+    """Return each task's function vector: the sum of the top heads' mean outputs through ``W_O``.
 
-    It is the same at every layer, and is added to the residual stream of zero-shot prompts, about a
-    third of the way up: ``vectors.inject("antonyms", layer)`` (Todd et al. 2023).
+    The vector is the same at every layer. It is added to the residual stream of zero-shot prompts
+    about a third of the way up: ``vectors.inject("antonyms", layer)`` (Todd et al. 2023).
 
     Args:
         model: A model with attention heads and ``blocks[l].attn.W_O``.
-        episodes: Clean few-shot episodes, of several tasks for heads that serve tasks in general.
-        n_heads: How many heads, by their mean effect over tasks.
-        effects: The effects to choose by and the means to sum, when they are known already, from
-            :func:`head_effects` without ablation; of ``episodes`` only the template is read then.
+        episodes: Clean few-shot episodes; with several tasks the heads are those that serve tasks
+            in general.
+        n_heads: How many heads to sum, chosen by their mean effect over tasks.
+        effects: From :func:`head_effects` without ablation, to save measuring them again; then only
+            the template of ``episodes`` is read.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
 
     Returns:
-        The vectors, with the heads they are sums of, the most effective first, in
-        ``source.heads``, and ``"add"`` as their mode.
+        The vectors, with the summed heads in ``source.heads``, the most effective first, and the
+        mode ``"add"``.
 
     Raises:
-        ValueError: If there are not so many heads, or as for :func:`head_effects`.
+        ValueError: If the model has fewer heads, or as for :func:`head_effects`.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -308,8 +290,8 @@ def function_vectors(
         effects = head_effects(model, episodes, seed=seed, max_tokens=max_tokens, progress=progress)
     if effects.ablation is not None:
         raise ValueError(
-            f"these are effects of {effects.ablation} ablation; a function vector is made of heads "
-            "whose means help in shuffled prompts"
+            f"these are effects of {effects.ablation} ablation; a function vector sums heads whose "
+            "means help in shuffled prompts, so use head_effects(..., ablation=None)"
         )
     heads = effects.top(n_heads)
     total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
@@ -318,7 +300,7 @@ def function_vectors(
         mean = effects.means[:, layer, head]
         total += einsum(mean, weights, "task d_head, d_head d_model -> task d_model")
     n_layers = int(model.cfg.n_layers)
-    everywhere = rearrange(total, "task d_model -> task 1 d_model").expand(-1, n_layers, -1)
+    everywhere = repeat(total, "task d_model -> task layer d_model", layer=n_layers)
     template = " | ".join(sorted({episode.template.example for episode in episodes}))
     source = Source(
         model_name(model), "resid_post", -1, template, effects.baseline.bos, "add", heads
@@ -327,7 +309,7 @@ def function_vectors(
 
 
 def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:
-    """What effects are of: an answer's probability where it has one, else its loss; and more."""
+    """Return the metrics that effects are measured in: probabilities, or loss for numbers."""
     metrics = {name: values.double() for name, values in stack(scores).items()}
     loss, _ = metrics.pop("loss"), metrics.pop("correct")
     if scores[0].loss_kind != "nll":
@@ -336,15 +318,15 @@ def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant ex
 
 
 def _halves(episodes: Sequence[AnyEpisode]) -> tuple[list[AnyEpisode], list[AnyEpisode]]:
-    """The first and the second half of each task's episodes."""
+    """Return the first and the second half of each task's episodes."""
     by_task: dict[str, list[AnyEpisode]] = {}
     for episode in episodes:
         by_task.setdefault(episode.task, []).append(episode)
     for task, own in by_task.items():
         if len(own) < 2:
             raise ValueError(
-                f"task {task!r} has one episode; two or more are needed, for the means and for "
-                "the measurement (or give on=...)"
+                f"task {task!r} has one episode; give two or more, for the means and for the "
+                "measurement, or give on=..."
             )
     first = [episode for own in by_task.values() for episode in own[: (len(own) + 1) // 2]]
     second = [episode for own in by_task.values() for episode in own[(len(own) + 1) // 2 :]]

@@ -1,4 +1,4 @@
-"""Means: a task's vector as the mean of its activations (Han et al. 2025, App. C)."""
+"""Task vectors as mean activations (Han et al. 2025, App. C)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformer_lens_taskvec.vectors.base import TaskVectors
 
 
 def task_vectors(activations: Activations) -> TaskVectors:
-    """The mean activation of each task at each layer (Han et al. 2025, App. C), summed in float64.
+    """Return the mean activation of each task at each layer, summed in float64.
 
     Args:
-        activations: Activations of episodes other than those that the vectors will be tested on.
+        activations: Activations of other episodes than those the vectors will be tested on.
 
     Returns:
         The vectors; ``vectors["AND"]`` is ``[layer, d_model]``.
@@ -31,7 +31,7 @@ def task_vectors(activations: Activations) -> TaskVectors:
         True
     """
     if not bool(torch.isfinite(activations.values).all()):
-        raise ValueError("activations hold NaN or infinite values; their mean means nothing")
+        raise ValueError("activations contains NaN or infinite values; check the model's dtype")
     means = [
         activations.values[activations.labels == index].double().mean(dim=0)
         for index in range(len(activations.tasks))
