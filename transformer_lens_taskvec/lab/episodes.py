@@ -36,8 +36,7 @@ class RegressionEpisode:
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=1, n_shots=3)
-        >>> episode = episodes[0]
+        >>> episode, *_ = lab.regression_episodes(lab.SparseLinearMixture.small(), n=1, n_shots=3)
         >>> episode.task, episode.n_shots, episode.prompt.shape  # x1 y1 x2 y2 x3 y3 x4
         ('B1', 3, torch.Size([7, 8]))
     """
@@ -87,10 +86,9 @@ def regression_episodes(
         ValueError: If ``n`` is below 1, or a sequence is too short for ``n_shots``.
 
     Example:
-        >>> from transformer_lens_taskvec.lab import SparseLinearMixture
-        >>> episodes = regression_episodes(SparseLinearMixture.small(), n=2, n_shots=3)
-        >>> len(episodes), episodes[0].task, episodes[0].prompt.shape
-        (8, 'B1', torch.Size([7, 8]))
+        >>> from transformer_lens_taskvec import lab
+        >>> len(lab.regression_episodes(lab.SparseLinearMixture.small(), n=2))  # of 4 tasks
+        8
     """
     n_shots = mixture.n_points - 1 if n_shots is None else n_shots
     if not 0 <= n_shots < mixture.n_points:
@@ -100,7 +98,7 @@ def regression_episodes(
         )
     if n < 1:
         raise ValueError(f"n is {n}; ask for 1 episode or more")
-    labels = balanced_labels(len(mixture.tasks), n, torch.device("cpu"))
+    labels = balanced_labels(len(mixture.tasks), n)
     batch = mixture.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
     return [
         RegressionEpisode(

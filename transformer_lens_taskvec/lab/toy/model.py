@@ -31,11 +31,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -59,16 +60,12 @@ from transformer_lens_taskvec.lab.toy.lines import (
     toy_tokenizer,
     training_view,
 )
-from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
 _EVAL_SEED = 3_000_003
 _SHOTS_OF_TD = 4
-
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,6 @@ class ToyConfig(Recipe):
     Besides those of :class:`Recipe`:
 
     Attributes:
-        n_layers: Blocks of the model.
-        n_heads: Attention heads per block.
-        d_model: Width of the residual stream.
         d_mlp: Width of an MLP's hidden layer.
         by_arrow: The share of sequences in which only the arrows see other lines.
         two_tasks: The share of sequences with lines of two tasks; the rest are plain.
@@ -135,7 +129,7 @@ class ToyConfig(Recipe):
         model = self.llama(seed=seed)
         for number, layer in enumerate(model.model.layers):
             half = int(number >= self.n_layers // 2)
-            layer.register_forward_pre_hook(_TakesHalf(half), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(_take_half, half), with_kwargs=True)
         return model.to(device)
 
     def llama(self, *, seed: int = 0) -> Any:
@@ -220,12 +214,14 @@ class ToyConfig(Recipe):
                 nll.append(reduce(by_token, "batch line at -> batch", "mean"))
                 right.append(exact_match(logits, tokens[rows]))
                 points.append(torch.stack([kept.pop(0) for _ in model.model.layers], dim=1))
-        each, accuracy = self.n_eval, torch.cat(right).float()
+
+        def mean(values: list[Tensor]) -> Any:
+            per_task = "(task each) ... -> task ..."
+            return reduce(torch.cat(values).float(), per_task, "mean", each=self.n_eval).tolist()
+
         return {
-            "nll": reduce(torch.cat(nll), "(task each) -> task", "mean", each=each).tolist(),
-            "accuracy": reduce(
-                accuracy, "(task each) line -> task line", "mean", each=each
-            ).tolist(),
+            "nll": mean(nll),
+            "accuracy": mean(right),
             "td": _decodability(torch.cat(points), labels.cpu()).tolist(),
         }
 
@@ -241,19 +237,12 @@ class ToyConfig(Recipe):
 
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> ToyRun:
         """The run in a folder, given its evaluations."""
-        shapes = {
-            "nll": (len(TASKS),),
-            "accuracy": (len(TASKS), LINES),
-            "td": (self.n_layers, len(TASKS) - 1),
-        }
-        measured = {
-            name: torch.tensor([record[name] for record in records], dtype=torch.float32)
-            for name in shapes
-        }
-        for name, shape in shapes.items():
-            if records and measured[name].shape[1:] != shape:
-                raise ValueError(f"{name} of shape {tuple(measured[name].shape[1:])}, not {shape}")
-            measured[name] = measured[name].view(len(records), *shape)
+        measured = stacked(
+            records,
+            nll=(len(TASKS),),
+            accuracy=(len(TASKS), LINES),
+            td=(self.n_layers, len(TASKS) - 1),
+        )
         return ToyRun(path, self, seed, tuple(record["step"] for record in records), **measured)
 
 
@@ -261,11 +250,9 @@ class ToyConfig(Recipe):
 class ToyRun(TrainingRun):
     """A training run of the toy model, finished or not, as it stands in its folder.
 
+    Besides those of :class:`TrainingRun`:
+
     Attributes:
-        path: The folder.
-        config: Its settings.
-        seed: The seed of weights and data.
-        steps: The checkpoints.
         nll: NLL of an answer's token in nats, ``[checkpoint, task]``.
         accuracy: Exact match by number of demonstrations from 0, ``[checkpoint, task, shots]``.
         td: TD of the six operators at the last prompt token after four demonstrations,
@@ -285,6 +272,8 @@ class ToyRun(TrainingRun):
     nll: Float[Tensor, "checkpoint task"]
     accuracy: Float[Tensor, "checkpoint task shots"]
     td: Float[Tensor, "checkpoint layer operator"]
+
+    _table: ClassVar[tuple[str, str]] = ("accuracy", "shots")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -306,26 +295,11 @@ class ToyRun(TrainingRun):
         hf_model.config.name_or_path = f"{self.path.name}@{step}"
         return bridge_from_hf(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per checkpoint, task and number of demonstrations: ``step ... accuracy``."""
-        import pandas as pd
-
-        index = pd.MultiIndex.from_product(
-            [self.steps, self.tasks, range(self.accuracy.shape[-1])],
-            names=["step", "task", "shots"],
-        )
-        values = rearrange(self.accuracy, "checkpoint task shots -> (checkpoint task shots)")
-        return pd.DataFrame({"accuracy": values.numpy()}, index=index).reset_index()
-
-    def __repr__(self) -> str:
-        if not self.steps:
-            return f"ToyRun({str(self.path)!r}: no checkpoint yet)"
+    def _summary(self) -> str:
         shots = self.accuracy[-1, :-1].mean(0)
         return (
-            f"ToyRun({str(self.path)!r}: step {self.steps[-1]} of {self.config.steps}, "
-            f"{len(self.steps)} checkpoints; operators at 1, 4, 8 shots "
-            f"{float(shots[1]):.2f}, {float(shots[4]):.2f}, {float(shots[8]):.2f}, TD "
-            f"{float(self.td[-1].mean(-1).max()):.2f})"
+            f"; operators at 1, 4, 8 shots {float(shots[1]):.2f}, {float(shots[4]):.2f}, "
+            f"{float(shots[8]):.2f}, TD {float(self.td[-1].mean(-1).max()):.2f}"
         )
 
 
@@ -346,17 +320,12 @@ def shipped_toy_run() -> ToyRun:
     return run
 
 
-@dataclass(frozen=True)
-class _TakesHalf:
-    """Gives a layer its half of a two-part attention mask, and any other mask unchanged."""
-
-    half: int
-
-    def __call__(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape[1] == 2:
-            kwargs["attention_mask"] = mask[:, self.half : self.half + 1]
-        return args, kwargs
+def _take_half(half: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Give a layer its half of a two-part attention mask, and any other mask unchanged."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape[1] == 2:
+        kwargs["attention_mask"] = mask[:, half : half + 1]
+    return args, kwargs
 
 
 @contextmanager

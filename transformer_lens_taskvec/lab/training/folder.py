@@ -9,15 +9,11 @@ to its place and then moved there, so that no file is ever half written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_text
-from transformer_lens_taskvec._utils.training_state import write_tensors
 
 
 def open_folder(path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -43,19 +39,18 @@ def check_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
     """
     for name, value in wanted.items():
         found = saved.get(name)
-        if found == value:
-            continue
         if isinstance(found, dict) and isinstance(value, dict):
-            absent = dict.fromkeys(found.keys() - value.keys())
-            check_settings(path, _named(found, name), _named({**value, **absent}, name))
-        raise ValueError(
-            f"{path} holds another run: its {name} is {found!r}, not {value!r}; choose another "
-            "folder"
-        )
-
-
-def _named(settings: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    return {f"{owner}.{name}": value for name, value in settings.items()}
+            keys = {key: f"{name}.{key}" for key in found | value}
+            check_settings(
+                path,
+                {full: found.get(key) for key, full in keys.items()},
+                {full: value.get(key) for key, full in keys.items()},
+            )
+        elif found != value:
+            raise ValueError(
+                f"{path} holds another run: its {name} is {found!r}, not {value!r}; choose "
+                "another folder"
+            )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -72,31 +67,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise ValueError(f"{file}: damaged settings of a run: expected an object")
     return saved
-
-
-def export_checkpoints(
-    source: Path, target: Path, steps: Sequence[int], dtype: torch.dtype
-) -> None:
-    """Copy a run with only some of its checkpoints, in another dtype.
-
-    Raises:
-        ValueError: If there is no checkpoint at one of the steps, or the target holds a run.
-    """
-    if (target / "config.json").exists():
-        raise ValueError(f"{target} already holds a run; choose another folder")
-    records = {record["step"]: record for record in read_metrics(source)}
-    missing = sorted(set(steps) - set(records))
-    if missing:
-        raise ValueError(f"no checkpoint at step {missing[0]}; there are {sorted(records)}")
-    kept = sorted(set(steps))
-    for step in kept:
-        file = checkpoint_path(source, step)
-        with reading(file, "damaged checkpoint"):
-            weights = load_file(file)
-        small = {name: value.to(dtype) for name, value in weights.items()}
-        write_tensors(checkpoint_path(target, step), small, {"step": str(step)})
-    write_text(target / "metrics.jsonl", "".join(json.dumps(records[s]) + "\n" for s in kept))
-    write_text(target / "config.json", (source / "config.json").read_text())
 
 
 def checkpoint_path(path: Path, step: int) -> Path:
@@ -123,3 +93,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"its step is {record['step']!r}")
             records.append(record)
     return records
+
+
+def write_metrics(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write the evaluations of a run, one per line."""
+    lines = (json.dumps(record) + "\n" for record in records)
+    write_text(path / "metrics.jsonl", "".join(lines))

@@ -69,28 +69,25 @@ class Muon(Optimizer):
         return loss
 
     def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [_grad(parameter) for parameter in params]
-        buffers = [self._buffer(parameter) for parameter in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        for parameter in params:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = list(torch._foreach_lerp(grads, buffers, group["momentum"]))
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        for members in _by_shape(updates).values():
-            wide = torch.cat([_wide_stack(updates[i]) for i in members])
-            pieces = orthogonalized(wide, group["steps"]).split(
-                [_wide_stack(updates[i]).shape[0] for i in members]
-            )
+        same_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, update in enumerate(updates):
+            same_shape.setdefault(tuple(sorted(update.shape[-2:])), []).append(index)
+        for members in same_shape.values():
+            wide = [_wide_stack(updates[i]) for i in members]
+            pieces = orthogonalized(torch.cat(wide), group["steps"]).split([*map(len, wide)])
             for i, piece in zip(members, pieces, strict=True):
                 rows, columns = params[i].shape[-2:]
                 scale = max(1.0, rows / columns) ** 0.5
                 update = piece.mT if rows > columns else piece
                 params[i].add_(update.reshape(params[i].shape), alpha=-group["lr"] * scale)
-
-    def _buffer(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
 
 
 def orthogonalized(
@@ -110,19 +107,7 @@ def orthogonalized(
     return x
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None  # step() skips the others
-    return parameter.grad
-
-
-def _by_shape(tensors: list[Tensor]) -> dict[tuple[int, ...], list[int]]:
-    """Indices of the tensors, grouped by their matrices' shape, the shorter side first."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault(tuple(sorted(tensor.shape[-2:])), []).append(index)
-    return groups
-
-
 def _wide_stack(tensor: Tensor) -> Float[Tensor, "matrix row column"]:
+    """The matrices of a parameter, each with its shorter side first."""
     stack = rearrange(tensor, "... row column -> (...) row column")
     return stack.mT if stack.shape[1] > stack.shape[2] else stack

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_taskvec._utils.atomic_io import reading
@@ -36,6 +37,9 @@ class Recipe(ABC):
         schedule: What follows: ``"constant"``, or ``"cosine"`` down to zero at the last step.
         n_checkpoints: Number of evaluations, about evenly spaced in the logarithm of the step.
         n_eval: Sequences per task at each evaluation.
+        n_layers: Blocks of the model.
+        n_heads: Attention heads per block.
+        d_model: Width of the residual stream.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -57,6 +61,9 @@ class Recipe(ABC):
     schedule: Literal["constant", "cosine"] = "constant"
     n_checkpoints: int = 40
     n_eval: int = 250
+    n_layers: int = 12
+    n_heads: int = 8
+    d_model: int = 256
 
     loss_name: ClassVar[str]
     """The name of the loss, which is its key in the evaluations."""
@@ -98,7 +105,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def fewest_weights(self) -> int:
-        """A number of weights that a model of these settings has at least, without making it."""
+        """A lower bound on the number of weights, found without making the model."""
 
     @abstractmethod
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Any:
@@ -125,9 +132,10 @@ class Recipe(ABC):
     def to_json(self) -> dict[str, Any]:
         """The settings in the form of JSON, and the class's name as ``kind``."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {"kind": type(self).__name__, **settings}
-        described: dict[str, Any] = json.loads(json.dumps(plain, default=methodcaller("to_json")))
-        return described
+        described: dict[str, Any] = json.loads(
+            json.dumps(settings, default=methodcaller("to_json"))
+        )
+        return {"kind": type(self).__name__, **described}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> Any:
@@ -153,3 +161,20 @@ class Recipe(ABC):
             return 1.0
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stacked(
+    records: Sequence[Mapping[str, Any]], **shapes: tuple[int, ...]
+) -> dict[str, Float[Tensor, "checkpoint ..."]]:
+    """What some evaluations hold under these names, each of the shape that is given.
+
+    Raises:
+        ValueError: If one has another shape.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        values = torch.tensor([record[name] for record in records], dtype=torch.float32)
+        if records and values.shape[1:] != shape:
+            raise ValueError(f"{name} of shape {tuple(values.shape[1:])}, not {shape}")
+        found[name] = values.view(len(records), *shape)
+    return found

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,11 +15,8 @@ from transformer_lens_taskvec.lab.evaluation import evaluate_mixture
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
 from transformer_lens_taskvec.lab.problems.base import Mixture, check_mixture, mixture_from_json
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
-from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -31,12 +27,7 @@ class TrainConfig(Recipe):
 
     Attributes:
         mixture: What the sequences are drawn from.
-        n_layers: Blocks of the model.
-        n_heads: Attention heads of a block.
-        d_model: Width of the residual stream.
-        init: ``"gpt2"`` for initial weights of standard deviation 0.02, ``"fan_in"`` for weights
-            that keep the scale of activations. In both, projections back into the residual stream
-            start smaller.
+        init: The scale of the initial weights; see :class:`RegressionConfig`.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -46,9 +37,6 @@ class TrainConfig(Recipe):
     """
 
     mixture: Mixture = field(default_factory=SparseLinearMixture)
-    n_layers: int = 12
-    n_heads: int = 8
-    d_model: int = 256
     init: Literal["gpt2", "fan_in"] = "gpt2"
 
     loss_name: ClassVar[str] = "mse"
@@ -81,7 +69,7 @@ class TrainConfig(Recipe):
     def loss(
         self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
     ) -> Tensor:
-        """The squared error of the predictions at every position of a new batch."""
+        """The mean squared error over every point of a new batch."""
         batch = self.mixture.sample(self.batch_size, generator)
         with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
             predictions = forward(batch.xs, batch.ys)
@@ -89,7 +77,7 @@ class TrainConfig(Recipe):
         return error
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """The mean squared error for each task at each position."""
+        """The mean squared error of each task at each point."""
         return {"mse": evaluate_mixture(model, self.mixture, n_eval=self.n_eval).tolist()}
 
     def summary(self, record: dict[str, Any]) -> str:
@@ -106,16 +94,11 @@ class TrainConfig(Recipe):
 
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Run:
         """The run in a folder, given its evaluations."""
-        mse = torch.tensor([record["mse"] for record in records], dtype=torch.float32)
-        expected = (len(self.mixture.tasks), self.mixture.n_points)
-        if records and mse.shape[1:] != expected:
-            raise ValueError(f"errors of shape {tuple(mse.shape[1:])}, not {expected}")
-        train_mse = tuple(
-            float("nan") if record["train_mse"] is None else float(record["train_mse"])
-            for record in records
-        )
+        curves = stacked(records, mse=(len(self.mixture.tasks), self.mixture.n_points))
+        train = [record["train_mse"] for record in records]
+        train_mse = tuple(float("nan" if mse is None else mse) for mse in train)
         steps = tuple(record["step"] for record in records)
-        return Run(path, self, seed, steps, mse.view(len(records), *expected), train_mse)
+        return Run(path, self, seed, steps, **curves, train_mse=train_mse)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
@@ -129,11 +112,9 @@ class TrainConfig(Recipe):
 class Run(TrainingRun):
     """A training run on a mixture, finished or not, as it stands in its folder.
 
+    Besides those of :class:`TrainingRun`:
+
     Attributes:
-        path: The folder.
-        config: Its settings.
-        seed: The seed of weights and data.
-        steps: The steps at which there is an evaluation and a checkpoint.
         mse: Mean squared error at each checkpoint, ``[checkpoint, task, point]``.
         train_mse: The mean error of the training steps since the previous checkpoint; NaN at
             step 0.
@@ -150,6 +131,8 @@ class Run(TrainingRun):
     config: TrainConfig
     mse: Float[Tensor, "checkpoint task point"]
     train_mse: tuple[float, ...]
+
+    _table: ClassVar[tuple[str, str]] = ("mse", "point")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -174,27 +157,9 @@ class Run(TrainingRun):
         model.cfg.model_name = f"{self.path.name}@{step}"
         return model.eval()
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row for each checkpoint, task and point."""
-        import pandas as pd
-
-        index = pd.MultiIndex.from_product(
-            [self.steps, self.tasks, range(self.mse.shape[-1])], names=["step", "task", "point"]
-        )
-        mse = rearrange(self.mse, "checkpoint task point -> (checkpoint task point)").numpy()
-        return pd.DataFrame({"mse": mse}, index=index).reset_index()
-
-    def __repr__(self) -> str:
-        if not self.steps:
-            return f"Run({str(self.path)!r}: no checkpoint yet)"
-        late = ", ".join(
-            f"{task} {float(mse):.4f}"
-            for task, mse in zip(self.tasks, self.late_mse[-1], strict=True)
-        )
-        return (
-            f"Run({str(self.path)!r}: step {self.steps[-1]} of {self.config.steps}, "
-            f"{len(self.steps)} checkpoints, late MSE: {late})"
-        )
+    def _summary(self) -> str:
+        late = zip(self.tasks, self.late_mse[-1], strict=True)
+        return ", late MSE: " + ", ".join(f"{task} {float(mse):.4f}" for task, mse in late)
 
 
 def shipped_run() -> Run:
