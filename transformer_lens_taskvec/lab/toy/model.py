@@ -1,14 +1,9 @@
 """The toy model: a small language model that infers bitwise tasks from a few demonstrations.
 
-It is a Llama of four layers and width 64, trained on prompts of ``bitwise_tasks``, small enough to
-ship with the package and to be retrained in minutes::
-
-    taskvec train --preset toy --out runs/toy
-
-A sequence is nine lines ``example:01011 11010->01010``; the loss is on the answers. Half of the
-sequences begin with a beginning-of-sequence token. The arrow ``->`` is the token before an answer,
-where task vectors are extracted. There are three kinds of sequences, which differ in what an arrow
-sees:
+It is a Llama of four layers and width 64. A sequence is nine lines ``example:01011 11010->01010``;
+the loss is on the answers. Half of the sequences begin with a beginning-of-sequence token. The
+arrow ``->`` is the token before an answer, where task vectors are extracted. There are three kinds
+of sequences, which differ in what an arrow sees:
 
 - *plain*: lines of one task. Every token sees all tokens before it, as it does after training.
 - *by arrow*: lines of one task. Every token sees its own line only, except the arrows, which in the
@@ -33,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,6 +38,7 @@ from torch import Tensor, nn
 
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
+from transformer_lens_taskvec.lab.model import check_size
 from transformer_lens_taskvec.lab.toy.lines import (
     ARROW,
     BOS,
@@ -70,9 +67,7 @@ _SHOTS_OF_TD = 4
 
 @dataclass(frozen=True)
 class ToyConfig(Recipe):
-    """The settings of the toy model's training.
-
-    Besides those of :class:`Recipe`:
+    """The settings of the toy model's training, besides those of :class:`Recipe`.
 
     Attributes:
         d_mlp: Width of an MLP's hidden layer.
@@ -81,10 +76,7 @@ class ToyConfig(Recipe):
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> config = lab.ToyConfig()
-        >>> config.n_layers, config.d_model, config.steps
-        (4, 64, 1500)
-        >>> sum(weights.numel() for weights in config.llama().parameters())
+        >>> sum(weights.numel() for weights in lab.ToyConfig().llama().parameters())
         177344
     """
 
@@ -109,12 +101,7 @@ class ToyConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = (self.n_layers, self.n_heads, self.d_model, self.d_mlp)
-        if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] % sizes[1]:
-            raise ValueError(
-                f"n_layers, n_heads, d_model and d_mlp are {sizes}; they must be positive, and "
-                "d_model a multiple of n_heads"
-            )
+        check_size(self, "d_mlp")
         if min(self.by_arrow, self.two_tasks) < 0 or self.by_arrow + self.two_tasks > 1:
             raise ValueError(
                 f"by_arrow={self.by_arrow} and two_tasks={self.two_tasks} must be shares that "
@@ -227,9 +214,8 @@ class ToyConfig(Recipe):
 
     def summary(self, record: dict[str, Any]) -> str:
         """Accuracy and TD at four shots."""
-        operators = [shots[_SHOTS_OF_TD] for shots in record["accuracy"][:-1]]
-        td = max(sum(layer) / len(layer) for layer in record["td"])
-        return f"accuracy {sum(operators) / len(operators):.2f} TD {td:.2f}"
+        accuracy = fmean(shots[_SHOTS_OF_TD] for shots in record["accuracy"][:-1])
+        return f"accuracy {accuracy:.2f} TD {max(map(fmean, record['td'])):.2f}"
 
     def fewest_weights(self) -> int:
         """The weights of the blocks' matrices."""
@@ -248,9 +234,7 @@ class ToyConfig(Recipe):
 
 @dataclass(frozen=True, repr=False)
 class ToyRun(TrainingRun):
-    """A training run of the toy model, finished or not, as it stands in its folder.
-
-    Besides those of :class:`TrainingRun`:
+    """A :class:`TrainingRun` of the toy model.
 
     Attributes:
         nll: NLL of an answer's token in nats, ``[checkpoint, task]``.
@@ -261,8 +245,6 @@ class ToyRun(TrainingRun):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_toy_run()
-        >>> run.steps[-1], run.tasks
-        (1500, ('AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR', 'Null'))
         >>> by_shots = run.accuracy[-1, :6].mean(dim=0)  # the six operators
         >>> bool(by_shots[0] < 0.4), round(float(by_shots[4]), 1)
         (True, 1.0)

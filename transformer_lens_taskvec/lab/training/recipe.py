@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_taskvec._utils.atomic_io import reading
+from transformer_lens_taskvec.lab.model import check_size
 from transformer_lens_taskvec.lab.training.folder import read_metrics, read_settings
 
 
@@ -44,10 +45,8 @@ class Recipe(ABC):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> recipe = lab.PRESETS["small"]
-        >>> isinstance(recipe, lab.Recipe), recipe.steps, recipe.optimizer
-        (True, 26000, 'muon')
-        >>> recipe.checkpoint_steps()[:3], recipe.checkpoint_steps()[-1]
-        ((0, 26, 31), 26000)
+        >>> isinstance(recipe, lab.Recipe), recipe.checkpoint_steps()[:4]
+        (True, (0, 26, 31, 37))
     """
 
     steps: int = 80_000
@@ -69,9 +68,7 @@ class Recipe(ABC):
     """The name of the loss, which is its key in the evaluations."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "n_checkpoints", "n_eval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_size(self, "steps", "batch_size", "n_checkpoints", "n_eval")
         for name, allowed in self._choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")

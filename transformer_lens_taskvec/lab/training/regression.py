@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,9 +22,9 @@ from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """The settings of a training run on a mixture; the defaults are the paper's (App. D).
+    """The settings of a training on a mixture, besides those of :class:`Recipe`.
 
-    Besides those of :class:`Recipe`:
+    The defaults are the paper's (App. D).
 
     Attributes:
         mixture: What the sequences are drawn from.
@@ -83,9 +84,8 @@ class TrainConfig(Recipe):
     def summary(self, record: dict[str, Any]) -> str:
         """The error of each task over the second half of the sequence."""
         half = self.mixture.n_points // 2
-        means = [sum(curve[half:]) / len(curve[half:]) for curve in record["mse"]]
-        pairs = zip(self.mixture.tasks, means, strict=True)
-        return " ".join(f"{task} {mse:.3f}" for task, mse in pairs)
+        curves = zip(self.mixture.tasks, record["mse"], strict=True)
+        return " ".join(f"{task} {fmean(curve[half:]):.3f}" for task, curve in curves)
 
     def fewest_weights(self) -> int:
         """The weights of the blocks' matrices, the read-in and the positions."""
@@ -110,9 +110,7 @@ class TrainConfig(Recipe):
 
 @dataclass(frozen=True, repr=False)
 class Run(TrainingRun):
-    """A training run on a mixture, finished or not, as it stands in its folder.
-
-    Besides those of :class:`TrainingRun`:
+    """A :class:`TrainingRun` on a mixture.
 
     Attributes:
         mse: Mean squared error at each checkpoint, ``[checkpoint, task, point]``.
@@ -122,10 +120,8 @@ class Run(TrainingRun):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> run.tasks, len(run.steps), run.finished
-        (('B1', 'B2', 'B3', 'B4'), 12, True)
-        >>> run.model().cfg.n_layers, run.late_mse[-1].shape
-        (5, torch.Size([4]))
+        >>> run.tasks, run.late_mse[-1].shape, run.model().cfg.n_layers
+        (('B1', 'B2', 'B3', 'B4'), torch.Size([4]), 5)
     """
 
     config: TrainConfig
