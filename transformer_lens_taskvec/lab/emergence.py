@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -94,8 +93,8 @@ class Emergence(Shown):
         """The query's squared error with a swapped representation, divided by that without."""
         ratios = []
         for swap in self.swaps:
-            before = torch.tensor([swap.baseline.of(task).mean_loss for task in swap.sources])
-            ratios.append(1 + swap.delta_loss.float() / rearrange(before, "source -> source 1"))
+            before = torch.tensor([[swap.baseline.of(task).mean_loss] for task in swap.sources])
+            ratios.append(1 + swap.delta_loss.float() / before)
         return torch.stack(ratios)
 
     @property
@@ -191,12 +190,8 @@ def measure_emergence(
         seed: Seed of all sequences.
         progress: Whether to show a progress bar.
 
-    Returns:
-        The measurements.
-
     Raises:
-        ValueError: If the run is not one on a mixture, or there is no checkpoint at one of the
-            steps.
+        ValueError: If the run is not on a mixture, or has no checkpoint at one of the steps.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -208,7 +203,8 @@ def measure_emergence(
     mixture = getattr(run.config, "mixture", None)
     if mixture is None:
         raise ValueError(f"{run.path} holds a {type(run).__name__}; give a run on a mixture")
-    chosen = tuple(map(run.checkpoint, (run.steps or [None]) if steps is None else steps))
+    run.checkpoint()  # raises if there is none
+    chosen = tuple(map(run.checkpoint, run.steps if steps is None else steps))
 
     def episodes(kind: int) -> list[RegressionEpisode]:
         return regression_episodes(mixture, n, n_shots, seed=1_000 * seed + kind)
@@ -225,7 +221,12 @@ def measure_emergence(
         model = run.model(step)
         td.append(task_decodability(collect(model, test), k=k).scores)
         swaps.append(swap_matrix(model, train, test, swap_layer))
-        distances.append(_distances(model, batch, predictions))
+        with torch.no_grad():
+            predicted = model(batch.xs, batch.ys)
+        late = slice(predicted.shape[1] // 2, None)
+        distances.append(
+            [float((predicted - of)[:, late].square().mean()) for of in predictions.values()]
+        )
     return Emergence(
         chosen,
         mixture.tasks,
@@ -315,8 +316,8 @@ class PosteriorAgreement:
     def __repr__(self) -> str:
         return (
             f"PosteriorAgreement({self.n_shots} demonstrations, layer {self.layer}: mean posterior "
-            f"of the true task {float(self.posterior.mean()):.2f}, of the neighbours "
-            f"{float(self.neighbours.mean()):.2f}, rank correlation {self.correlation:.2f})"
+            f"of the true task {self.posterior.mean():.2f}, of the neighbours "
+            f"{self.neighbours.mean():.2f}, rank correlation {self.correlation:.2f})"
         )
 
 
@@ -344,9 +345,6 @@ def posterior_agreement(
         position: The token whose representation is taken; -1 is the query.
         seed: Seed of the sequences.
 
-    Returns:
-        The posterior of the true task and the share of neighbours of that task, per sequence.
-
     Raises:
         ValueError: If the mixture's posterior is not known.
 
@@ -367,7 +365,7 @@ def posterior_agreement(
     if layer is None:
         layer = task_decodability(activations, k=k).best_layer()
     nearest = distances(activations.at(layer)).topk(k, largest=False).indices
-    of_truth = labels[nearest] == rearrange(labels, "example -> example 1")
+    of_truth = labels[nearest] == labels[:, None]
     posterior = exact[torch.arange(len(labels)), labels]
     return PosteriorAgreement(posterior, of_truth.float().mean(1), n_shots, layer, k)
 
@@ -381,13 +379,6 @@ def _swap_layer(
         return swap_matrix(model, train, held_out, layer).conditional_decoding
 
     return max(range(model.cfg.n_layers), key=harm)
-
-
-def _distances(model: Any, batch: Batch, predictions: dict[str, Tensor]) -> list[float]:
-    with torch.no_grad():
-        predicted = model(batch.xs, batch.ys)
-    late = predicted.shape[1] // 2
-    return [float((predicted - of)[:, late:].square().mean()) for of in predictions.values()]
 
 
 def _rank_correlation(one: Float[Tensor, " value"], other: Float[Tensor, " value"]) -> float:

@@ -1,9 +1,7 @@
 """Sequences of a regression mixture as episodes, so that the library's functions take them.
 
-A text episode has a prompt and an answer of characters; a regression episode has a prompt of real
-vectors and an answer that is a number. ``collect``, ``task_decodability``, ``evaluate``,
-``perturbation_matrix``, ``head_effects`` and the rest take both. The query is the last token of the
-prompt, and the loss is the squared error instead of the answer's NLL.
+A regression episode has a prompt of real vectors, and its answer is a number. The query is the
+last token of the prompt, and the loss is the squared error instead of the answer's NLL.
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ class RegressionEpisode:
 def regression_episodes(
     mixture: Mixture, n: int, n_shots: int | None = None, seed: int = 0
 ) -> list[RegressionEpisode]:
-    """Sample ``n`` episodes of each latent task.
+    """Sample ``n`` episodes of each latent task, task by task.
 
     Args:
         mixture: What the sequences are drawn from.
@@ -78,9 +76,6 @@ def regression_episodes(
         n_shots: Demonstrations per episode; by default as many as a sequence of the mixture has
             before its last point.
         seed: Seed of the sampling.
-
-    Returns:
-        The episodes, task by task.
 
     Raises:
         ValueError: If ``n`` is below 1, or a sequence is too short for ``n_shots``.

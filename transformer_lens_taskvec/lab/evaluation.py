@@ -19,16 +19,13 @@ _SEQUENCES_AT_ONCE = 1000
 def evaluate_mixture(
     model: RegressionTransformer, mixture: Mixture, *, n_eval: int = 250, seed: int = _EVAL_SEED
 ) -> Float[Tensor, "task point"]:
-    """Return the model's mean squared error for each task at each point.
+    """Return the model's mean squared error for each task at each point, ``[task, point]``.
 
     Args:
         model: The model.
         mixture: What the sequences are drawn from.
         n_eval: Sequences per task.
         seed: Their seed; by default the one that training evaluates with.
-
-    Returns:
-        Errors, ``[task, point]``.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -104,9 +101,6 @@ def oracle_errors(
         seed: Seed of the sequences.
         device: Where to compute.
 
-    Returns:
-        The errors, and which oracles are told the task.
-
     Raises:
         ValueError: If there are no sequences, or an oracle's predictions have the wrong shape.
 
@@ -126,11 +120,7 @@ def oracle_errors(
         predictions = checked_oracles(mixture, batch)
         if start == 0:  # an oracle that is told the task predicts otherwise for other labels
             others = mixture.oracles(replace(batch, labels=(batch.labels + 1) % len(mixture.tasks)))
-            told = [
-                name
-                for name, of in predictions.items()
-                if not torch.allclose(of, others[name], equal_nan=True)
-            ]
+            told = [n for n, p in predictions.items() if not p.allclose(others[n], equal_nan=True)]
         for name, prediction in predictions.items():
             squares = (prediction - batch.ys).square()
             errors = reduce(squares, "batch point -> point", "sum").double()
@@ -140,11 +130,7 @@ def oracle_errors(
 
 
 def checked_oracles(mixture: Mixture, batch: Batch) -> dict[str, Float[Tensor, "batch point"]]:
-    """The mixture's predictions for some sequences.
-
-    Raises:
-        ValueError: If there are none, or some have another shape than ``ys``.
-    """
+    """The mixture's predictions for some sequences, all of the shape of ``ys``."""
     predictions = mixture.oracles(batch)
     if not predictions:
         raise ValueError(f"{type(mixture).__name__}.oracles gives no predictions; give one or more")

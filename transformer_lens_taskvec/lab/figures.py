@@ -186,9 +186,6 @@ def plot_oracles(
         steps: Checkpoints; by default about four, to the last.
         ax: Where to draw; by default on new axes.
 
-    Returns:
-        The axes.
-
     Raises:
         ValueError: If there is no checkpoint at one of the steps.
 

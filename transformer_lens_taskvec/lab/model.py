@@ -90,18 +90,14 @@ def check_size(settings: Any, *others: str) -> None:
 class RegressionTransformer(HookedRootModule):
     """GPT-2 (pre-layer-norm, learned positions, GELU) with a linear read-in and read-out.
 
-    The hook points are TransformerLens': ``hook_embed``, ``hook_pos_embed``,
-    ``blocks.{l}.hook_resid_pre``, ``hook_attn_out``, ``hook_resid_mid``, ``hook_mlp_out``,
-    ``hook_resid_post``, ``blocks.{l}.attn.hook_q``, ``hook_k``, ``hook_v``, ``hook_attn_scores``,
-    ``hook_pattern``, ``hook_z``, ``blocks.{l}.mlp.hook_pre``, ``hook_post``,
-    ``ln_final.hook_normalized``. Attention patterns are computed only when a hook asks for them.
+    The hook points have TransformerLens' names; ``model.hook_dict`` lists them. Attention patterns
+    are computed only when a hook asks for them.
 
     Args:
         cfg: The size.
         seed: Seed of the initial weights; the global random state is neither read nor changed.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> model = lab.RegressionTransformer(lab.RegressionConfig(d_input=8, n_layers=2))
         >>> model(torch.randn(5, 16, 8), torch.randn(5, 16)).shape
@@ -128,15 +124,12 @@ class RegressionTransformer(HookedRootModule):
         xs: Float[Tensor, "batch point_or_token dim"],
         ys: Float[Tensor, "batch demo"] | None = None,
     ) -> Float[Tensor, "batch point"]:
-        """Predict every ``y_i`` from the pairs before it and ``x_i``.
+        """Predict every ``y_i`` from the pairs before it and ``x_i``, ``[batch, point]``.
 
         Args:
             xs: Inputs, ``[batch, point, dim]``; or, without ``ys``, tokens as :func:`interleave`
                 makes them.
             ys: Outputs, ``[batch, point]`` or without the last, which is never read.
-
-        Returns:
-            Predictions, ``[batch, point]``.
 
         Raises:
             ValueError: If the sequence is too long or its dimensions are not the model's.
@@ -250,23 +243,15 @@ class Attention(nn.Module):
         k = rearrange(self.hook_k(k), "batch key head d_head -> batch head key d_head")
         v = rearrange(self.hook_v(v), "batch key head d_head -> batch head key d_head")
         if self.hook_pattern.has_hooks() or self.hook_attn_scores.has_hooks():
-            z = self._pattern(q, k) @ v
+            scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = self.hook_attn_scores(scores.masked_fill(future, -torch.inf))
+            z = self.hook_pattern(scores.softmax(-1)) @ v
         else:
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         z = self.hook_z(rearrange(z, "batch head query d_head -> batch query head d_head"))
         z = rearrange(z, "batch query head d_head -> batch query (head d_head)")
         return F.linear(z, self.w_o, self.bias_o)
-
-    def _pattern(
-        self,
-        q: Float[Tensor, "batch head query d_head"],
-        k: Float[Tensor, "batch head key d_head"],
-    ) -> Float[Tensor, "batch head query key"]:
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = self.hook_attn_scores(scores.masked_fill(future, -torch.inf))
-        pattern: Tensor = self.hook_pattern(scores.softmax(-1))
-        return pattern
 
 
 class MLP(nn.Module):

@@ -36,7 +36,6 @@ class MixturePosterior:
             ``[batch, point, task]``.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> even = lab.MixturePosterior(torch.full((1, 1, 2), 0.5), torch.tensor([[[1.0, 3.0]]]))
         >>> even.prediction
@@ -72,11 +71,9 @@ def bayes_mixture(
 
     Raises:
         ValueError: If the shapes do not match, a basis names a coordinate that ``xs`` lack, or
-            there is no noise: then the evidence of a wrong basis is zero and that of the right one
-            has no density.
+            there is no noise, so that the evidence has no density.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> xs = torch.randn(1, 5, 2, generator=torch.Generator().manual_seed(0))
         >>> found = lab.bayes_mixture(xs, xs[..., 1], bases=[[0], [1]], noise_variance=0.01)
@@ -91,7 +88,9 @@ def bayes_mixture(
             f"noise_variance is {noise_variance}; a posterior needs a positive variance"
         )
     before = _sums_before(xs, ys)
-    coordinates, present = _padded(bases, xs.device)
+    rows = [torch.tensor(list(basis), device=xs.device) for basis in bases]
+    coordinates = pad_sequence(rows, batch_first=True)
+    present = pad_sequence([torch.ones_like(row).double() for row in rows], batch_first=True)
     n_ranks = coordinates.shape[1]
     grams = before.gram[
         ...,
@@ -137,7 +136,6 @@ def true_basis_ridge(
         ValueError: As for :func:`bayes_mixture`.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> xs, labels = torch.randn(4, 16, 2), torch.ones(4, dtype=torch.long)
         >>> bases = [[0], [1]]
@@ -169,7 +167,6 @@ def ridge(
         ValueError: If the penalty is not positive (:func:`least_squares` has none).
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> lab.ridge(torch.tensor([[[1.0], [1.0]]]), torch.ones(1, 2), penalty=1.0)
         tensor([[0.0000, 0.5000]])
@@ -195,7 +192,6 @@ def least_squares(
         Predictions, ``[batch, point]``; zero at the first point.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> lab.least_squares(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[3.0, 6.0]]))
         tensor([[0., 6.]])
@@ -235,7 +231,6 @@ def lasso(
         RuntimeError: If the search does not converge, as with inputs that are not finite.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> lab.lasso(torch.tensor([[[1.0], [1.0]]]), torch.ones(1, 2), alpha=0.25)
         tensor([[0.0000, 0.7500]])
@@ -254,11 +249,12 @@ def lasso(
     for _ in range(20 * xs.shape[2] + 20):
         weights, signs, optimal = _active_set_step(problem, weights, signs)
         solution[todo[optimal]] = weights[optimal]
-        todo, weights, signs = todo[~optimal], weights[~optimal], signs[~optimal]
+        left = ~optimal
+        todo, weights, signs = todo[left], weights[left], signs[left]
         if not len(todo):
             weights = rearrange(solution, "(batch point) dim -> batch point dim", batch=len(xs))
             return _predict(xs, weights)
-        problem = problem.at(~optimal)
+        problem = _Lasso(problem.gram[left], problem.moment[left], problem.threshold[left])
     raise RuntimeError(f"{len(todo)} of {len(solution)} LASSO problems could not be solved")
 
 
@@ -269,10 +265,6 @@ class _Lasso:
     gram: Float[Tensor, "problem dim dim"]
     moment: Float[Tensor, "problem dim"]
     threshold: Float[Tensor, "problem 1"]
-
-    def at(self, chosen: Bool[Tensor, " problem"]) -> _Lasso:
-        """Some of the problems."""
-        return _Lasso(self.gram[chosen], self.moment[chosen], self.threshold[chosen])
 
 
 def _active_set_step(
@@ -346,12 +338,3 @@ def _solved(
 ) -> Float[Tensor, "*problem dim"]:
     """The solution of linear systems, given the Cholesky factors of their matrices."""
     return torch.cholesky_solve(rearrange(target, "... dim -> ... dim 1"), factor).squeeze(-1)
-
-
-def _padded(
-    bases: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "task rank"], Float[Tensor, "task rank"]]:
-    """The bases' coordinates, padded to the largest rank, and 1 where a coordinate is real."""
-    rows = [torch.tensor(list(basis), device=device) for basis in bases]
-    present = [torch.ones_like(row, dtype=torch.float64) for row in rows]
-    return pad_sequence(rows, batch_first=True), pad_sequence(present, batch_first=True)

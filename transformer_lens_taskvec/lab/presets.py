@@ -53,7 +53,7 @@ def train(
     autocast: bool = False,
     compile: bool = False,
 ) -> Any:
-    """Train a model of the lab, or resume a training that was interrupted.
+    """Train a model of the lab, or resume a training that was interrupted, and return the run.
 
     Args:
         config: The name of a preset (``"paper"``, ``"small"``, ``"toy"``), or settings of your
@@ -67,9 +67,6 @@ def train(
         autocast: Whether to compute in bfloat16 where that is safe. It is faster on CUDA, and at
             the paper's size on a CPU with bfloat16 instructions.
         compile: Whether to compile the model first. It is faster on CUDA only.
-
-    Returns:
-        The run, as :func:`load_run` reads it.
 
     Raises:
         ValueError: If there is no such preset, or the folder holds a run with other settings.

@@ -42,7 +42,6 @@ class Batch:
         labels: The latent task of each sequence, an index into the mixture's ``tasks``.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> batch = lab.SparseLinearMixture.small().sample(4, torch.Generator())
         >>> batch.xs.shape, batch.ys.shape, batch.labels.shape
@@ -63,7 +62,6 @@ class Mixture(Protocol):
     Everything else has a default; the most useful thing to add is ``oracles``.
 
     Example:
-        >>> import torch
         >>> from dataclasses import dataclass
         >>> from transformer_lens_taskvec import lab
         >>> @dataclass(frozen=True)
@@ -80,8 +78,6 @@ class Mixture(Protocol):
         ...         return {**super().oracles(batch), "zero": torch.zeros_like(batch.ys)}
         >>> lab.oracle_errors(Signs(), n_sequences=50).names
         ('least squares', 'ridge', 'lasso', 'zero')
-        >>> Signs().to_json()
-        {'kind': 'Signs', 'dim': 4, 'n_points': 8, 'tasks': ['plus', 'minus']}
     """
 
     if TYPE_CHECKING:
@@ -89,19 +85,10 @@ class Mixture(Protocol):
         @property
         def tasks(self) -> tuple[str, ...]:
             """The names of the latent tasks."""
-
-        @property
-        def dim(self) -> int:
-            """The dimension of an input."""
-
-        @property
-        def n_points(self) -> int:
-            """Pairs (x, y) in a sequence."""
-
     else:  # a property would stop a dataclass from having a field of its name
         tasks: tuple[str, ...]
-        dim: int
-        n_points: int
+    dim: int
+    n_points: int
 
     @abstractmethod
     def sample(
@@ -172,11 +159,7 @@ class Mixture(Protocol):
 
 
 def mixture_from_json(described: Mapping[str, Any]) -> Mixture:
-    """The mixture that ``to_json`` described, of any class derived from :class:`Mixture`.
-
-    Raises:
-        ValueError: If there is no such class, or something in it was recorded by name only.
-    """
+    """The mixture that ``to_json`` described, of any class derived from :class:`Mixture`."""
     fields = dict(described)
     name = fields.pop("kind")
     kind = subclass_named(Mixture, name)
@@ -209,9 +192,6 @@ def balanced_labels(
         n_tasks: How many labels there are.
         n_per_task: How many of each.
         device: Where to put them.
-
-    Returns:
-        Labels, ``[n_tasks * n_per_task]``.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -277,11 +257,7 @@ def _recorded(value: Any) -> dict[str, Any]:
 
 
 def restored(value: Any, name: str) -> Any:
-    """A field's value from its JSON form, with tuples for lists.
-
-    Raises:
-        ValueError: If something in it was recorded by name only.
-    """
+    """A field's value from its JSON form; a ValueError if some of it was recorded by name only."""
     if isinstance(value, list):
         return tuple(restored(item, name) for item in value)
     if isinstance(value, dict):

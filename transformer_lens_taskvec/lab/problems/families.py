@@ -28,17 +28,13 @@ from transformer_lens_taskvec.lab.problems.base import (
 def linear(
     xs: Float[Tensor, "batch point dim"], generator: torch.Generator
 ) -> Float[Tensor, "batch point"]:
-    """``w.x`` with ``w ~ N(0, I)``.
+    """``w.x`` with ``w ~ N(0, I)``: outputs without noise, ``[batch, point]``.
 
     Args:
         xs: Inputs, ``[batch, point, dim]``.
         generator: Source of randomness, on the device of ``xs``.
 
-    Returns:
-        Outputs without noise, ``[batch, point]``.
-
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> lab.linear(torch.randn(2, 5, 8), torch.Generator()).shape
         torch.Size([2, 5])
@@ -55,7 +51,6 @@ class SparseLinear:
         rank: How many coordinates are kept.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> lab.SparseLinear(rank=2)(torch.randn(2, 5, 8), torch.Generator()).shape
         torch.Size([2, 5])
@@ -85,7 +80,6 @@ class LeakyReLU:
         slope: Of the negative part.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> bool((lab.LeakyReLU(slope=0.0)(torch.randn(2, 5, 8), torch.Generator()) >= 0).all())
         True
@@ -109,11 +103,7 @@ def quadratic(
         xs: Inputs, ``[batch, point, dim]``.
         generator: Source of randomness, on the device of ``xs``.
 
-    Returns:
-        Outputs without noise, ``[batch, point]``.
-
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> bool((lab.quadratic(torch.randn(2, 5, 8), torch.Generator()) >= 0).all())
         True
@@ -133,7 +123,6 @@ class LinearOnRepresentation:
         seed: Seed of ``A`` and ``B``.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> lab.LinearOnRepresentation()(torch.randn(2, 5, 8), torch.Generator()).shape
         torch.Size([2, 5])
@@ -177,7 +166,6 @@ class RegressionFamilies(Mixture):
         n_points: Pairs in a sequence.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
         >>> mixture = lab.RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3)
         >>> mixture.sample(2, torch.Generator()).ys.shape
@@ -210,9 +198,6 @@ class RegressionFamilies(Mixture):
 
         Every family is applied to every sequence and the wanted outputs are kept. That costs little
         compared with a training step, and nothing has to wait for the device.
-
-        Raises:
-            ValueError: If a family returns outputs of the wrong shape.
         """
         labels = draw_labels(batch_size, len(self.families), generator, labels)
         xs = normal(generator, batch_size, self.n_points, self.dim)
@@ -235,11 +220,7 @@ class RegressionFamilies(Mixture):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> RegressionFamilies:
-        """The mixture with these fields.
-
-        Raises:
-            ValueError: If it has a family that is not built in.
-        """
+        """As for :meth:`Mixture.from_json`."""
         families = {name: _built_in(name, one) for name, one in fields["families"].items()}
         return cls(**{**fields, "families": families})
 

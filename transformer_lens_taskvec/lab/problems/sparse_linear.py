@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.lab.oracles import (
-    MixturePosterior,
     bayes_mixture,
     lasso,
     least_squares,
@@ -135,15 +134,12 @@ class SparseLinearMixture(Mixture):
         }
         if noise > 0:
             known = true_basis_ridge(xs, ys, batch.labels, bases=bases, noise_variance=noise)
-            found["true basis"] = known
-            found["Bayes mixture"] = self._bayes(batch).prediction
+            inferred = bayes_mixture(xs, ys, bases=bases, noise_variance=noise)
+            found |= {"true basis": known, "Bayes mixture": inferred.prediction}
         return found
 
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
         """As for :meth:`Mixture.posterior`; without noise it is not defined."""
-        return self._bayes(batch).probabilities
-
-    def _bayes(self, batch: Batch) -> MixturePosterior:
-        return bayes_mixture(
-            batch.xs, batch.ys, bases=self.bases, noise_variance=self.noise_variance
-        )
+        noise = self.noise_variance
+        found = bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise)
+        return found.probabilities

@@ -45,10 +45,7 @@ _ANSWERS = {
 def toy_tokenizer() -> Any:
     """Return a tokenizer with one token per character, and one each for ``example:`` and ``->``.
 
-    Decoding restores any text of printable ASCII characters and newlines.
-
-    Returns:
-        A Hugging Face tokenizer.
+    It is a Hugging Face tokenizer; decoding restores any printable ASCII text with newlines.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -122,14 +119,8 @@ def answer_nll(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch line at"]:
     """NLL in nats of each answer's digits and of the newline after them."""
-    wanted = _answers(tokens.roll(-1, dims=1))
-    predicted = _answers(logits)
-    nll = F.cross_entropy(
-        rearrange(predicted, "batch line at vocab -> (batch line at) vocab"),
-        rearrange(wanted, "batch line at -> (batch line at)"),
-        reduction="none",
-    )
-    return rearrange(nll, "(batch line at) -> batch line at", line=LINES, at=N_BITS + 1)
+    wanted, predicted = _answers(tokens.roll(-1, dims=1)), _answers(logits).flatten(0, 2)
+    return F.cross_entropy(predicted, wanted.flatten(), reduction="none").view(wanted.shape)
 
 
 def exact_match(
@@ -181,9 +172,7 @@ def _bits(numbers: Int[Tensor, "batch line"]) -> Int[Tensor, "batch line bit"]:
 
 def _same(values: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch query key"]:
     """Whether the values at two positions are the same."""
-    return rearrange(values, "... query -> ... query 1") == rearrange(
-        values, "... key -> ... 1 key"
-    )
+    return values[..., :, None] == values[..., None, :]
 
 
 def _answers(values: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "batch line at *rest"]:

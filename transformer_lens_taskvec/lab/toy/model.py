@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.model import check_size
+from transformer_lens_taskvec.lab.problems.base import balanced_labels
 from transformer_lens_taskvec.lab.toy.lines import (
     ARROW,
     BOS,
@@ -189,7 +190,7 @@ class ToyConfig(Recipe):
         """NLL by task, exact match by task and shots, the operators' TD by layer at four shots."""
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(_EVAL_SEED)
-        labels = repeat(torch.arange(len(TASKS), device=device), "t -> (t each)", each=self.n_eval)
+        labels = balanced_labels(len(TASKS), self.n_eval, device)
         tokens = bitwise_lines(repeat(labels, "batch -> batch line", line=LINES), generator)
         view = causal_view(device)[None, None]
         nll, right, points = [], [], []
@@ -263,18 +264,14 @@ class ToyRun(TrainingRun):
         return TASKS
 
     def model(self, step: int | None = None, **kwargs: Any) -> Any:
-        """The model at a checkpoint, the last one by default, as a ``TransformerBridge``.
+        """As for :meth:`Run.model`, as a ``TransformerBridge``.
 
         Args:
             step: The checkpoint.
             **kwargs: Passed to ``TransformerBridge.boot_transformers`` (``device``, ...).
-
-        Raises:
-            ValueError: If there is no checkpoint of that step.
         """
-        step = self.checkpoint(step)
-        hf_model = self.restored(step, self.config.llama)
-        hf_model.config.name_or_path = f"{self.path.name}@{step}"
+        hf_model, name = self.restored(step, self.config.llama)
+        hf_model.config.name_or_path = name
         return bridge_from_hf(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
 
     def _summary(self) -> str:
@@ -289,9 +286,6 @@ def shipped_toy_run() -> ToyRun:
     """Return the run that ships with the package; its last checkpoint is the toy model.
 
     ``taskvec train --preset toy`` retrains it. The shipped weights are float16.
-
-    Returns:
-        The run.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -315,16 +309,13 @@ def _keeping_arrows(model: Any) -> Iterator[list[Float[Tensor, "batch d_model"]]
     """A list that fills with the residual stream after each layer, at the fifth arrow."""
     kept: list[Tensor] = []
     arrow = 1 + _SHOTS_OF_TD * LINE + ARROW
-
-    def keep(layer: Any, args: Any, output: Tensor) -> None:
-        kept.append(output[:, arrow].float().cpu())
-
-    handles = [layer.register_forward_hook(keep) for layer in model.model.layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.model.layers:
+            hook = layer.register_forward_hook(
+                lambda layer, args, output: kept.append(output[:, arrow].float().cpu())
+            )
+            hooks.enter_context(hook)
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _decodability(

@@ -1,9 +1,9 @@
 """The folder of a training run: what lies in it, and reading that back.
 
-A run's folder holds ``config.json`` (settings and seed), ``metrics.jsonl`` (one evaluation per
-line), ``checkpoints/step_000000.safetensors`` (the model at each evaluation) and, to resume from,
-``state.safetensors`` (model, optimisers and generator at the last save). Every file is written next
-to its place and then moved there, so that no file is ever half written.
+It holds ``config.json`` (settings and seed), ``metrics.jsonl`` (one evaluation per line),
+``checkpoints/step_000000.safetensors`` (the model at each evaluation) and, to resume from,
+``state.safetensors`` (model, optimisers and generator at the last save). No file is ever half
+written.
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_
 
 
 def open_folder(path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    """Make a folder the one of a run with these settings, or check that it is.
-
-    Raises:
-        ValueError: If the folder holds a run and it is not to be resumed, or one with another
-            setting; the message names the setting.
-    """
+    """Make a folder the one of a run with these settings, or raise unless it is."""
     if not (path / "config.json").exists():
         write_text(path / "config.json", json.dumps(settings, indent=1) + "\n")
         return
@@ -32,11 +27,7 @@ def open_folder(path: Path, settings: Mapping[str, Any], *, resume: bool) -> Non
 
 
 def check_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise unless the settings saved in a folder are the ones wanted, nested ones included.
-
-    Raises:
-        ValueError: At the first setting that differs; the message names it.
-    """
+    """Raise a ValueError that names the first setting, nested or not, that is not as wanted."""
     for name, value in wanted.items():
         found = saved.get(name)
         if isinstance(found, dict) and isinstance(value, dict):
@@ -54,12 +45,7 @@ def check_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, in the form of JSON.
-
-    Raises:
-        FileNotFoundError: If there is no run in the folder.
-        ValueError: If they are damaged.
-    """
+    """The settings of the run in a folder, in the form of JSON."""
     file = path / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
@@ -75,11 +61,7 @@ def checkpoint_path(path: Path, step: int) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run, in order.
-
-    Raises:
-        ValueError: If a line is no evaluation; the message gives the file and the line.
-    """
+    """The evaluations of a run, in order; a damaged line is named."""
     file = path / "metrics.jsonl"
     if not file.exists():
         return []

@@ -1,10 +1,10 @@
 """Training from the first step to the last, and resuming one that was killed.
 
-At the steps of the checkpoint schedule the model is evaluated per task and kept; in between, every
-hundredth of the run, the state to resume from is saved. A training killed at any moment resumes
-from the last saved state. On the same machine with the same number of threads, it ends in the same
-bits as one that was never interrupted: the data come from one generator whose state is saved, and
-everything else is a function of the step.
+At the steps of the checkpoint schedule the model is evaluated and kept; in between, every hundredth
+of the run, the state to resume from is saved. A training killed at any moment resumes from there.
+On the same machine with the same number of threads, it ends in the same bits as one that was never
+interrupted: the data come from one generator whose state is saved, and everything else is a
+function of the step.
 """
 
 from __future__ import annotations
@@ -102,21 +102,14 @@ class _State:
     @classmethod
     def start(cls, config: Recipe, seed: int, device: torch.device) -> _State:
         model = config.model(seed=seed, device=device)
-        return cls(
-            model,
-            _optimizers(model, config),
-            torch.Generator(device).manual_seed(_DATA_SEED + seed),
-            torch.zeros((), device=device),
-        )
+        data = torch.Generator(device).manual_seed(_DATA_SEED + seed)
+        return cls(model, _optimizers(model, config), data, torch.zeros((), device=device))
 
     def saved_in(self, folder: Path) -> TrainingState:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        return TrainingState(
-            folder / "state.safetensors",
-            {**tensors, "error_sum": self.error_sum},
-            self.optimizers,
-            {"data": self.generator},
-        )
+        tensors["error_sum"] = self.error_sum
+        file = folder / "state.safetensors"
+        return TrainingState(file, tensors, self.optimizers, {"data": self.generator})
 
 
 def _take_step(config: Recipe, state: _State, step: int, draw_loss: Callable[[], Tensor]) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 
 
 class Muon(Optimizer):
@@ -31,7 +31,6 @@ class Muon(Optimizer):
         lr: Learning rate.
         momentum: Decay of the running mean of gradients.
         weight_decay: Decoupled: each step shrinks a parameter by ``lr * weight_decay`` of itself.
-        steps: Newton-Schulz steps.
     """
 
     def __init__(
@@ -41,12 +40,9 @@ class Muon(Optimizer):
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
-        steps: int = 5,
     ) -> None:
-        super().__init__(
-            list(params),
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps},
-        )
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(list(params), settings)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim not in (2, 3):
@@ -82,7 +78,7 @@ class Muon(Optimizer):
             same_shape.setdefault(tuple(sorted(update.shape[-2:])), []).append(index)
         for members in same_shape.values():
             wide = [_wide_stack(updates[i]) for i in members]
-            pieces = orthogonalized(torch.cat(wide), group["steps"]).split([*map(len, wide)])
+            pieces = orthogonalized(torch.cat(wide)).split([*map(len, wide)])
             for i, piece in zip(members, pieces, strict=True):
                 rows, columns = params[i].shape[-2:]
                 scale = max(1.0, rows / columns) ** 0.5
@@ -91,17 +87,12 @@ class Muon(Optimizer):
 
 
 def orthogonalized(
-    matrices: Float[Tensor, "matrix row column"], steps: int = 5
+    matrices: Float[Tensor, "matrix row column"],
 ) -> Float[Tensor, "matrix row column"]:
-    """Each matrix with its singular values brought to about one (within 0.5 to 1.5).
-
-    Args:
-        matrices: At least as many columns as rows.
-        steps: Newton-Schulz steps.
-    """
+    """Each matrix, at least as wide as high, with singular values of about one (0.5 to 1.5)."""
     a, b, c = _COEFFICIENTS
     x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x

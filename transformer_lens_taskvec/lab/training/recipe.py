@@ -64,19 +64,20 @@ class Recipe(ABC):
     n_heads: int = 8
     d_model: int = 256
 
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "optimizer": ("adam", "muon"),
+        "schedule": ("constant", "cosine"),
+    }
     loss_name: ClassVar[str]
     """The name of the loss, which is its key in the evaluations."""
 
     def __post_init__(self) -> None:
         check_size(self, "steps", "batch_size", "n_checkpoints", "n_eval")
-        for name, allowed in self._choices().items():
+        for name, allowed in self._choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup must be in [0, {self.steps}], steps; got {self.warmup}")
-
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        return {"optimizer": ("adam", "muon"), "schedule": ("constant", "cosine")}
 
     @abstractmethod
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> nn.Module:
@@ -106,19 +107,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Any:
-        """The run of these settings in a folder, given its evaluations.
-
-        Raises:
-            ValueError: If the evaluations are not of such a run.
-        """
+        """The run of these settings in a folder, given its evaluations."""
 
     def load(self, path: str | Path) -> Any:
-        """Read the run in a folder, whose settings must be these.
-
-        Raises:
-            FileNotFoundError: If there is no run in the folder.
-            ValueError: If a file is damaged.
-        """
+        """The run in a folder, whose settings must be these; see :func:`load_run`."""
         path = Path(path)
         saved, records = read_settings(path), read_metrics(path)
         with reading(path / "config.json", "damaged settings of a run"):
@@ -163,11 +155,7 @@ class Recipe(ABC):
 def stacked(
     records: Sequence[Mapping[str, Any]], **shapes: tuple[int, ...]
 ) -> dict[str, Float[Tensor, "checkpoint ..."]]:
-    """What some evaluations hold under these names, each of the shape that is given.
-
-    Raises:
-        ValueError: If one has another shape.
-    """
+    """What evaluations hold under these names; a ValueError if it is not of these shapes."""
     found = {}
     for name, shape in shapes.items():
         values = torch.tensor([record[name] for record in records], dtype=torch.float32)

@@ -40,14 +40,12 @@ class TrainConfig(Recipe):
     mixture: Mixture = field(default_factory=SparseLinearMixture)
     init: Literal["gpt2", "fan_in"] = "gpt2"
 
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {**Recipe._choices, "init": ("gpt2", "fan_in")}
     loss_name: ClassVar[str] = "mse"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mixture(self.mixture)
-
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        return {**super()._choices(), "init": ("gpt2", "fan_in")}
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> RegressionTransformer:
         """An untrained model of this size."""
@@ -148,9 +146,8 @@ class Run(TrainingRun):
         Raises:
             ValueError: If there is no checkpoint of that step, or it is damaged.
         """
-        step = self.checkpoint(step)
-        model = self.restored(step, lambda: self.config.model(device=device))
-        model.cfg.model_name = f"{self.path.name}@{step}"
+        model, name = self.restored(step, lambda: self.config.model(device=device))
+        model.cfg.model_name = name
         return model.eval()
 
     def _summary(self) -> str:
@@ -162,9 +159,6 @@ def shipped_run() -> Run:
     """Return the run that ships with the package: ``small``, seed 0, a dozen checkpoints.
 
     ``taskvec train --preset small`` retrains it. The shipped weights are float16.
-
-    Returns:
-        The run.
 
     Example:
         >>> from transformer_lens_taskvec import lab

@@ -87,16 +87,9 @@ class TrainingRun(Shown, ABC):
             raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
         return step
 
-    def restored(self, step: int, make: Callable[[], Model]) -> Model:
-        """A model with the weights of a checkpoint.
-
-        Args:
-            step: The checkpoint.
-            make: Makes a model of the run's settings, untrained.
-
-        Raises:
-            ValueError: If the checkpoint is damaged.
-        """
+    def restored(self, step: int | None, make: Callable[[], Model]) -> tuple[Model, str]:
+        """The untrained model that ``make`` makes with a checkpoint's weights, and its name."""
+        step = self.checkpoint(step)
         file = checkpoint_path(self.path, step)
         with reading(file, "damaged checkpoint, or another run's"):
             weights = load_file(file)
@@ -109,7 +102,7 @@ class TrainingRun(Shown, ABC):
                 )
             model = make()
             model.load_state_dict(weights)
-        return model
+        return model, f"{self.path.name}@{step}"
 
     def export(
         self: Self, path: str | Path, steps: Sequence[int], *, dtype: torch.dtype = torch.float16
