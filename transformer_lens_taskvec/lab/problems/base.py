@@ -173,7 +173,7 @@ def mixture_from_json(described: Mapping[str, Any]) -> Mixture:
 
 
 def check_mixture(mixture: Any) -> None:
-    """Raise a TypeError unless something has all that a mixture needs; it says what is missing."""
+    """Raise a TypeError that says what is missing unless something has all a mixture needs."""
     needed = ("tasks", "dim", "n_points", "sample", "oracles", "is_right", "to_json")
     missing = [name for name in needed if not hasattr(mixture, name)]
     if missing:

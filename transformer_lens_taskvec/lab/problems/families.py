@@ -234,9 +234,9 @@ _BUILT_IN: Mapping[str, Any] = {
 def _described(family: Family) -> dict[str, Any]:
     """The JSON form of a family: its name, and the settings of one that is built in."""
     name = getattr(family, "__name__", type(family).__name__)
-    kinds = {"function": family, "class": type(family)}
-    known = (kind for kind, itself in kinds.items() if _BUILT_IN.get(name) is itself)
-    return {next(known, "own"): name, **fields_of(family)}
+    known = _BUILT_IN.get(name)
+    kind = "function" if known is family else "class" if known is type(family) else "own"
+    return {kind: name, **fields_of(family)}
 
 
 def _built_in(name: str, described: Mapping[str, Any]) -> Family:

@@ -105,7 +105,7 @@ def bitwise_lines(
 def draw_labels(
     two: Bool[Tensor, " batch"], generator: torch.Generator
 ) -> Int[Tensor, "batch line"]:
-    """The task of each line, drawn uniformly; ``two``: whether a sequence has two tasks."""
+    """The task of each line, drawn uniformly; ``two`` says which sequences have two tasks."""
     shape, n = (len(two), LINES), len(TASKS)
     first = torch.randint(n, shape[:1], generator=generator, device=two.device)
     apart = torch.randint(1, n, shape[:1], generator=generator, device=two.device)

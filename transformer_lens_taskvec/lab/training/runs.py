@@ -65,7 +65,7 @@ class TrainingRun(Shown, ABC):
 
     @abstractmethod
     def _summary(self) -> str:
-        """The last evaluation in a few words."""
+        """The last evaluation in a few words, for ``__repr__``, with the separator before them."""
 
     @property
     def finished(self) -> bool:
