@@ -100,7 +100,7 @@ class TrainConfig(Recipe):
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
-        """The settings that :meth:`to_json` wrote, some of them replaced by those given."""
+        """As for :meth:`Recipe.from_json`."""
         mixture = given.get("mixture") or mixture_from_json(saved["mixture"])
         config: TrainConfig = super().from_json(saved, **{**given, "mixture": mixture})
         return config

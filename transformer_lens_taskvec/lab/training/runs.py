@@ -29,8 +29,8 @@ from transformer_lens_taskvec.lab.training.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
 
-Model = TypeVar("Model", bound=Any)
-Self = TypeVar("Self", bound="TrainingRun")
+M = TypeVar("M", bound=Any)
+R = TypeVar("R", bound="TrainingRun")
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,7 +87,7 @@ class TrainingRun(Shown, ABC):
             raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
         return step
 
-    def restored(self, step: int | None, make: Callable[[], Model]) -> tuple[Model, str]:
+    def restored(self, step: int | None, make: Callable[[], M]) -> tuple[M, str]:
         """The untrained model that ``make`` makes with a checkpoint's weights, and its name."""
         step = self.checkpoint(step)
         file = checkpoint_path(self.path, step)
@@ -105,8 +105,8 @@ class TrainingRun(Shown, ABC):
         return model, f"{self.path.name}@{step}"
 
     def export(
-        self: Self, path: str | Path, steps: Sequence[int], *, dtype: torch.dtype = torch.float16
-    ) -> Self:
+        self: R, path: str | Path, steps: Sequence[int], *, dtype: torch.dtype = torch.float16
+    ) -> R:
         """Write some of the checkpoints as a run of their own, for keeping or sending.
 
         Args:
@@ -131,7 +131,7 @@ class TrainingRun(Shown, ABC):
             write_tensors(checkpoint_path(target, step), small, {"step": str(step)})
         write_metrics(target, [one for one in read_metrics(self.path) if one["step"] in kept])
         write_text(target / "config.json", (self.path / "config.json").read_text())
-        exported: Self = self.config.load(target)
+        exported: R = self.config.load(target)
         return exported
 
     def to_frame(self) -> pd.DataFrame:
