@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -57,10 +56,7 @@ class Emergence(Shown):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> last = run.steps[-1:]
-        >>> found = lab.measure_emergence(run, steps=last, n=11, n_oracle=20, progress=False)
-        >>> found.td.shape, found.swaps[-1].sources  # [checkpoint, layer, task]
-        (torch.Size([1, 5, 4]), ('B1', 'B2', 'B3', 'B4'))
+        >>> found = lab.measure_emergence(run, steps=[26000], n=11, n_oracle=20, progress=False)
         >>> ratio = found.swap_ratio[-1]  # [source, target]
         >>> bool(ratio[0, 0] < ratio[0, 1])  # B1's own mean does less harm than B2's
         True
@@ -97,8 +93,8 @@ class Emergence(Shown):
         """The query's squared error with a swapped representation, divided by that without."""
         ratios = []
         for swap in self.swaps:
-            before = torch.tensor([swap.baseline.of(task).mean_loss for task in swap.sources])
-            ratios.append(1 + swap.delta_loss.float() / rearrange(before, "source -> source 1"))
+            before = torch.tensor([[swap.baseline.of(task).mean_loss] for task in swap.sources])
+            ratios.append(1 + swap.delta_loss.float() / before)
         return torch.stack(ratios)
 
     @property
@@ -107,10 +103,7 @@ class Emergence(Shown):
 
         NaN where one of them is the same at all checkpoints.
         """
-        from scipy.stats import spearmanr  # takes half a second to import
-
-        td = self.td[:, self.best_layer()].mean(-1)
-        return float(spearmanr(td.tolist(), self.late_mse.mean(-1).tolist()).statistic)
+        return _rank_correlation(self.td[:, self.best_layer()].mean(-1), self.late_mse.mean(-1))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per checkpoint and task.
@@ -142,19 +135,15 @@ class Emergence(Shown):
 
     def save(self, folder: str | Path) -> Path:
         """Write ``emergence.json`` to a folder and return its path."""
-        path = Path(folder) / "emergence.json"
-        distances = {
-            name: self.oracle_distance[:, index].tolist()
-            for index, name in enumerate(self.oracles.names)
-        }
+        path, names = Path(folder) / "emergence.json", self.oracles.names
         described: dict[str, Any] = {
             "tasks": self.tasks,
             "n_shots": self.n_shots,
             "best_layer": self.best_layer(),
             "swap_layer": self.swaps[-1].layer,
             "td_mse_correlation": self.td_mse_correlation,
-            "oracle_late_mse": {name: self.oracles.late(name) for name in self.oracles.names},
-            "oracle_distance": distances,
+            "oracle_late_mse": {name: self.oracles.late(name) for name in names},
+            "oracle_distance": dict(zip(names, self.oracle_distance.T.tolist(), strict=True)),
             "swap_ratio": self.swap_ratio[-1].tolist(),
             "checkpoints": json.loads(self.to_frame().to_json(orient="records")),
         }
@@ -163,16 +152,14 @@ class Emergence(Shown):
 
     def __repr__(self) -> str:
         ratio, own = self.swap_ratio[-1], torch.eye(len(self.tasks), dtype=torch.bool)
+        late, layer, best = self.late_mse.mean(-1), self.best_layer(), self.oracles.best
+        td = self.td[:, layer].mean(-1)
         return (
             f"Emergence({len(self.steps)} checkpoints to step {self.steps[-1]}: late MSE "
-            f"{float(self.late_mse[0].mean()):.3f} -> {float(self.late_mse[-1].mean()):.4f} "
-            f"({self.oracles.best} {self.oracles.late(self.oracles.best):.4f}), TD at layer "
-            f"{self.best_layer()} "
-            f"{float(self.td[0, self.best_layer()].mean()):.2f} -> "
-            f"{float(self.td[-1, self.best_layer()].mean()):.2f}, rank correlation "
-            f"{self.td_mse_correlation:.2f}; a swap at layer {self.swaps[-1].layer} multiplies the "
-            f"error by {float(ratio[own].mean()):.2f} (own mean) and "
-            f"{float(ratio[~own].mean()):.1f} (another's))"
+            f"{late[0]:.3f} -> {late[-1]:.4f} ({best} {self.oracles.late(best):.4f}), TD at layer "
+            f"{layer} {td[0]:.2f} -> {td[-1]:.2f}, rank correlation {self.td_mse_correlation:.2f}; "
+            f"a swap at layer {self.swaps[-1].layer} multiplies the error by "
+            f"{ratio[own].mean():.2f} (own mean) and {ratio[~own].mean():.1f} (another's))"
         )
 
 
@@ -203,27 +190,21 @@ def measure_emergence(
         seed: Seed of all sequences.
         progress: Whether to show a progress bar.
 
-    Returns:
-        The measurements.
-
     Raises:
-        ValueError: If the run is not one on a mixture, or there is no checkpoint at one of the
-            steps.
+        ValueError: If the run is not on a mixture, or has no checkpoint at one of the steps.
 
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> last = run.steps[-1:]
-        >>> found = lab.measure_emergence(run, steps=last, n=11, n_oracle=20, progress=False)
-        >>> found.steps, found.best_layer()
-        ((26000,), 4)
+        >>> found = lab.measure_emergence(run, steps=[26000], n=11, n_oracle=20, progress=False)
+        >>> found.td.shape, found.best_layer()  # [checkpoint, layer, task]
+        (torch.Size([1, 5, 4]), 4)
     """
     mixture = getattr(run.config, "mixture", None)
     if mixture is None:
         raise ValueError(f"{run.path} holds a {type(run).__name__}; give a run on a mixture")
-    run.checkpoint()
-    chosen = tuple(run.checkpoint(step) for step in (run.steps if steps is None else steps))
-    n_shots = mixture.n_points - 1 if n_shots is None else n_shots
+    run.checkpoint()  # raises if there is none
+    chosen = tuple(map(run.checkpoint, run.steps if steps is None else steps))
 
     def episodes(kind: int) -> list[RegressionEpisode]:
         return regression_episodes(mixture, n, n_shots, seed=1_000 * seed + kind)
@@ -240,7 +221,12 @@ def measure_emergence(
         model = run.model(step)
         td.append(task_decodability(collect(model, test), k=k).scores)
         swaps.append(swap_matrix(model, train, test, swap_layer))
-        distances.append(_distances(model, batch, predictions))
+        with torch.no_grad():
+            predicted = model(batch.xs, batch.ys)
+        late = slice(predicted.shape[1] // 2, None)
+        distances.append(
+            [float((predicted - of)[:, late].square().mean()) for of in predictions.values()]
+        )
     return Emergence(
         chosen,
         mixture.tasks,
@@ -249,7 +235,7 @@ def measure_emergence(
         tuple(swaps),
         oracle_errors(mixture, n_sequences=n_oracle),
         torch.tensor(distances),
-        n_shots,
+        test[0].n_shots,
     )
 
 
@@ -264,8 +250,8 @@ def swap_matrix(
     The paper replaces activations by a task's mean (Figure 7). Here the mean replaces only the
     component in the subspace in which the tasks' means differ, so that the numbers of the sequence
     are kept. It does so at the tokens of the outputs ``y`` in the second half of the
-    demonstrations, each with means of its own: these are the tokens that a model reads the task
-    from, and the query's token must keep its ``x``.
+    demonstrations, each with means of its own: the model reads the task from these tokens, and the
+    query's token must keep its ``x``.
 
     Args:
         model: A model of the lab.
@@ -282,8 +268,7 @@ def swap_matrix(
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> mixture = run.config.mixture
-        >>> train, test = (lab.regression_episodes(mixture, 20, seed=seed) for seed in (0, 1))
+        >>> train, test = (lab.regression_episodes(run.config.mixture, 20, seed=i) for i in (0, 1))
         >>> swaps = lab.swap_matrix(run.model(), train, test, layer=3)
         >>> swaps.delta_loss.shape, bool(swaps.conditional_decoding > 0)
         (torch.Size([4, 4]), True)
@@ -305,7 +290,7 @@ class PosteriorAgreement:
     """The model's encoding of the task compared with the exact posterior.
 
     Attributes:
-        posterior: P(true task | demonstrations), ``[example]``.
+        posterior: ``P(true task | demonstrations)``, ``[example]``.
         neighbours: The share of the k nearest neighbours that are of the true task, ``[example]``.
         n_shots: Demonstrations.
         layer: The layer of the representations.
@@ -313,9 +298,8 @@ class PosteriorAgreement:
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> found = lab.posterior_agreement(lab.shipped_run(), n_shots=3, n=30)
-        >>> found.posterior.shape, bool(found.correlation > 0)
-        (torch.Size([120]), True)
+        >>> lab.posterior_agreement(lab.shipped_run(), n_shots=3, n=30).posterior.shape
+        torch.Size([120])
     """
 
     posterior: Float[Tensor, " example"]
@@ -327,15 +311,13 @@ class PosteriorAgreement:
     @property
     def correlation(self) -> float:
         """Spearman's rank correlation of the two."""
-        from scipy.stats import spearmanr  # takes half a second to import
-
-        return float(spearmanr(self.posterior.tolist(), self.neighbours.tolist()).statistic)
+        return _rank_correlation(self.posterior, self.neighbours)
 
     def __repr__(self) -> str:
         return (
             f"PosteriorAgreement({self.n_shots} demonstrations, layer {self.layer}: mean posterior "
-            f"of the true task {float(self.posterior.mean()):.2f}, of the neighbours "
-            f"{float(self.neighbours.mean()):.2f}, rank correlation {self.correlation:.2f})"
+            f"of the true task {self.posterior.mean():.2f}, of the neighbours "
+            f"{self.neighbours.mean():.2f}, rank correlation {self.correlation:.2f})"
         )
 
 
@@ -363,9 +345,6 @@ def posterior_agreement(
         position: The token whose representation is taken; -1 is the query.
         seed: Seed of the sequences.
 
-    Returns:
-        The posterior of the true task and the share of neighbours of that task, per sequence.
-
     Raises:
         ValueError: If the mixture's posterior is not known.
 
@@ -386,7 +365,7 @@ def posterior_agreement(
     if layer is None:
         layer = task_decodability(activations, k=k).best_layer()
     nearest = distances(activations.at(layer)).topk(k, largest=False).indices
-    of_truth = labels[nearest] == rearrange(labels, "example -> example 1")
+    of_truth = labels[nearest] == labels[:, None]
     posterior = exact[torch.arange(len(labels)), labels]
     return PosteriorAgreement(posterior, of_truth.float().mean(1), n_shots, layer, k)
 
@@ -395,15 +374,15 @@ def _swap_layer(
     model: Any, train: Sequence[RegressionEpisode], held_out: Sequence[RegressionEpisode]
 ) -> int:
     """The layer at which other tasks' means harm most compared with the task's own."""
-    n_layers = int(model.cfg.n_layers)
-    harm = [
-        swap_matrix(model, train, held_out, layer).conditional_decoding for layer in range(n_layers)
-    ]
-    return max(range(n_layers), key=harm.__getitem__)
+
+    def harm(layer: int) -> float:
+        return swap_matrix(model, train, held_out, layer).conditional_decoding
+
+    return max(range(model.cfg.n_layers), key=harm)
 
 
-def _distances(model: Any, batch: Batch, predictions: dict[str, Tensor]) -> list[float]:
-    with torch.no_grad():
-        predicted = model(batch.xs, batch.ys)
-    late = predicted.shape[1] // 2
-    return [float((predicted - of)[:, late:].square().mean()) for of in predictions.values()]
+def _rank_correlation(one: Float[Tensor, " value"], other: Float[Tensor, " value"]) -> float:
+    """Spearman's."""
+    from scipy.stats import spearmanr  # takes half a second to import
+
+    return float(spearmanr(one.tolist(), other.tolist()).statistic)

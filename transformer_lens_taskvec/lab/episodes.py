@@ -1,9 +1,7 @@
 """Sequences of a regression mixture as episodes, so that the library's functions take them.
 
-A text episode has a prompt and an answer of characters; a regression episode has a prompt of real
-vectors and an answer that is a number. ``collect``, ``task_decodability``, ``evaluate``,
-``perturbation_matrix``, ``head_effects`` and the rest take both. The query is the last token of the
-prompt, and the loss is the squared error instead of the answer's NLL.
+A regression episode has a prompt of real vectors, and its answer is a number. The query is the
+last token of the prompt, and the loss is the squared error instead of the answer's NLL.
 """
 
 from __future__ import annotations
@@ -36,8 +34,7 @@ class RegressionEpisode:
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=1, n_shots=3)
-        >>> episode = episodes[0]
+        >>> episode, *_ = lab.regression_episodes(lab.SparseLinearMixture.small(), n=1, n_shots=3)
         >>> episode.task, episode.n_shots, episode.prompt.shape  # x1 y1 x2 y2 x3 y3 x4
         ('B1', 3, torch.Size([7, 8]))
     """
@@ -71,7 +68,7 @@ class RegressionEpisode:
 def regression_episodes(
     mixture: Mixture, n: int, n_shots: int | None = None, seed: int = 0
 ) -> list[RegressionEpisode]:
-    """Sample ``n`` episodes of each latent task.
+    """Sample ``n`` episodes of each latent task, task by task.
 
     Args:
         mixture: What the sequences are drawn from.
@@ -80,17 +77,13 @@ def regression_episodes(
             before its last point.
         seed: Seed of the sampling.
 
-    Returns:
-        The episodes, task by task.
-
     Raises:
         ValueError: If ``n`` is below 1, or a sequence is too short for ``n_shots``.
 
     Example:
-        >>> from transformer_lens_taskvec.lab import SparseLinearMixture
-        >>> episodes = regression_episodes(SparseLinearMixture.small(), n=2, n_shots=3)
-        >>> len(episodes), episodes[0].task, episodes[0].prompt.shape
-        (8, 'B1', torch.Size([7, 8]))
+        >>> from transformer_lens_taskvec import lab
+        >>> len(lab.regression_episodes(lab.SparseLinearMixture.small(), n=2))  # of 4 tasks
+        8
     """
     n_shots = mixture.n_points - 1 if n_shots is None else n_shots
     if not 0 <= n_shots < mixture.n_points:
@@ -100,7 +93,7 @@ def regression_episodes(
         )
     if n < 1:
         raise ValueError(f"n is {n}; ask for 1 episode or more")
-    labels = balanced_labels(len(mixture.tasks), n, torch.device("cpu"))
+    labels = balanced_labels(len(mixture.tasks), n)
     batch = mixture.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
     return [
         RegressionEpisode(

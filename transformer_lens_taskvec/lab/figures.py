@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _SEED = 21
 _LINES = ("--", "-.", ":", "-", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-"""The line styles of the oracles, in turn."""
 
 
 def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[str, Figure]:
@@ -61,10 +60,8 @@ def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[s
         >>> from matplotlib import pyplot as plt
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> ends = (run.steps[0], run.steps[-1])
-        >>> found = lab.measure_emergence(run, steps=ends, n=11, n_oracle=20, progress=False)
-        >>> figures = lab.emergence_figures(run, found, n=11)
-        >>> sorted(figures)
+        >>> found = lab.measure_emergence(run, steps=[0, 26000], n=11, n_oracle=20, progress=False)
+        >>> sorted(lab.emergence_figures(run, found, n=11))
         ['embedding', 'head_pruning', 'oracles', 'swaps', 'td_by_layer', 'training']
         >>> plt.close("all")
     """
@@ -141,12 +138,10 @@ def plot_training(
         The axes of the error and of TD.
 
     Example:
-        >>> import transformer_lens_taskvec as tv
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> last = [run.steps[0], run.steps[-1]]
-        >>> found = lab.measure_emergence(run, steps=last, n=11, n_oracle=20, progress=False)
-        >>> above, below = tv.lab.plot_training(found)
+        >>> found = lab.measure_emergence(run, steps=[0, 26000], n=11, n_oracle=20, progress=False)
+        >>> above, below = lab.plot_training(found)
         >>> above.get_ylabel(), below.get_ylabel()
         ('squared error, second half', 'task decodability, layer 4')
     """
@@ -191,19 +186,14 @@ def plot_oracles(
         steps: Checkpoints; by default about four, to the last.
         ax: Where to draw; by default on new axes.
 
-    Returns:
-        The axes.
-
     Raises:
         ValueError: If there is no checkpoint at one of the steps.
 
     Example:
-        >>> import transformer_lens_taskvec as tv
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> last = run.steps[-1:]
-        >>> found = lab.measure_emergence(run, steps=last, n=11, n_oracle=20, progress=False)
-        >>> tv.lab.plot_oracles(found, last).get_xlabel()
+        >>> found = lab.measure_emergence(run, steps=[26000], n=11, n_oracle=20, progress=False)
+        >>> lab.plot_oracles(found, [26000]).get_xlabel()
         'position in the sequence'
     """
     if steps is None:

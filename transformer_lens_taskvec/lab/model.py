@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +58,7 @@ class RegressionConfig:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        for name in ("d_input", "n_points", "n_layers", "n_heads", "d_model"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}"
-            )
+        check_size(self, "d_input", "n_points")
 
     @property
     def d_head(self) -> int:
@@ -82,22 +76,32 @@ class RegressionConfig:
         return 2 * self.n_points - 1
 
 
+def check_size(settings: Any, *others: str) -> None:
+    """Raise a ValueError unless a model has this size and the other settings are 1 or more."""
+    for name in (*others, "n_layers", "n_heads", "d_model"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if settings.d_model % settings.n_heads:
+        raise ValueError(
+            f"d_model must be a multiple of n_heads, got {settings.d_model} and {settings.n_heads}"
+        )
+
+
 class RegressionTransformer(HookedRootModule):
     """GPT-2 (pre-layer-norm, learned positions, GELU) with a linear read-in and read-out.
 
-    The hook points are TransformerLens': ``hook_embed``, ``hook_pos_embed``,
-    ``blocks.{l}.hook_resid_pre``, ``hook_attn_out``, ``hook_resid_mid``, ``hook_mlp_out``,
-    ``hook_resid_post``, ``blocks.{l}.attn.hook_q``, ``hook_k``, ``hook_v``, ``hook_attn_scores``,
-    ``hook_pattern``, ``hook_z``, ``blocks.{l}.mlp.hook_pre``, ``hook_post``,
-    ``ln_final.hook_normalized``. Attention patterns are computed only when a hook asks for them.
-
-    >>> model = RegressionTransformer(RegressionConfig(d_input=8, n_points=16, n_layers=2))
-    >>> model(torch.randn(5, 16, 8), torch.randn(5, 16)).shape
-    torch.Size([5, 16])
+    The hook points have TransformerLens' names; ``model.hook_dict`` lists them. Attention patterns
+    are computed only when a hook asks for them.
 
     Args:
         cfg: The size.
         seed: Seed of the initial weights; the global random state is neither read nor changed.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> model = lab.RegressionTransformer(lab.RegressionConfig(d_input=8, n_layers=2))
+        >>> model(torch.randn(5, 16, 8), torch.randn(5, 16)).shape
+        torch.Size([5, 16])
     """
 
     def __init__(self, cfg: RegressionConfig, *, seed: int = 0) -> None:
@@ -120,15 +124,12 @@ class RegressionTransformer(HookedRootModule):
         xs: Float[Tensor, "batch point_or_token dim"],
         ys: Float[Tensor, "batch demo"] | None = None,
     ) -> Float[Tensor, "batch point"]:
-        """Predict every ``y_i`` from the pairs before it and ``x_i``.
+        """Predict every ``y_i`` from the pairs before it and ``x_i``, ``[batch, point]``.
 
         Args:
             xs: Inputs, ``[batch, point, dim]``; or, without ``ys``, tokens as :func:`interleave`
                 makes them.
             ys: Outputs, ``[batch, point]`` or without the last, which is never read.
-
-        Returns:
-            Predictions, ``[batch, point]``.
 
         Raises:
             ValueError: If the sequence is too long or its dimensions are not the model's.
@@ -193,9 +194,8 @@ class Block(nn.Module):
         """The residual stream after the block."""
         residual = self.hook_resid_pre(residual)
         residual = self.hook_resid_mid(residual + self.hook_attn_out(self.attn(self.ln1(residual))))
-        after: Tensor = self.hook_resid_post(
-            residual + self.hook_mlp_out(self.mlp(self.ln2(residual)))
-        )
+        residual = residual + self.hook_mlp_out(self.mlp(self.ln2(residual)))
+        after: Tensor = self.hook_resid_post(residual)
         return after
 
 
@@ -243,23 +243,15 @@ class Attention(nn.Module):
         k = rearrange(self.hook_k(k), "batch key head d_head -> batch head key d_head")
         v = rearrange(self.hook_v(v), "batch key head d_head -> batch head key d_head")
         if self.hook_pattern.has_hooks() or self.hook_attn_scores.has_hooks():
-            z = self._pattern(q, k) @ v
+            scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = self.hook_attn_scores(scores.masked_fill(future, -torch.inf))
+            z = self.hook_pattern(scores.softmax(-1)) @ v
         else:
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         z = self.hook_z(rearrange(z, "batch head query d_head -> batch query head d_head"))
         z = rearrange(z, "batch query head d_head -> batch query (head d_head)")
         return F.linear(z, self.w_o, self.bias_o)
-
-    def _pattern(
-        self,
-        q: Float[Tensor, "batch head query d_head"],
-        k: Float[Tensor, "batch head key d_head"],
-    ) -> Float[Tensor, "batch head query key"]:
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = self.hook_attn_scores(scores.masked_fill(future, -torch.inf))
-        pattern: Tensor = self.hook_pattern(scores.softmax(-1))
-        return pattern
 
 
 class MLP(nn.Module):
@@ -278,10 +270,8 @@ class MLP(nn.Module):
         self, normalized: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds to the residual stream."""
-        hidden = self.hook_post(
-            F.gelu(self.hook_pre(F.linear(normalized, self.w_in, self.bias_in)))
-        )
-        return F.linear(hidden, self.w_out, self.bias_out)
+        pre = self.hook_pre(F.linear(normalized, self.w_in, self.bias_in))
+        return F.linear(self.hook_post(F.gelu(pre)), self.w_out, self.bias_out)
 
 
 class HookedLayerNorm(nn.Module):
@@ -295,10 +285,9 @@ class HookedLayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The normalised residual stream."""
-        normed: Tensor = self.hook_normalized(
-            F.layer_norm(x, (x.shape[-1],), self.weight, self.bias)
-        )
-        return normed
+        normed = F.layer_norm(x, (x.shape[-1],), self.weight, self.bias)
+        hooked: Tensor = self.hook_normalized(normed)
+        return hooked
 
 
 def interleave(

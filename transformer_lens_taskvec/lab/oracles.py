@@ -1,10 +1,9 @@
 """Predictors that know the problem: what a model of the lab could learn at best.
 
-All are functions of tensors. At every point they predict ``y_i`` from the ``i - 1`` pairs before it
-and ``x_i``: least squares, ridge and LASSO in all dimensions, ridge on the true basis, and the
-Bayes-optimal predictor for sparse linear regression on one of several bases, which weights the
-bases by their exact posterior probability. With ``X_k`` the demonstrations' inputs in the
-coordinates of basis ``k`` and ``s`` the noise variance::
+At every point they predict ``y_i`` from the ``i - 1`` pairs before it and ``x_i``. The
+Bayes-optimal predictor for sparse linear regression on one of several bases weights the bases by
+their exact posterior probability. With ``X_k`` the demonstrations' inputs in the coordinates of
+basis ``k`` and ``s`` the noise variance::
 
     y | X, k  ~  N(0, X_k X_k' + s I)                 evidence, w integrated out
     P(k | X, y)  =  softmax_k  log N(y; 0, X_k X_k' + s I)
@@ -24,6 +23,7 @@ import torch
 from einops import einsum, rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,10 @@ class MixturePosterior:
             ``[batch, point, task]``.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
-        >>> posterior = lab.bayes_mixture(
-        ...     batch.xs, batch.ys, bases=mixture.bases, noise_variance=mixture.noise_variance
-        ... )
-        >>> posterior.probabilities.shape, posterior.prediction.shape
-        (torch.Size([4, 16, 4]), torch.Size([4, 16]))
+        >>> even = lab.MixturePosterior(torch.full((1, 1, 2), 0.5), torch.tensor([[[1.0, 3.0]]]))
+        >>> even.prediction
+        tensor([[2.]])
     """
 
     probabilities: Float[Tensor, "batch point task"]
@@ -76,33 +71,26 @@ def bayes_mixture(
 
     Raises:
         ValueError: If the shapes do not match, a basis names a coordinate that ``xs`` lack, or
-            there is no noise: then the evidence of a wrong basis is zero and that of the right one
-            has no density.
+            there is no noise, so that the evidence has no density.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
-        >>> posterior = lab.bayes_mixture(
-        ...     batch.xs, batch.ys, bases=mixture.bases, noise_variance=mixture.noise_variance
-        ... )
-        >>> posterior.probabilities[0, 0].tolist()  # before the first pair
-        [0.25, 0.25, 0.25, 0.25]
-        >>> of_truth = posterior.probabilities[torch.arange(4), -1, batch.labels]
-        >>> bool(of_truth.mean() > 0.5)
-        True
+        >>> xs = torch.randn(1, 5, 2, generator=torch.Generator().manual_seed(0))
+        >>> found = lab.bayes_mixture(xs, xs[..., 1], bases=[[0], [1]], noise_variance=0.01)
+        >>> found.probabilities[0, 0], bool(found.probabilities[0, -1, 1] > 0.9)
+        (tensor([0.5000, 0.5000]), True)
     """
-    _check(xs, ys)
     largest = max(max(basis) for basis in bases)
-    if largest >= xs.shape[2]:
-        raise ValueError(f"bases name coordinate {largest}, but xs have {xs.shape[2]} dimensions")
+    if largest >= xs.shape[-1]:
+        raise ValueError(f"bases name coordinate {largest}, but xs have {xs.shape[-1]} dimensions")
     if noise_variance <= 0:
         raise ValueError(
             f"noise_variance is {noise_variance}; a posterior needs a positive variance"
         )
     before = _sums_before(xs, ys)
-    coordinates, present = _padded(bases, xs.device)
+    rows = [torch.tensor(list(basis), device=xs.device) for basis in bases]
+    coordinates = pad_sequence(rows, batch_first=True)
+    present = pad_sequence([torch.ones_like(row).double() for row in rows], batch_first=True)
     n_ranks = coordinates.shape[1]
     grams = before.gram[
         ...,
@@ -148,20 +136,14 @@ def true_basis_ridge(
         ValueError: As for :func:`bayes_mixture`.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
-        >>> predicted = lab.true_basis_ridge(
-        ...     batch.xs, batch.ys, batch.labels, bases=mixture.bases, noise_variance=0.01
-        ... )
-        >>> late = (predicted - batch.ys)[:, 8:].square().mean()
-        >>> float(late) < 0.05
-        True
+        >>> xs, labels = torch.randn(4, 16, 2), torch.ones(4, dtype=torch.long)
+        >>> bases = [[0], [1]]
+        >>> lab.true_basis_ridge(xs, xs[..., 1], labels, bases=bases, noise_variance=0.01).shape
+        torch.Size([4, 16])
     """
     by_basis = bayes_mixture(xs, ys, bases=bases, noise_variance=noise_variance).by_basis
-    chosen = repeat(labels.to(xs.device), "batch -> batch point 1", point=xs.shape[1])
-    return by_basis.gather(2, chosen).squeeze(2)
+    return by_basis[torch.arange(len(xs), device=xs.device), :, labels.to(xs.device)]
 
 
 def ridge(
@@ -185,15 +167,10 @@ def ridge(
         ValueError: If the penalty is not positive (:func:`least_squares` has none).
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
-        >>> predicted = lab.ridge(batch.xs, batch.ys)
-        >>> predicted.shape, predicted[:, 0].tolist()
-        (torch.Size([4, 16]), [0.0, 0.0, 0.0, 0.0])
+        >>> lab.ridge(torch.tensor([[[1.0], [1.0]]]), torch.ones(1, 2), penalty=1.0)
+        tensor([[0.0000, 0.5000]])
     """
-    _check(xs, ys)
     if penalty <= 0:
         raise ValueError(f"penalty must be positive, got {penalty}; use least_squares for none")
     before = _sums_before(xs, ys)
@@ -215,14 +192,10 @@ def least_squares(
         Predictions, ``[batch, point]``; zero at the first point.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
-        >>> lab.least_squares(batch.xs, batch.ys).shape
-        torch.Size([4, 16])
+        >>> lab.least_squares(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[3.0, 6.0]]))
+        tensor([[0., 6.]])
     """
-    _check(xs, ys)
     before = _sums_before(xs, ys)
     inverse = torch.linalg.pinv(before.gram, hermitian=True, rtol=1e-10)
     weights = einsum(
@@ -258,14 +231,10 @@ def lasso(
         RuntimeError: If the search does not converge, as with inputs that are not finite.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
-        >>> lab.lasso(batch.xs, batch.ys, alpha=0.01).shape
-        torch.Size([4, 16])
+        >>> lab.lasso(torch.tensor([[[1.0], [1.0]]]), torch.ones(1, 2), alpha=0.25)
+        tensor([[0.0000, 0.7500]])
     """
-    _check(xs, ys)
     if alpha <= 0:
         raise ValueError(f"alpha must be positive, got {alpha}; use least_squares for none")
     before = _sums_before(xs, ys)
@@ -280,11 +249,12 @@ def lasso(
     for _ in range(20 * xs.shape[2] + 20):
         weights, signs, optimal = _active_set_step(problem, weights, signs)
         solution[todo[optimal]] = weights[optimal]
-        todo, weights, signs = todo[~optimal], weights[~optimal], signs[~optimal]
+        left = ~optimal
+        todo, weights, signs = todo[left], weights[left], signs[left]
         if not len(todo):
             weights = rearrange(solution, "(batch point) dim -> batch point dim", batch=len(xs))
             return _predict(xs, weights)
-        problem = problem.at(~optimal)
+        problem = _Lasso(problem.gram[left], problem.moment[left], problem.threshold[left])
     raise RuntimeError(f"{len(todo)} of {len(solution)} LASSO problems could not be solved")
 
 
@@ -295,10 +265,6 @@ class _Lasso:
     gram: Float[Tensor, "problem dim dim"]
     moment: Float[Tensor, "problem dim"]
     threshold: Float[Tensor, "problem 1"]
-
-    def at(self, chosen: Bool[Tensor, " problem"]) -> _Lasso:
-        """Some of the problems."""
-        return _Lasso(self.gram[chosen], self.moment[chosen], self.threshold[chosen])
 
 
 def _active_set_step(
@@ -342,6 +308,11 @@ class _Sums:
 
 
 def _sums_before(xs: Float[Tensor, "batch point dim"], ys: Float[Tensor, "batch point"]) -> _Sums:
+    if xs.ndim != 3 or ys.shape != xs.shape[:2]:
+        raise ValueError(
+            f"xs must be [batch, point, dim] and ys [batch, point]; got {list(xs.shape)} and "
+            f"{list(ys.shape)}"
+        )
     x, y = xs.double(), ys.double()
 
     def before(terms: Tensor) -> Tensor:
@@ -367,24 +338,3 @@ def _solved(
 ) -> Float[Tensor, "*problem dim"]:
     """The solution of linear systems, given the Cholesky factors of their matrices."""
     return torch.cholesky_solve(rearrange(target, "... dim -> ... dim 1"), factor).squeeze(-1)
-
-
-def _padded(
-    bases: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "task rank"], Float[Tensor, "task rank"]]:
-    """The bases' coordinates, padded to the largest rank, and 1 where a coordinate is real."""
-    rank = max(len(basis) for basis in bases)
-    coordinates = [[*basis] + [0] * (rank - len(basis)) for basis in bases]
-    present = [[1.0] * len(basis) + [0.0] * (rank - len(basis)) for basis in bases]
-    return (
-        torch.tensor(coordinates, device=device),
-        torch.tensor(present, dtype=torch.float64, device=device),
-    )
-
-
-def _check(xs: Tensor, ys: Tensor) -> None:
-    if xs.ndim != 3 or ys.shape != xs.shape[:2]:
-        raise ValueError(
-            f"xs must be [batch, point, dim] and ys [batch, point]; got {list(xs.shape)} and "
-            f"{list(ys.shape)}"
-        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.model import ToyConfig
+from transformer_lens_taskvec.lab.training.folder import open_folder
 from transformer_lens_taskvec.lab.training.loop import train_recipe
 from transformer_lens_taskvec.lab.training.recipe import Recipe
 from transformer_lens_taskvec.lab.training.regression import TrainConfig
@@ -52,7 +53,7 @@ def train(
     autocast: bool = False,
     compile: bool = False,
 ) -> Any:
-    """Train a model of the lab, or resume a training that was interrupted.
+    """Train a model of the lab, or resume a training that was interrupted, and return the run.
 
     Args:
         config: The name of a preset (``"paper"``, ``"small"``, ``"toy"``), or settings of your
@@ -67,40 +68,29 @@ def train(
             the paper's size on a CPU with bfloat16 instructions.
         compile: Whether to compile the model first. It is faster on CUDA only.
 
-    Returns:
-        The run, as :func:`load_run` reads it.
-
     Raises:
         ValueError: If there is no such preset, or the folder holds a run with other settings.
         TrainingDiverged: If the training broke down; the last good state is still in the folder.
 
     Example:
-        >>> import torch
-        >>> from transformer_lens_taskvec import lab
         >>> import dataclasses, tempfile
+        >>> from transformer_lens_taskvec import lab
         >>> config = dataclasses.replace(lab.PRESETS["small"], n_layers=1, n_checkpoints=2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     half = lab.train(config, folder, steps=4, progress=False)
         >>> half.steps[-1], half.finished
         (4, True)
     """
-    return train_recipe(
-        _resolve(config, steps),
-        Path(out_dir),
-        seed=seed,
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        resume=resume,
-        progress=progress,
-        autocast=autocast,
-        compile=compile,
-    )
-
-
-def _resolve(config: str | Recipe, steps: int | None) -> Recipe:
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"no preset {config!r}; there are {', '.join(PRESETS)}")
         config = PRESETS[config]
-    if steps is None:
-        return config
-    return dataclasses.replace(config, steps=steps, warmup=min(config.warmup, steps // 10))
+    if steps is not None:
+        config = replace(config, steps=steps, warmup=min(config.warmup, steps // 10))
+    path = Path(out_dir)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    numerics = {"autocast": autocast, "compile": compile}
+    settings = {"seed": seed, **config.to_json(), "device": device.type, **numerics}
+    open_folder(path, settings, resume=resume)
+    train_recipe(config, path, seed=seed, device=device, progress=progress, **numerics)
+    return config.load(path)

@@ -4,15 +4,8 @@ A sequence is ``x_1, y_1, x_2, y_2, ...`` with ``x_i ~ N(0, I)`` and ``y_i = f(x
 function ``f`` is drawn for every sequence from one of several families. Which family it was is the
 *latent task*: nothing in the sequence names it (Han et al. 2025, section 3.3, App. D-F).
 
-To mix functions of your own, write each as a function and give them to ``RegressionFamilies``::
-
-    def cosine(xs, generator):  # [batch, point, dim] -> [batch, point]
-        w = torch.randn(xs.shape[0], xs.shape[2], 1, generator=generator, device=xs.device)
-        return torch.cos(xs @ w).squeeze(-1)
-
-    mixture = RegressionFamilies({"linear": linear, "cosine": cosine}, dim=8)
-
-For a problem of another kind, derive a frozen dataclass from :class:`Mixture`.
+To mix functions of your own, give them to :class:`RegressionFamilies`; for a problem of another
+kind, derive a frozen dataclass from :class:`Mixture`.
 """
 
 from __future__ import annotations
@@ -49,10 +42,8 @@ class Batch:
         labels: The latent task of each sequence, an index into the mixture's ``tasks``.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.SparseLinearMixture.small()
-        >>> batch = mixture.sample(4, torch.Generator().manual_seed(0))
+        >>> batch = lab.SparseLinearMixture.small().sample(4, torch.Generator())
         >>> batch.xs.shape, batch.ys.shape, batch.labels.shape
         (torch.Size([4, 16, 8]), torch.Size([4, 16]), torch.Size([4]))
     """
@@ -71,7 +62,6 @@ class Mixture(Protocol):
     Everything else has a default; the most useful thing to add is ``oracles``.
 
     Example:
-        >>> import torch
         >>> from dataclasses import dataclass
         >>> from transformer_lens_taskvec import lab
         >>> @dataclass(frozen=True)
@@ -88,8 +78,6 @@ class Mixture(Protocol):
         ...         return {**super().oracles(batch), "zero": torch.zeros_like(batch.ys)}
         >>> lab.oracle_errors(Signs(), n_sequences=50).names
         ('least squares', 'ridge', 'lasso', 'zero')
-        >>> Signs().to_json()
-        {'kind': 'Signs', 'dim': 4, 'n_points': 8, 'tasks': ['plus', 'minus']}
     """
 
     if TYPE_CHECKING:
@@ -97,19 +85,10 @@ class Mixture(Protocol):
         @property
         def tasks(self) -> tuple[str, ...]:
             """The names of the latent tasks."""
-
-        @property
-        def dim(self) -> int:
-            """The dimension of an input."""
-
-        @property
-        def n_points(self) -> int:
-            """Pairs (x, y) in a sequence."""
-
     else:  # a property would stop a dataclass from having a field of its name
         tasks: tuple[str, ...]
-        dim: int
-        n_points: int
+    dim: int
+    n_points: int
 
     @abstractmethod
     def sample(
@@ -125,7 +104,7 @@ class Mixture(Protocol):
         """What predictors that know the problem predict for some sequences, at every point.
 
         An oracle may read the pairs before a point and the point's ``x``. One that also reads
-        ``batch.labels`` knows the latent task, as no model can; that is found out by trying.
+        ``batch.labels`` knows the latent task, as no model can; :func:`oracle_errors` notices.
 
         Returns:
             Predictions by the oracle's name, ``[batch, point]`` each; by default of least squares,
@@ -161,8 +140,12 @@ class Mixture(Protocol):
         Raises:
             TypeError: If a field has no JSON form.
         """
-        fields = {field.name: getattr(self, field.name) for field in _fields(self)}
-        plain: dict[str, Any] = json.loads(json.dumps(fields, default=_recorded))
+        if not dataclasses.is_dataclass(self):
+            raise TypeError(
+                f"{type(self).__name__} is not a dataclass, so its settings are unknown; make it a "
+                "frozen dataclass, or write to_json and from_json"
+            )
+        plain: dict[str, Any] = json.loads(json.dumps(fields_of(self), default=_recorded))
         return {"kind": type(self).__name__, **plain}
 
     @classmethod
@@ -172,15 +155,11 @@ class Mixture(Protocol):
         Raises:
             ValueError: If a field was recorded by name only.
         """
-        return cls(**{name: _restored(value, name) for name, value in fields.items()})
+        return cls(**{name: restored(value, name) for name, value in fields.items()})
 
 
 def mixture_from_json(described: Mapping[str, Any]) -> Mixture:
-    """The mixture that ``to_json`` described, of any class derived from :class:`Mixture`.
-
-    Raises:
-        ValueError: If there is no such class, or something in it was recorded by name only.
-    """
+    """The mixture that ``to_json`` described, of any class derived from :class:`Mixture`."""
     fields = dict(described)
     name = fields.pop("kind")
     kind = subclass_named(Mixture, name)
@@ -194,11 +173,7 @@ def mixture_from_json(described: Mapping[str, Any]) -> Mixture:
 
 
 def check_mixture(mixture: Any) -> None:
-    """Raise unless something has all that a mixture needs.
-
-    Raises:
-        TypeError: If it lacks something; the message says what.
-    """
+    """Raise a TypeError that says what is missing unless something has all a mixture needs."""
     needed = ("tasks", "dim", "n_points", "sample", "oracles", "is_right", "to_json")
     missing = [name for name in needed if not hasattr(mixture, name)]
     if missing:
@@ -217,9 +192,6 @@ def balanced_labels(
         n_tasks: How many labels there are.
         n_per_task: How many of each.
         device: Where to put them.
-
-    Returns:
-        Labels, ``[n_tasks * n_per_task]``.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -265,20 +237,16 @@ def with_noise(
     return clean + math.sqrt(variance) * normal(generator, *clean.shape)
 
 
-def _fields(mixture: Any) -> tuple[dataclasses.Field[Any], ...]:
-    if not dataclasses.is_dataclass(mixture):
-        raise TypeError(
-            f"{type(mixture).__name__} is not a dataclass, so its settings are unknown; make it a "
-            "frozen dataclass, or write to_json and from_json"
-        )
-    return dataclasses.fields(mixture)
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, by name; none of any other value."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return {field.name: getattr(value, field.name) for field in fields}
 
 
 def _recorded(value: Any) -> dict[str, Any]:
     """The record of a value that JSON has no form of: its name, and the fields of a dataclass."""
     if dataclasses.is_dataclass(value):
-        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"own": type(value).__name__, **own}
+        return {"own": type(value).__name__, **fields_of(value)}
     name = getattr(value, "__name__", None)
     if name is None:
         raise TypeError(
@@ -288,15 +256,15 @@ def _recorded(value: Any) -> dict[str, Any]:
     return {"own": name}
 
 
-def _restored(value: Any, name: str) -> Any:
-    """A field's value from its JSON form, with tuples for lists."""
+def restored(value: Any, name: str) -> Any:
+    """A field's value from its JSON form; a ValueError if some of it was recorded by name only."""
     if isinstance(value, list):
-        return tuple(_restored(item, name) for item in value)
+        return tuple(restored(item, name) for item in value)
     if isinstance(value, dict):
         if "own" in value:
             raise ValueError(
                 f"{name} holds {value['own']!r}, which no file can hold; give the run's mixture "
                 "as mixture="
             )
-        return {key: _restored(item, name) for key, item in value.items()}
+        return {key: restored(item, name) for key, item in value.items()}
     return value

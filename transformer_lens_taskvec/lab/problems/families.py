@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,9 @@ from transformer_lens_taskvec.lab.problems.base import (
     Mixture,
     check_sizes,
     draw_labels,
+    fields_of,
     normal,
+    restored,
     with_noise,
 )
 
@@ -27,20 +28,15 @@ from transformer_lens_taskvec.lab.problems.base import (
 def linear(
     xs: Float[Tensor, "batch point dim"], generator: torch.Generator
 ) -> Float[Tensor, "batch point"]:
-    """``w.x`` with ``w ~ N(0, I)``.
+    """``w.x`` with ``w ~ N(0, I)``: outputs without noise, ``[batch, point]``.
 
     Args:
         xs: Inputs, ``[batch, point, dim]``.
         generator: Source of randomness, on the device of ``xs``.
 
-    Returns:
-        Outputs without noise, ``[batch, point]``.
-
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-        >>> lab.linear(xs, torch.Generator().manual_seed(0)).shape
+        >>> lab.linear(torch.randn(2, 5, 8), torch.Generator()).shape
         torch.Size([2, 5])
     """
     weights = normal(generator, xs.shape[0], xs.shape[2])
@@ -55,10 +51,8 @@ class SparseLinear:
         rank: How many coordinates are kept.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-        >>> lab.SparseLinear(rank=2)(xs, torch.Generator().manual_seed(0)).shape
+        >>> lab.SparseLinear(rank=2)(torch.randn(2, 5, 8), torch.Generator()).shape
         torch.Size([2, 5])
     """
 
@@ -86,11 +80,8 @@ class LeakyReLU:
         slope: Of the negative part.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-        >>> ys = lab.LeakyReLU(slope=0.0)(xs, torch.Generator().manual_seed(0))
-        >>> bool((ys >= 0).all())
+        >>> bool((lab.LeakyReLU(slope=0.0)(torch.randn(2, 5, 8), torch.Generator()) >= 0).all())
         True
     """
 
@@ -112,14 +103,9 @@ def quadratic(
         xs: Inputs, ``[batch, point, dim]``.
         generator: Source of randomness, on the device of ``xs``.
 
-    Returns:
-        Outputs without noise, ``[batch, point]``.
-
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> xs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-        >>> bool((lab.quadratic(xs, torch.Generator().manual_seed(0)) >= 0).all())
+        >>> bool((lab.quadratic(torch.randn(2, 5, 8), torch.Generator()) >= 0).all())
         True
     """
     return linear(xs, generator).square() / math.sqrt(2 * xs.shape[2])
@@ -137,12 +123,9 @@ class LinearOnRepresentation:
         seed: Seed of ``A`` and ``B``.
 
     Example:
-        >>> import torch
         >>> from transformer_lens_taskvec import lab
-        >>> family = lab.LinearOnRepresentation()
-        >>> mixture = lab.RegressionFamilies({"representation": family}, dim=4)
-        >>> mixture.sample(2, torch.Generator().manual_seed(0)).ys.shape
-        torch.Size([2, 20])
+        >>> lab.LinearOnRepresentation()(torch.randn(2, 5, 8), torch.Generator()).shape
+        torch.Size([2, 5])
     """
 
     width: int | None = None
@@ -164,36 +147,32 @@ class LinearOnRepresentation:
         return torch.tanh(torch.nn.functional.leaky_relu(xs @ first) @ second * 2.0)
 
 
-def default_families() -> dict[str, Family]:
-    """The families of App. F, in equal shares."""
-    return {
-        "linear": linear,
-        "sparse linear": SparseLinear(),
-        "leaky ReLU": LeakyReLU(),
-        "quadratic": quadratic,
-    }
+_OF_THE_PAPER: Mapping[str, Family] = {
+    "linear": linear,
+    "sparse linear": SparseLinear(),
+    "leaky ReLU": LeakyReLU(),
+    "quadratic": quadratic,
+}
 
 
 @dataclass(frozen=True)
 class RegressionFamilies(Mixture):
     """A mixture of any families of functions, in equal shares (App. F).
 
-    By default these are the four families of the paper. ``{"linear": linear, "representation":
-    LinearOnRepresentation()}`` pairs linear regression with linear regression on a fixed random
-    representation.
-
-    >>> mixture = RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3)
-    >>> mixture.sample(2, torch.Generator().manual_seed(0)).ys.shape
-    torch.Size([2, 20])
-
     Attributes:
-        families: The functions that draw and apply each family, by name.
+        families: The functions that draw and apply each family, by name; by default the paper's.
         dim: The dimension of an input.
         noise_variance: The variance of the noise on ``y``.
         n_points: Pairs in a sequence.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> mixture = lab.RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3)
+        >>> mixture.sample(2, torch.Generator()).ys.shape
+        torch.Size([2, 20])
     """
 
-    families: Mapping[str, Family] = field(default_factory=default_families)
+    families: Mapping[str, Family] = field(default_factory=lambda: dict(_OF_THE_PAPER))
     dim: int = 16
     noise_variance: float = 0.01
     n_points: int = 20
@@ -215,22 +194,10 @@ class RegressionFamilies(Mixture):
         *,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Batch:
-        """Draw sequences.
+        """As for :meth:`Mixture.sample`.
 
         Every family is applied to every sequence and the wanted outputs are kept. That costs little
         compared with a training step, and nothing has to wait for the device.
-
-        Args:
-            batch_size: Number of sequences.
-            generator: Source of randomness; the batch is made on its device.
-            labels: The family of each sequence; drawn uniformly by default.
-
-        Returns:
-            The sequences.
-
-        Raises:
-            ValueError: If ``labels`` does not have ``batch_size`` entries, or a family returns
-                outputs of the wrong shape.
         """
         labels = draw_labels(batch_size, len(self.families), generator, labels)
         xs = normal(generator, batch_size, self.n_points, self.dim)
@@ -253,43 +220,31 @@ class RegressionFamilies(Mixture):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> RegressionFamilies:
-        """The mixture with these fields.
-
-        Raises:
-            ValueError: If it has a family that is not built in.
-        """
+        """As for :meth:`Mixture.from_json`."""
         families = {name: _built_in(name, one) for name, one in fields["families"].items()}
         return cls(**{**fields, "families": families})
 
 
-_FUNCTIONS: Mapping[str, Family] = {"linear": linear, "quadratic": quadratic}
-_CLASSES: Mapping[str, Callable[..., Family]] = {
-    "SparseLinear": SparseLinear,
-    "LeakyReLU": LeakyReLU,
-    "LinearOnRepresentation": LinearOnRepresentation,
+_BUILT_IN: Mapping[str, Any] = {
+    family.__name__: family
+    for family in (linear, quadratic, SparseLinear, LeakyReLU, LinearOnRepresentation)
 }
 
 
 def _described(family: Family) -> dict[str, Any]:
     """The JSON form of a family: its name, and the settings of one that is built in."""
-    name: str = getattr(family, "__name__", type(family).__name__)
-    if _FUNCTIONS.get(name) is family:
-        return {"function": name}
-    if dataclasses.is_dataclass(family):
-        kind = "class" if _CLASSES.get(name) is type(family) else "own"
-        fields = dataclasses.fields(family)
-        return {kind: name, **{field.name: getattr(family, field.name) for field in fields}}
-    return {"own": name}
+    name = getattr(family, "__name__", type(family).__name__)
+    known = _BUILT_IN.get(name)
+    kind = "function" if known is family else "class" if known is type(family) else "own"
+    return {kind: name, **fields_of(family)}
 
 
 def _built_in(name: str, described: Mapping[str, Any]) -> Family:
     """The family that :func:`_described` described."""
-    fields = dict(described)
+    fields = dict(restored(described, f"the family {name!r}"))
+    family: Family
     if "function" in fields:
-        return _FUNCTIONS[fields["function"]]
-    if "class" in fields:
-        return _CLASSES[fields.pop("class")](**fields)
-    raise ValueError(
-        f"the family {name!r} is {fields['own']!r}, which no file can hold; give the run's mixture "
-        "as mixture="
-    )
+        family = _BUILT_IN[fields["function"]]
+    else:
+        family = _BUILT_IN[fields.pop("class")](**fields)
+    return family

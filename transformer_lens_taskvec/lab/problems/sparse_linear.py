@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.lab.oracles import (
-    MixturePosterior,
     bayes_mixture,
     lasso,
     least_squares,
@@ -113,19 +112,7 @@ class SparseLinearMixture(Mixture):
         *,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Batch:
-        """Draw sequences.
-
-        Args:
-            batch_size: Number of sequences.
-            generator: Source of randomness; the batch is made on its device.
-            labels: The basis of each sequence; drawn uniformly by default.
-
-        Returns:
-            The sequences.
-
-        Raises:
-            ValueError: If ``labels`` does not have ``batch_size`` entries.
-        """
+        """As for :meth:`Mixture.sample`."""
         labels = draw_labels(batch_size, len(self.bases), generator, labels)
         xs = normal(generator, batch_size, self.n_points, self.dim)
         weights = normal(generator, batch_size, self.dim) * self.masks(xs.device)[labels]
@@ -138,33 +125,21 @@ class SparseLinearMixture(Mixture):
         Ridge has the best penalty, the noise variance divided by the mean variance of a weight.
         Without noise there is no posterior over bases, and the last two are left out.
         """
-        xs, ys = batch.xs, batch.ys
-        mean_rank = sum(len(basis) for basis in self.bases) / len(self.bases)
+        xs, ys, bases, noise = batch.xs, batch.ys, self.bases, self.noise_variance
+        mean_rank = sum(len(basis) for basis in bases) / len(bases)
         found = {
             "least squares": least_squares(xs, ys),
-            "ridge": ridge(xs, ys, penalty=self.noise_variance * self.dim / mean_rank or 0.01),
+            "ridge": ridge(xs, ys, penalty=noise * self.dim / mean_rank or 0.01),
             "lasso": lasso(xs, ys),
         }
-        if self.noise_variance == 0:
-            return found
-        known = true_basis_ridge(
-            xs, ys, batch.labels, bases=self.bases, noise_variance=self.noise_variance
-        )
-        return {
-            **found,
-            "true basis": known,
-            "Bayes mixture": self._bayes(batch).prediction,
-        }
+        if noise > 0:
+            known = true_basis_ridge(xs, ys, batch.labels, bases=bases, noise_variance=noise)
+            inferred = bayes_mixture(xs, ys, bases=bases, noise_variance=noise)
+            found |= {"true basis": known, "Bayes mixture": inferred.prediction}
+        return found
 
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
-        """``P(basis | pairs before the point)``.
-
-        Raises:
-            ValueError: If there is no noise.
-        """
-        return self._bayes(batch).probabilities
-
-    def _bayes(self, batch: Batch) -> MixturePosterior:
-        return bayes_mixture(
-            batch.xs, batch.ys, bases=self.bases, noise_variance=self.noise_variance
-        )
+        """As for :meth:`Mixture.posterior`; without noise it is not defined."""
+        noise = self.noise_variance
+        found = bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise)
+        return found.probabilities

@@ -1,8 +1,7 @@
 """The toy model's sequences: their tokens, and what each token sees of them in training.
 
-A sequence is lines ``example:01011 11010->01010`` of ``bitwise_tasks``, as ``sample_episodes``
-writes them; here they are made in batches. ``toy.model`` says why training hides some lines from
-some tokens.
+The lines are those of ``sample_episodes``, made in batches. ``toy.model`` says why training hides
+some lines from some tokens.
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ _ANSWERS = {
 def toy_tokenizer() -> Any:
     """Return a tokenizer with one token per character, and one each for ``example:`` and ``->``.
 
-    Decoding restores any text of printable ASCII characters and newlines.
-
-    Returns:
-        A Hugging Face tokenizer.
+    It is a Hugging Face tokenizer; decoding restores any printable ASCII text with newlines.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -83,16 +79,9 @@ def toy_tokenizer() -> Any:
 def bitwise_lines(
     labels: Int[Tensor, "batch line"], generator: torch.Generator
 ) -> Int[Tensor, "batch pos"]:
-    """Sequences of nine lines, as token ids after a beginning-of-sequence token.
+    """The token ids of sequences, given the task of each line; ``[batch, 1 + 9 * 19]``.
 
-    The lines are like those of ``sample_episodes``; no two lines of a sequence share their input.
-
-    Args:
-        labels: The task of each line, an index into the tasks.
-        generator: Source of randomness, on the labels' device.
-
-    Returns:
-        Token ids, ``[batch, 1 + 9 * 19]``.
+    A beginning-of-sequence token is the first. No two lines of a sequence share their input.
     """
     device, batch_size = labels.device, len(labels)
     keys = torch.rand(batch_size, 4**N_BITS, generator=generator, device=device)
@@ -103,32 +92,20 @@ def bitwise_lines(
     task = rearrange(labels, "batch line -> batch line 1")
     y = torch.where(task == TASKS.index("Null"), _bits(noise), table[task, 2 * a + b])
 
-    def constant(word: str) -> Tensor:
-        return torch.full((batch_size, LINES, 1), _VOCABULARY[word], device=device)
-
-    zero = _VOCABULARY["0"]
-    line = [
-        constant("example:"),
-        a + zero,
-        constant(" "),
-        b + zero,
-        constant("->"),
-        y + zero,
-        constant("\n"),
-    ]
-    tokens = rearrange(torch.cat(line, dim=2), "batch line token -> batch (line token)")
+    start, space, arrow, end = (
+        torch.full((batch_size, LINES, 1), _VOCABULARY[word], device=device)
+        for word in ("example:", " ", "->", "\n")
+    )
+    a, b, y = (bits + _VOCABULARY["0"] for bits in (a, b, y))
+    line = torch.cat([start, a, space, b, arrow, y, end], dim=2)
+    tokens = rearrange(line, "batch line token -> batch (line token)")
     return F.pad(tokens, (1, 0), value=BOS)
 
 
 def draw_labels(
     two: Bool[Tensor, " batch"], generator: torch.Generator
 ) -> Int[Tensor, "batch line"]:
-    """The task of each line of some sequences, drawn uniformly.
-
-    Args:
-        two: Whether a sequence has lines of two different tasks rather than of one.
-        generator: Source of randomness, on the device of ``two``.
-    """
+    """The task of each line, drawn uniformly; ``two`` says which sequences have two tasks."""
     shape, n = (len(two), LINES), len(TASKS)
     first = torch.randint(n, shape[:1], generator=generator, device=two.device)
     apart = torch.randint(1, n, shape[:1], generator=generator, device=two.device)
@@ -142,14 +119,8 @@ def answer_nll(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch line at"]:
     """NLL in nats of each answer's digits and of the newline after them."""
-    wanted = _answers(tokens.roll(-1, dims=1))
-    predicted = _answers(logits)
-    nll = F.cross_entropy(
-        rearrange(predicted, "batch line at vocab -> (batch line at) vocab"),
-        rearrange(wanted, "batch line at -> (batch line at)"),
-        reduction="none",
-    )
-    return rearrange(nll, "(batch line at) -> batch line at", line=LINES, at=N_BITS + 1)
+    wanted, predicted = _answers(tokens.roll(-1, dims=1)), _answers(logits).flatten(0, 2)
+    return F.cross_entropy(predicted, wanted.flatten(), reduction="none").view(wanted.shape)
 
 
 def exact_match(
@@ -201,9 +172,7 @@ def _bits(numbers: Int[Tensor, "batch line"]) -> Int[Tensor, "batch line bit"]:
 
 def _same(values: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch query key"]:
     """Whether the values at two positions are the same."""
-    return rearrange(values, "... query -> ... query 1") == rearrange(
-        values, "... key -> ... 1 key"
-    )
+    return values[..., :, None] == values[..., None, :]
 
 
 def _answers(values: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "batch line at *rest"]:

@@ -1,14 +1,9 @@
 """The toy model: a small language model that infers bitwise tasks from a few demonstrations.
 
-It is a Llama of four layers and width 64, trained on prompts of ``bitwise_tasks``, small enough to
-ship with the package and to be retrained in minutes::
-
-    taskvec train --preset toy --out runs/toy
-
-A sequence is nine lines ``example:01011 11010->01010``; the loss is on the answers. Half of the
-sequences begin with a beginning-of-sequence token. The arrow ``->`` is the token before an answer,
-where task vectors are extracted. There are three kinds of sequences, which differ in what an arrow
-sees:
+It is a Llama of four layers and width 64. A sequence is nine lines ``example:01011 11010->01010``;
+the loss is on the answers. Half of the sequences begin with a beginning-of-sequence token. The
+arrow ``->`` is the token before an answer, where task vectors are extracted. There are three kinds
+of sequences, which differ in what an arrow sees:
 
 - *plain*: lines of one task. Every token sees all tokens before it, as it does after training.
 - *by arrow*: lines of one task. Every token sees its own line only, except the arrows, which in the
@@ -29,18 +24,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from statistics import fmean
+from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
+from transformer_lens_taskvec.lab.model import check_size
+from transformer_lens_taskvec.lab.problems.base import balanced_labels
 from transformer_lens_taskvec.lab.toy.lines import (
     ARROW,
     BOS,
@@ -59,7 +58,7 @@ from transformer_lens_taskvec.lab.toy.lines import (
     toy_tokenizer,
     training_view,
 )
-from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
@@ -67,30 +66,18 @@ _EVAL_SEED = 3_000_003
 _SHOTS_OF_TD = 4
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 @dataclass(frozen=True)
 class ToyConfig(Recipe):
-    """The settings of the toy model's training.
-
-    Besides those of :class:`Recipe`:
+    """The settings of the toy model's training, besides those of :class:`Recipe`.
 
     Attributes:
-        n_layers: Blocks of the model.
-        n_heads: Attention heads per block.
-        d_model: Width of the residual stream.
         d_mlp: Width of an MLP's hidden layer.
         by_arrow: The share of sequences in which only the arrows see other lines.
         two_tasks: The share of sequences with lines of two tasks; the rest are plain.
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> config = lab.ToyConfig()
-        >>> config.n_layers, config.d_model, config.steps
-        (4, 64, 1500)
-        >>> sum(weights.numel() for weights in config.llama().parameters())
+        >>> sum(weights.numel() for weights in lab.ToyConfig().llama().parameters())
         177344
     """
 
@@ -115,12 +102,7 @@ class ToyConfig(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = (self.n_layers, self.n_heads, self.d_model, self.d_mlp)
-        if not all(type(size) is int and size > 0 for size in sizes) or sizes[2] % sizes[1]:
-            raise ValueError(
-                f"n_layers, n_heads, d_model and d_mlp are {sizes}; they must be positive, and "
-                "d_model a multiple of n_heads"
-            )
+        check_size(self, "d_mlp")
         if min(self.by_arrow, self.two_tasks) < 0 or self.by_arrow + self.two_tasks > 1:
             raise ValueError(
                 f"by_arrow={self.by_arrow} and two_tasks={self.two_tasks} must be shares that "
@@ -135,7 +117,7 @@ class ToyConfig(Recipe):
         model = self.llama(seed=seed)
         for number, layer in enumerate(model.model.layers):
             half = int(number >= self.n_layers // 2)
-            layer.register_forward_pre_hook(_TakesHalf(half), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(_take_half, half), with_kwargs=True)
         return model.to(device)
 
     def llama(self, *, seed: int = 0) -> Any:
@@ -208,7 +190,7 @@ class ToyConfig(Recipe):
         """NLL by task, exact match by task and shots, the operators' TD by layer at four shots."""
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(_EVAL_SEED)
-        labels = repeat(torch.arange(len(TASKS), device=device), "t -> (t each)", each=self.n_eval)
+        labels = balanced_labels(len(TASKS), self.n_eval, device)
         tokens = bitwise_lines(repeat(labels, "batch -> batch line", line=LINES), generator)
         view = causal_view(device)[None, None]
         nll, right, points = [], [], []
@@ -220,20 +202,21 @@ class ToyConfig(Recipe):
                 nll.append(reduce(by_token, "batch line at -> batch", "mean"))
                 right.append(exact_match(logits, tokens[rows]))
                 points.append(torch.stack([kept.pop(0) for _ in model.model.layers], dim=1))
-        each, accuracy = self.n_eval, torch.cat(right).float()
+
+        def mean(values: list[Tensor]) -> Any:
+            per_task = "(task each) ... -> task ..."
+            return reduce(torch.cat(values).float(), per_task, "mean", each=self.n_eval).tolist()
+
         return {
-            "nll": reduce(torch.cat(nll), "(task each) -> task", "mean", each=each).tolist(),
-            "accuracy": reduce(
-                accuracy, "(task each) line -> task line", "mean", each=each
-            ).tolist(),
+            "nll": mean(nll),
+            "accuracy": mean(right),
             "td": _decodability(torch.cat(points), labels.cpu()).tolist(),
         }
 
     def summary(self, record: dict[str, Any]) -> str:
         """Accuracy and TD at four shots."""
-        operators = [shots[_SHOTS_OF_TD] for shots in record["accuracy"][:-1]]
-        td = max(sum(layer) / len(layer) for layer in record["td"])
-        return f"accuracy {sum(operators) / len(operators):.2f} TD {td:.2f}"
+        accuracy = fmean(shots[_SHOTS_OF_TD] for shots in record["accuracy"][:-1])
+        return f"accuracy {accuracy:.2f} TD {max(map(fmean, record['td'])):.2f}"
 
     def fewest_weights(self) -> int:
         """The weights of the blocks' matrices."""
@@ -241,31 +224,20 @@ class ToyConfig(Recipe):
 
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> ToyRun:
         """The run in a folder, given its evaluations."""
-        shapes = {
-            "nll": (len(TASKS),),
-            "accuracy": (len(TASKS), LINES),
-            "td": (self.n_layers, len(TASKS) - 1),
-        }
-        measured = {
-            name: torch.tensor([record[name] for record in records], dtype=torch.float32)
-            for name in shapes
-        }
-        for name, shape in shapes.items():
-            if records and measured[name].shape[1:] != shape:
-                raise ValueError(f"{name} of shape {tuple(measured[name].shape[1:])}, not {shape}")
-            measured[name] = measured[name].view(len(records), *shape)
+        measured = stacked(
+            records,
+            nll=(len(TASKS),),
+            accuracy=(len(TASKS), LINES),
+            td=(self.n_layers, len(TASKS) - 1),
+        )
         return ToyRun(path, self, seed, tuple(record["step"] for record in records), **measured)
 
 
 @dataclass(frozen=True, repr=False)
 class ToyRun(TrainingRun):
-    """A training run of the toy model, finished or not, as it stands in its folder.
+    """A :class:`TrainingRun` of the toy model.
 
     Attributes:
-        path: The folder.
-        config: Its settings.
-        seed: The seed of weights and data.
-        steps: The checkpoints.
         nll: NLL of an answer's token in nats, ``[checkpoint, task]``.
         accuracy: Exact match by number of demonstrations from 0, ``[checkpoint, task, shots]``.
         td: TD of the six operators at the last prompt token after four demonstrations,
@@ -274,8 +246,6 @@ class ToyRun(TrainingRun):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_toy_run()
-        >>> run.steps[-1], run.tasks
-        (1500, ('AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR', 'Null'))
         >>> by_shots = run.accuracy[-1, :6].mean(dim=0)  # the six operators
         >>> bool(by_shots[0] < 0.4), round(float(by_shots[4]), 1)
         (True, 1.0)
@@ -286,46 +256,29 @@ class ToyRun(TrainingRun):
     accuracy: Float[Tensor, "checkpoint task shots"]
     td: Float[Tensor, "checkpoint layer operator"]
 
+    _table: ClassVar[tuple[str, str]] = ("accuracy", "shots")
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """The six operators, and Null."""
         return TASKS
 
     def model(self, step: int | None = None, **kwargs: Any) -> Any:
-        """The model at a checkpoint, the last one by default, as a ``TransformerBridge``.
+        """As for :meth:`Run.model`, as a ``TransformerBridge``.
 
         Args:
             step: The checkpoint.
             **kwargs: Passed to ``TransformerBridge.boot_transformers`` (``device``, ...).
-
-        Raises:
-            ValueError: If there is no checkpoint of that step.
         """
-        step = self.checkpoint(step)
-        hf_model = self.restored(step, self.config.llama)
-        hf_model.config.name_or_path = f"{self.path.name}@{step}"
+        hf_model, name = self.restored(step, self.config.llama)
+        hf_model.config.name_or_path = name
         return bridge_from_hf(hf_model, kwargs.pop("tokenizer", None) or toy_tokenizer(), **kwargs)
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per checkpoint, task and number of demonstrations: ``step ... accuracy``."""
-        import pandas as pd
-
-        index = pd.MultiIndex.from_product(
-            [self.steps, self.tasks, range(self.accuracy.shape[-1])],
-            names=["step", "task", "shots"],
-        )
-        values = rearrange(self.accuracy, "checkpoint task shots -> (checkpoint task shots)")
-        return pd.DataFrame({"accuracy": values.numpy()}, index=index).reset_index()
-
-    def __repr__(self) -> str:
-        if not self.steps:
-            return f"ToyRun({str(self.path)!r}: no checkpoint yet)"
+    def _summary(self) -> str:
         shots = self.accuracy[-1, :-1].mean(0)
         return (
-            f"ToyRun({str(self.path)!r}: step {self.steps[-1]} of {self.config.steps}, "
-            f"{len(self.steps)} checkpoints; operators at 1, 4, 8 shots "
-            f"{float(shots[1]):.2f}, {float(shots[4]):.2f}, {float(shots[8]):.2f}, TD "
-            f"{float(self.td[-1].mean(-1).max()):.2f})"
+            f"; operators at 1, 4, 8 shots {float(shots[1]):.2f}, {float(shots[4]):.2f}, "
+            f"{float(shots[8]):.2f}, TD {float(self.td[-1].mean(-1).max()):.2f}"
         )
 
 
@@ -333,9 +286,6 @@ def shipped_toy_run() -> ToyRun:
     """Return the run that ships with the package; its last checkpoint is the toy model.
 
     ``taskvec train --preset toy`` retrains it. The shipped weights are float16.
-
-    Returns:
-        The run.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -346,17 +296,12 @@ def shipped_toy_run() -> ToyRun:
     return run
 
 
-@dataclass(frozen=True)
-class _TakesHalf:
-    """Gives a layer its half of a two-part attention mask, and any other mask unchanged."""
-
-    half: int
-
-    def __call__(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape[1] == 2:
-            kwargs["attention_mask"] = mask[:, self.half : self.half + 1]
-        return args, kwargs
+def _take_half(half: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Give a layer its half of a two-part attention mask, and any other mask unchanged."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape[1] == 2:
+        kwargs["attention_mask"] = mask[:, half : half + 1]
+    return args, kwargs
 
 
 @contextmanager
@@ -364,16 +309,13 @@ def _keeping_arrows(model: Any) -> Iterator[list[Float[Tensor, "batch d_model"]]
     """A list that fills with the residual stream after each layer, at the fifth arrow."""
     kept: list[Tensor] = []
     arrow = 1 + _SHOTS_OF_TD * LINE + ARROW
-
-    def keep(layer: Any, args: Any, output: Tensor) -> None:
-        kept.append(output[:, arrow].float().cpu())
-
-    handles = [layer.register_forward_hook(keep) for layer in model.model.layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.model.layers:
+            hook = layer.register_forward_hook(
+                lambda layer, args, output: kept.append(output[:, arrow].float().cpu())
+            )
+            hooks.enter_context(hook)
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _decodability(

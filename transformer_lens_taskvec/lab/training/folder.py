@@ -1,32 +1,23 @@
 """The folder of a training run: what lies in it, and reading that back.
 
-A run's folder holds ``config.json`` (settings and seed), ``metrics.jsonl`` (one evaluation per
-line), ``checkpoints/step_000000.safetensors`` (the model at each evaluation) and, to resume from,
-``state.safetensors`` (model, optimisers and generator at the last save). Every file is written next
-to its place and then moved there, so that no file is ever half written.
+It holds ``config.json`` (settings and seed), ``metrics.jsonl`` (one evaluation per line),
+``checkpoints/step_000000.safetensors`` (the model at each evaluation) and, to resume from,
+``state.safetensors`` (model, optimisers and generator at the last save). No file is ever half
+written.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_text
-from transformer_lens_taskvec._utils.training_state import write_tensors
 
 
 def open_folder(path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    """Make a folder the one of a run with these settings, or check that it is.
-
-    Raises:
-        ValueError: If the folder holds a run and it is not to be resumed, or one with another
-            setting; the message names the setting.
-    """
+    """Make a folder the one of a run with these settings, or raise unless it is."""
     if not (path / "config.json").exists():
         write_text(path / "config.json", json.dumps(settings, indent=1) + "\n")
         return
@@ -36,35 +27,25 @@ def open_folder(path: Path, settings: Mapping[str, Any], *, resume: bool) -> Non
 
 
 def check_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise unless the settings saved in a folder are the ones wanted, nested ones included.
-
-    Raises:
-        ValueError: At the first setting that differs; the message names it.
-    """
+    """Raise a ValueError that names the first setting, nested or not, that is not as wanted."""
     for name, value in wanted.items():
         found = saved.get(name)
-        if found == value:
-            continue
         if isinstance(found, dict) and isinstance(value, dict):
-            absent = dict.fromkeys(found.keys() - value.keys())
-            check_settings(path, _named(found, name), _named({**value, **absent}, name))
-        raise ValueError(
-            f"{path} holds another run: its {name} is {found!r}, not {value!r}; choose another "
-            "folder"
-        )
-
-
-def _named(settings: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    return {f"{owner}.{name}": value for name, value in settings.items()}
+            keys = {key: f"{name}.{key}" for key in found | value}
+            check_settings(
+                path,
+                {full: found.get(key) for key, full in keys.items()},
+                {full: value.get(key) for key, full in keys.items()},
+            )
+        elif found != value:
+            raise ValueError(
+                f"{path} holds another run: its {name} is {found!r}, not {value!r}; choose "
+                "another folder"
+            )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, in the form of JSON.
-
-    Raises:
-        FileNotFoundError: If there is no run in the folder.
-        ValueError: If they are damaged.
-    """
+    """The settings of the run in a folder, in the form of JSON."""
     file = path / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no run: there is no config.json in it")
@@ -74,42 +55,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     return saved
 
 
-def export_checkpoints(
-    source: Path, target: Path, steps: Sequence[int], dtype: torch.dtype
-) -> None:
-    """Copy a run with only some of its checkpoints, in another dtype.
-
-    Raises:
-        ValueError: If there is no checkpoint at one of the steps, or the target holds a run.
-    """
-    if (target / "config.json").exists():
-        raise ValueError(f"{target} already holds a run; choose another folder")
-    records = {record["step"]: record for record in read_metrics(source)}
-    missing = sorted(set(steps) - set(records))
-    if missing:
-        raise ValueError(f"no checkpoint at step {missing[0]}; there are {sorted(records)}")
-    kept = sorted(set(steps))
-    for step in kept:
-        file = checkpoint_path(source, step)
-        with reading(file, "damaged checkpoint"):
-            weights = load_file(file)
-        small = {name: value.to(dtype) for name, value in weights.items()}
-        write_tensors(checkpoint_path(target, step), small, {"step": str(step)})
-    write_text(target / "metrics.jsonl", "".join(json.dumps(records[s]) + "\n" for s in kept))
-    write_text(target / "config.json", (source / "config.json").read_text())
-
-
 def checkpoint_path(path: Path, step: int) -> Path:
     """Where the model at a step is kept."""
     return path / "checkpoints" / f"step_{step:06d}.safetensors"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run, in order.
-
-    Raises:
-        ValueError: If a line is no evaluation; the message gives the file and the line.
-    """
+    """The evaluations of a run, in order; a damaged line is named."""
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
@@ -123,3 +75,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"its step is {record['step']!r}")
             records.append(record)
     return records
+
+
+def write_metrics(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write the evaluations of a run, one per line."""
+    lines = (json.dumps(record) + "\n" for record in records)
+    write_text(path / "metrics.jsonl", "".join(lines))

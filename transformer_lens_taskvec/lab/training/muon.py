@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 
 
 class Muon(Optimizer):
@@ -31,7 +31,6 @@ class Muon(Optimizer):
         lr: Learning rate.
         momentum: Decay of the running mean of gradients.
         weight_decay: Decoupled: each step shrinks a parameter by ``lr * weight_decay`` of itself.
-        steps: Newton-Schulz steps.
     """
 
     def __init__(
@@ -41,12 +40,9 @@ class Muon(Optimizer):
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
-        steps: int = 5,
     ) -> None:
-        super().__init__(
-            list(params),
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps},
-        )
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(list(params), settings)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim not in (2, 3):
@@ -69,60 +65,40 @@ class Muon(Optimizer):
         return loss
 
     def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [_grad(parameter) for parameter in params]
-        buffers = [self._buffer(parameter) for parameter in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        for parameter in params:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = list(torch._foreach_lerp(grads, buffers, group["momentum"]))
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        for members in _by_shape(updates).values():
-            wide = torch.cat([_wide_stack(updates[i]) for i in members])
-            pieces = orthogonalized(wide, group["steps"]).split(
-                [_wide_stack(updates[i]).shape[0] for i in members]
-            )
+        same_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, update in enumerate(updates):
+            same_shape.setdefault(tuple(sorted(update.shape[-2:])), []).append(index)
+        for members in same_shape.values():
+            wide = [_wide_stack(updates[i]) for i in members]
+            pieces = orthogonalized(torch.cat(wide)).split([*map(len, wide)])
             for i, piece in zip(members, pieces, strict=True):
                 rows, columns = params[i].shape[-2:]
                 scale = max(1.0, rows / columns) ** 0.5
                 update = piece.mT if rows > columns else piece
                 params[i].add_(update.reshape(params[i].shape), alpha=-group["lr"] * scale)
 
-    def _buffer(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
-
 
 def orthogonalized(
-    matrices: Float[Tensor, "matrix row column"], steps: int = 5
+    matrices: Float[Tensor, "matrix row column"],
 ) -> Float[Tensor, "matrix row column"]:
-    """Each matrix with its singular values brought to about one (within 0.5 to 1.5).
-
-    Args:
-        matrices: At least as many columns as rows.
-        steps: Newton-Schulz steps.
-    """
+    """Each matrix, at least as wide as high, with singular values of about one (0.5 to 1.5)."""
     a, b, c = _COEFFICIENTS
     x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None  # step() skips the others
-    return parameter.grad
-
-
-def _by_shape(tensors: list[Tensor]) -> dict[tuple[int, ...], list[int]]:
-    """Indices of the tensors, grouped by their matrices' shape, the shorter side first."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault(tuple(sorted(tensor.shape[-2:])), []).append(index)
-    return groups
-
-
 def _wide_stack(tensor: Tensor) -> Float[Tensor, "matrix row column"]:
+    """The matrices of a parameter, each with its shorter side first."""
     stack = rearrange(tensor, "... row column -> (...) row column")
     return stack.mT if stack.shape[1] > stack.shape[2] else stack

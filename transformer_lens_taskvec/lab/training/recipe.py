@@ -6,16 +6,18 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_taskvec._utils.atomic_io import reading
+from transformer_lens_taskvec.lab.model import check_size
 from transformer_lens_taskvec.lab.training.folder import read_metrics, read_settings
 
 
@@ -36,14 +38,15 @@ class Recipe(ABC):
         schedule: What follows: ``"constant"``, or ``"cosine"`` down to zero at the last step.
         n_checkpoints: Number of evaluations, about evenly spaced in the logarithm of the step.
         n_eval: Sequences per task at each evaluation.
+        n_layers: Blocks of the model.
+        n_heads: Attention heads per block.
+        d_model: Width of the residual stream.
 
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> recipe = lab.PRESETS["small"]
-        >>> isinstance(recipe, lab.Recipe), recipe.steps, recipe.optimizer
-        (True, 26000, 'muon')
-        >>> recipe.checkpoint_steps()[:3], recipe.checkpoint_steps()[-1]
-        ((0, 26, 31), 26000)
+        >>> isinstance(recipe, lab.Recipe), recipe.checkpoint_steps()[:4]
+        (True, (0, 26, 31, 37))
     """
 
     steps: int = 80_000
@@ -57,22 +60,24 @@ class Recipe(ABC):
     schedule: Literal["constant", "cosine"] = "constant"
     n_checkpoints: int = 40
     n_eval: int = 250
+    n_layers: int = 12
+    n_heads: int = 8
+    d_model: int = 256
 
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "optimizer": ("adam", "muon"),
+        "schedule": ("constant", "cosine"),
+    }
     loss_name: ClassVar[str]
     """The name of the loss, which is its key in the evaluations."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "n_checkpoints", "n_eval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, allowed in self._choices().items():
+        check_size(self, "steps", "batch_size", "n_checkpoints", "n_eval")
+        for name, allowed in self._choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup must be in [0, {self.steps}], steps; got {self.warmup}")
-
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        return {"optimizer": ("adam", "muon"), "schedule": ("constant", "cosine")}
 
     @abstractmethod
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> nn.Module:
@@ -98,23 +103,14 @@ class Recipe(ABC):
 
     @abstractmethod
     def fewest_weights(self) -> int:
-        """A number of weights that a model of these settings has at least, without making it."""
+        """A lower bound on the number of weights, found without making the model."""
 
     @abstractmethod
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Any:
-        """The run of these settings in a folder, given its evaluations.
-
-        Raises:
-            ValueError: If the evaluations are not of such a run.
-        """
+        """The run of these settings in a folder, given its evaluations."""
 
     def load(self, path: str | Path) -> Any:
-        """Read the run in a folder, whose settings must be these.
-
-        Raises:
-            FileNotFoundError: If there is no run in the folder.
-            ValueError: If a file is damaged.
-        """
+        """The run in a folder, whose settings must be these; see :func:`load_run`."""
         path = Path(path)
         saved, records = read_settings(path), read_metrics(path)
         with reading(path / "config.json", "damaged settings of a run"):
@@ -125,9 +121,10 @@ class Recipe(ABC):
     def to_json(self) -> dict[str, Any]:
         """The settings in the form of JSON, and the class's name as ``kind``."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {"kind": type(self).__name__, **settings}
-        described: dict[str, Any] = json.loads(json.dumps(plain, default=methodcaller("to_json")))
-        return described
+        described: dict[str, Any] = json.loads(
+            json.dumps(settings, default=methodcaller("to_json"))
+        )
+        return {"kind": type(self).__name__, **described}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> Any:
@@ -153,3 +150,16 @@ class Recipe(ABC):
             return 1.0
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stacked(
+    records: Sequence[Mapping[str, Any]], **shapes: tuple[int, ...]
+) -> dict[str, Float[Tensor, "checkpoint ..."]]:
+    """What evaluations hold under these names; a ValueError if it is not of these shapes."""
+    found = {}
+    for name, shape in shapes.items():
+        values = torch.tensor([record[name] for record in records], dtype=torch.float32)
+        if records and values.shape[1:] != shape:
+            raise ValueError(f"{name} of shape {tuple(values.shape[1:])}, not {shape}")
+        found[name] = values.view(len(records), *shape)
+    return found

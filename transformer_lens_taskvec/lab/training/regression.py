@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from statistics import fmean
+from typing import Any, ClassVar, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,27 +16,19 @@ from transformer_lens_taskvec.lab.evaluation import evaluate_mixture
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
 from transformer_lens_taskvec.lab.problems.base import Mixture, check_mixture, mixture_from_json
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
-from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """The settings of a training run on a mixture; the defaults are the paper's (App. D).
+    """The settings of a training on a mixture, besides those of :class:`Recipe`.
 
-    Besides those of :class:`Recipe`:
+    The defaults are the paper's (App. D).
 
     Attributes:
         mixture: What the sequences are drawn from.
-        n_layers: Blocks of the model.
-        n_heads: Attention heads of a block.
-        d_model: Width of the residual stream.
-        init: ``"gpt2"`` for initial weights of standard deviation 0.02, ``"fan_in"`` for weights
-            that keep the scale of activations. In both, projections back into the residual stream
-            start smaller.
+        init: The scale of the initial weights; see :class:`RegressionConfig`.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -46,19 +38,14 @@ class TrainConfig(Recipe):
     """
 
     mixture: Mixture = field(default_factory=SparseLinearMixture)
-    n_layers: int = 12
-    n_heads: int = 8
-    d_model: int = 256
     init: Literal["gpt2", "fan_in"] = "gpt2"
 
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {**Recipe._choices, "init": ("gpt2", "fan_in")}
     loss_name: ClassVar[str] = "mse"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mixture(self.mixture)
-
-    def _choices(self) -> dict[str, tuple[str, ...]]:
-        return {**super()._choices(), "init": ("gpt2", "fan_in")}
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> RegressionTransformer:
         """An untrained model of this size."""
@@ -81,7 +68,7 @@ class TrainConfig(Recipe):
     def loss(
         self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
     ) -> Tensor:
-        """The squared error of the predictions at every position of a new batch."""
+        """The mean squared error over every point of a new batch."""
         batch = self.mixture.sample(self.batch_size, generator)
         with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
             predictions = forward(batch.xs, batch.ys)
@@ -89,15 +76,14 @@ class TrainConfig(Recipe):
         return error
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """The mean squared error for each task at each position."""
+        """The mean squared error of each task at each point."""
         return {"mse": evaluate_mixture(model, self.mixture, n_eval=self.n_eval).tolist()}
 
     def summary(self, record: dict[str, Any]) -> str:
         """The error of each task over the second half of the sequence."""
         half = self.mixture.n_points // 2
-        means = [sum(curve[half:]) / len(curve[half:]) for curve in record["mse"]]
-        pairs = zip(self.mixture.tasks, means, strict=True)
-        return " ".join(f"{task} {mse:.3f}" for task, mse in pairs)
+        curves = zip(self.mixture.tasks, record["mse"], strict=True)
+        return " ".join(f"{task} {fmean(curve[half:]):.3f}" for task, curve in curves)
 
     def fewest_weights(self) -> int:
         """The weights of the blocks' matrices, the read-in and the positions."""
@@ -106,20 +92,15 @@ class TrainConfig(Recipe):
 
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Run:
         """The run in a folder, given its evaluations."""
-        mse = torch.tensor([record["mse"] for record in records], dtype=torch.float32)
-        expected = (len(self.mixture.tasks), self.mixture.n_points)
-        if records and mse.shape[1:] != expected:
-            raise ValueError(f"errors of shape {tuple(mse.shape[1:])}, not {expected}")
-        train_mse = tuple(
-            float("nan") if record["train_mse"] is None else float(record["train_mse"])
-            for record in records
-        )
+        curves = stacked(records, mse=(len(self.mixture.tasks), self.mixture.n_points))
+        train = [record["train_mse"] for record in records]
+        train_mse = tuple(float("nan" if mse is None else mse) for mse in train)
         steps = tuple(record["step"] for record in records)
-        return Run(path, self, seed, steps, mse.view(len(records), *expected), train_mse)
+        return Run(path, self, seed, steps, **curves, train_mse=train_mse)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
-        """The settings that :meth:`to_json` wrote, some of them replaced by those given."""
+        """As for :meth:`Recipe.from_json`."""
         mixture = given.get("mixture") or mixture_from_json(saved["mixture"])
         config: TrainConfig = super().from_json(saved, **{**given, "mixture": mixture})
         return config
@@ -127,13 +108,9 @@ class TrainConfig(Recipe):
 
 @dataclass(frozen=True, repr=False)
 class Run(TrainingRun):
-    """A training run on a mixture, finished or not, as it stands in its folder.
+    """A :class:`TrainingRun` on a mixture.
 
     Attributes:
-        path: The folder.
-        config: Its settings.
-        seed: The seed of weights and data.
-        steps: The steps at which there is an evaluation and a checkpoint.
         mse: Mean squared error at each checkpoint, ``[checkpoint, task, point]``.
         train_mse: The mean error of the training steps since the previous checkpoint; NaN at
             step 0.
@@ -141,15 +118,15 @@ class Run(TrainingRun):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> run.tasks, len(run.steps), run.finished
-        (('B1', 'B2', 'B3', 'B4'), 12, True)
-        >>> run.model().cfg.n_layers, run.late_mse[-1].shape
-        (5, torch.Size([4]))
+        >>> run.tasks, run.late_mse[-1].shape, run.model().cfg.n_layers
+        (('B1', 'B2', 'B3', 'B4'), torch.Size([4]), 5)
     """
 
     config: TrainConfig
     mse: Float[Tensor, "checkpoint task point"]
     train_mse: tuple[float, ...]
+
+    _table: ClassVar[tuple[str, str]] = ("mse", "point")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -169,41 +146,19 @@ class Run(TrainingRun):
         Raises:
             ValueError: If there is no checkpoint of that step, or it is damaged.
         """
-        step = self.checkpoint(step)
-        model = self.restored(step, lambda: self.config.model(device=device))
-        model.cfg.model_name = f"{self.path.name}@{step}"
+        model, name = self.restored(step, lambda: self.config.model(device=device))
+        model.cfg.model_name = name
         return model.eval()
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row for each checkpoint, task and point."""
-        import pandas as pd
-
-        index = pd.MultiIndex.from_product(
-            [self.steps, self.tasks, range(self.mse.shape[-1])], names=["step", "task", "point"]
-        )
-        mse = rearrange(self.mse, "checkpoint task point -> (checkpoint task point)").numpy()
-        return pd.DataFrame({"mse": mse}, index=index).reset_index()
-
-    def __repr__(self) -> str:
-        if not self.steps:
-            return f"Run({str(self.path)!r}: no checkpoint yet)"
-        late = ", ".join(
-            f"{task} {float(mse):.4f}"
-            for task, mse in zip(self.tasks, self.late_mse[-1], strict=True)
-        )
-        return (
-            f"Run({str(self.path)!r}: step {self.steps[-1]} of {self.config.steps}, "
-            f"{len(self.steps)} checkpoints, late MSE: {late})"
-        )
+    def _summary(self) -> str:
+        late = zip(self.tasks, self.late_mse[-1], strict=True)
+        return ", late MSE: " + ", ".join(f"{task} {float(mse):.4f}" for task, mse in late)
 
 
 def shipped_run() -> Run:
     """Return the run that ships with the package: ``small``, seed 0, a dozen checkpoints.
 
     ``taskvec train --preset small`` retrains it. The shipped weights are float16.
-
-    Returns:
-        The run.
 
     Example:
         >>> from transformer_lens_taskvec import lab

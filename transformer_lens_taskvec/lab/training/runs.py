@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from transformer_lens_taskvec._utils.atomic_io import reading
+from transformer_lens_taskvec._utils.atomic_io import reading, write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.subclasses import subclass_named
+from transformer_lens_taskvec._utils.training_state import write_tensors
 from transformer_lens_taskvec.lab.problems.base import Mixture
 from transformer_lens_taskvec.lab.training.folder import (
     check_settings,
     checkpoint_path,
-    export_checkpoints,
+    read_metrics,
     read_settings,
+    write_metrics,
 )
 from transformer_lens_taskvec.lab.training.recipe import Recipe
 
-Model = TypeVar("Model", bound=Any)
-Self = TypeVar("Self", bound="TrainingRun")
+if TYPE_CHECKING:
+    import pandas as pd
+
+M = TypeVar("M", bound=Any)
+R = TypeVar("R", bound="TrainingRun")
 
 
 @dataclass(frozen=True, repr=False)
-class TrainingRun(Shown):
+class TrainingRun(Shown, ABC):
     """A training run, finished or not, as it stands in its folder.
 
     Attributes:
@@ -47,6 +54,18 @@ class TrainingRun(Shown):
     config: Recipe
     seed: int
     steps: tuple[int, ...]
+
+    _table: ClassVar[tuple[str, str]]
+    """What ``to_frame`` shows: a measurement ``[checkpoint, task, ...]``, and its last axis."""
+
+    @property
+    @abstractmethod
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+
+    @abstractmethod
+    def _summary(self) -> str:
+        """The last evaluation in a few words, for ``__repr__``, with the separator before them."""
 
     @property
     def finished(self) -> bool:
@@ -68,16 +87,9 @@ class TrainingRun(Shown):
             raise ValueError(f"no checkpoint at step {step}; there are {list(self.steps)}")
         return step
 
-    def restored(self, step: int, make: Callable[[], Model]) -> Model:
-        """A model with the weights of a checkpoint.
-
-        Args:
-            step: The checkpoint.
-            make: Makes a model of the run's settings, untrained.
-
-        Raises:
-            ValueError: If the checkpoint is damaged.
-        """
+    def restored(self, step: int | None, make: Callable[[], M]) -> tuple[M, str]:
+        """The untrained model that ``make`` makes with a checkpoint's weights, and its name."""
+        step = self.checkpoint(step)
         file = checkpoint_path(self.path, step)
         with reading(file, "damaged checkpoint, or another run's"):
             weights = load_file(file)
@@ -90,11 +102,11 @@ class TrainingRun(Shown):
                 )
             model = make()
             model.load_state_dict(weights)
-        return model
+        return model, f"{self.path.name}@{step}"
 
     def export(
-        self: Self, path: str | Path, steps: Sequence[int], *, dtype: torch.dtype = torch.float16
-    ) -> Self:
+        self: R, path: str | Path, steps: Sequence[int], *, dtype: torch.dtype = torch.float16
+    ) -> R:
         """Write some of the checkpoints as a run of their own, for keeping or sending.
 
         Args:
@@ -108,9 +120,36 @@ class TrainingRun(Shown):
         Raises:
             ValueError: If there is no checkpoint at one of the steps, or the folder holds a run.
         """
-        export_checkpoints(self.path, Path(path), steps, dtype)
-        exported: Self = self.config.load(path)
+        target, kept = Path(path), sorted({self.checkpoint(step) for step in steps})
+        if (target / "config.json").exists():
+            raise ValueError(f"{target} already holds a run; choose another folder")
+        for step in kept:
+            file = checkpoint_path(self.path, step)
+            with reading(file, "damaged checkpoint"):
+                weights = load_file(file)
+            small = {name: value.to(dtype) for name, value in weights.items()}
+            write_tensors(checkpoint_path(target, step), small, {"step": str(step)})
+        write_metrics(target, [one for one in read_metrics(self.path) if one["step"] in kept])
+        write_text(target / "config.json", (self.path / "config.json").read_text())
+        exported: R = self.config.load(target)
         return exported
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per checkpoint, task, and point or number of demonstrations."""
+        import pandas as pd
+
+        measured, column = self._table
+        values: Tensor = getattr(self, measured)
+        axes = [self.steps, self.tasks, range(values.shape[-1])]
+        index = pd.MultiIndex.from_product(axes, names=["step", "task", column])
+        return pd.DataFrame({measured: values.flatten().numpy()}, index=index).reset_index()
+
+    def __repr__(self) -> str:
+        done = "no checkpoint yet"
+        if self.steps:
+            done = f"step {self.steps[-1]} of {self.config.steps}, {len(self.steps)} checkpoints"
+            done += self._summary()
+        return f"{type(self).__name__}({str(self.path)!r}: {done})"
 
 
 def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Any:
