@@ -133,7 +133,7 @@ def test_vectors_sweeps_and_heads_take_regression_episodes(model: Any) -> None:
 
 def test_texts_and_vectors_do_not_mix(model: Any) -> None:
     text = tv.sample_episodes(tv.bitwise_tasks(), 1, 1, seed=0)
-    with pytest.raises(ValueError, match="no texts"):
+    with pytest.raises(ValueError, match="cannot be mixed with texts"):
         tv.collect(model, [*episodes(1), *text])
     with pytest.raises(ValueError, match="BOS"):
         tv.evaluate(model, zoo.with_bos(episodes(1), True))

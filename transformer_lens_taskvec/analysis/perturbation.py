@@ -19,13 +19,7 @@ from transformer_lens_taskvec._utils.statistics import bootstrap_interval
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.scoring import (
-    LOSS_LABELS,
-    Scores,
-    evaluate_many,
-    mean_by_task,
-    stack,
-)
+from transformer_lens_taskvec.scoring import LOSS_LABELS, Scores, evaluate_many, mean_by_task, stack
 from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
 
 

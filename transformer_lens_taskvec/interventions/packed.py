@@ -38,12 +38,7 @@ from transformer_lens_taskvec.models.forward import (
     run_prefix,
     run_prompts,
 )
-from transformer_lens_taskvec.models.protocol import (
-    check_hook,
-    check_layers,
-    device_of,
-    model_name,
-)
+from transformer_lens_taskvec.models.protocol import check_hook, check_layers, device_of, model_name
 from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id, row_indices
 
 Hook = Intervention | tuple[str, Callable[..., Any]]

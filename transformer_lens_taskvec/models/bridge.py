@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_lens_taskvec.models.tokens import (
-    known_bos_habit,
-    note_bos_habit,
-    puts_bos,
-)
+from transformer_lens_taskvec.models.tokens import known_bos_habit, note_bos_habit, puts_bos
 
 
 def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:

@@ -28,13 +28,7 @@ from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
-from transformer_lens_taskvec.scoring import (
-    LOSS_LABELS,
-    Scores,
-    evaluate_many,
-    mean_by_task,
-    stack,
-)
+from transformer_lens_taskvec.scoring import LOSS_LABELS, Scores, evaluate_many, mean_by_task, stack
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 
