@@ -263,10 +263,11 @@ def test_finetuning_study_leaves_td_below_the_last_layers(tokenizer: Any) -> Non
         zoo.hf_model("llama"),
         tokenizer,
         TASKS,
-        lambda model: tv.paper.run_study(model, TASKS, steer_shots=(), **SMALL),
+        lambda model: tv.paper.run_study(model, TASKS, steer_shots=(), metrics=["rank"], **SMALL),
         n_layers=1,
         settings=SETTINGS,
     )
+    assert found.to_frame()["rank"].between(0, 49152).all()
     assert found.layers == {"pretrained": (), "first 1": (0,), "last 1": (2,)}
     assert all(found.unchanged.values())
     assert (found.td_below("last 1") == 0).all()

@@ -164,8 +164,10 @@ class FinetuningStudy(Shown):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per setting: mean and standard deviation of TD and accuracy over tasks.
 
-        As in Table 1; Null is left out.
+        As in Table 1, then the means of metrics that were asked for; Null is left out.
         """
+        pretrained = self.studies["pretrained"]
+        extra = pretrained.scores[pretrained.shots[0]].extra
         frame = pd.concat([s.to_frame().assign(setting=name) for name, s in self.studies.items()])
         by_setting = frame[frame.task != NULL].groupby("setting", sort=False)
         table = by_setting.agg(
@@ -173,6 +175,7 @@ class FinetuningStudy(Shown):
             td_std=("td", "std"),
             accuracy=("accuracy", "mean"),
             accuracy_std=("accuracy", "std"),
+            **{name: (name, "mean") for name in extra},
         )
         return table.assign(unchanged_outside=pd.Series(self.unchanged)).reset_index()
 
