@@ -149,7 +149,7 @@ class TaskVectors(Shown):
         ('AND', 'NAND', 'OR', 'NOR', 'XOR', 'XNOR')
     """
 
-    values: Float[Tensor, "task layer *head d"]
+    values: Float[Tensor, "task layer ... d"]
     tasks: tuple[str, ...]
     layers: tuple[int, ...]
     source: Source
