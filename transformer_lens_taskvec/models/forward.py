@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -137,16 +137,12 @@ def _sharing_layers(model: Any, active: Sequence[int], n_tokens: int) -> Iterato
     def leave(module: Any, args: Any) -> Any:
         return (_resize(args[0], n_tokens, length), *args[1:])
 
-    handles = [
-        block.register_forward_pre_hook(entering(layer), with_kwargs=True)
-        for layer, block in enumerate(model.blocks)
-    ]
-    handles.append(model.ln_final.register_forward_pre_hook(leave))
-    try:
+    with ExitStack() as handles:
+        for layer, block in enumerate(model.blocks):
+            handle = block.register_forward_pre_hook(entering(layer), with_kwargs=True)
+            handles.callback(handle.remove)
+        handles.callback(model.ln_final.register_forward_pre_hook(leave).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _resize(hidden: Float[Tensor, "row pos d"], n: int, length: int) -> Float[Tensor, "row n d"]:
