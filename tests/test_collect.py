@@ -73,7 +73,7 @@ def test_nothing_runs_after_the_last_layer_asked_for(
         seen.append(hook.name)
 
     with model.hooks([("blocks.0.hook_resid_pre", note), ("blocks.2.hook_resid_pre", note)]):
-        tv.collect(model, episodes[:2], layers=[1])
+        tv.collect(model, episodes[:1], layers=[1])
     assert len(seen) == 1
 
 

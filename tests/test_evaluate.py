@@ -116,8 +116,8 @@ def test_prompts_longer_than_a_sliding_window_run_plainly(
     tokenizer: Any, episodes: list[tv.Episode]
 ) -> None:
     model = zoo.bridge("gemma2", tokenizer, sliding_window=8)
-    assert capabilities(model).max_prompt == 8
-    with pytest.warns(UserWarning, match="sliding window of 8 is shorter"):
+    assert capabilities(model).apart == 8
+    with pytest.warns(UserWarning, match="longer than its sliding_window of 8 tokens"):
         found = in_the_engine(model, episodes, [[], [tv.ablate(1, hook="mlp_out", position=-1)]])
     for row, expected in enumerate(one_run_each(model, episodes, [])):
         torch.testing.assert_close(found[row, 0], expected, atol=1e-4, rtol=1e-4)
@@ -256,4 +256,30 @@ def test_edits_behind_a_block_come_before_those_in_front_of_the_next(
     found = in_the_engine(model, episodes[:3], variants)
     for index, variant in enumerate(variants):
         for row, expected in enumerate(one_run_each(model, episodes[:3], variant)):
+            torch.testing.assert_close(found[row, index], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_two_names_of_one_hook_point_act_in_the_order_given(
+    tokenizer: Any, episodes: list[tv.Episode], kind: str
+) -> None:
+    model = zoo.bridge(kind, tokenizer)
+    one, two = torch.linspace(-1, 1, 32), torch.linspace(2, -1, 32)
+    last = int(model.cfg.n_layers) - 1
+    variants = [
+        order
+        for layer in (0, last)
+        for before, after in (("resid_post", "hook_out"), ("hook_out", "resid_post"))
+        for order in (
+            [tv.inject(one, layer, hook=before), tv.inject(two, layer, hook=after, mode="add")],
+            [
+                tv.inject(two, layer, hook=before, mode="add"),
+                tv.inject(one, layer, hook=after),
+                tv.inject(one, layer, hook=before, mode="add"),
+            ],
+        )
+    ]
+    found = in_the_engine(model, episodes[:4], variants)
+    for index, variant in enumerate(variants):
+        for row, expected in enumerate(one_run_each(model, episodes[:4], variant)):
             torch.testing.assert_close(found[row, index], expected, atol=1e-4, rtol=1e-4)

@@ -13,7 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import run_until
+from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import (
     check_layers,
     device_of,
@@ -174,16 +176,20 @@ def collect(
         raise ValueError("episodes is empty; give at least one episode")
     chosen = check_layers(model, layers, hook)
     encoded, bos = encode_prompts(model, episodes)
+    check_lengths(model, encoded)
     longest = max(len(ids) for ids in encoded)
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
     names = [hook_name(hook, layer) for layer in chosen]
     values: Tensor | None = None
+    warn_of_hooks(model, stacklevel=2)
+    can = capabilities(model)
     with inference(model), tqdm(total=len(encoded), disable=not progress, leave=False) as bar:
         for batch in batches(
             encoded,
             batch_size=batch_size,
             pad=pad_id(model),
-            same_length=not capabilities(model).pads,
+            same_length=not can.pads,
+            apart=can.apart,
         ):
             kept = read_prompts(model, batch, names, position)
             if values is None:

@@ -17,7 +17,9 @@ from transformer_lens_taskvec.interventions.packed import (
     default_max_tokens,
 )
 from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.carried import taking_along, warn_of_hooks
 from transformer_lens_taskvec.models.forward import new_cache, run_cached, run_prompts
+from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import device_of, inference
 from transformer_lens_taskvec.models.tokens import (
     Batch,
@@ -91,34 +93,39 @@ def generate(
             "least 1 and 0"
         )
     check_variants(model, [interventions])
-    can = capabilities(model)
-    if use_cache and not can.caches:
-        raise ValueError(
-            "use_cache is True, but the model's prompts cannot be cached; leave it out"
-        )
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and len(texts) < len(prompts):
         raise ValueError("prompts has both texts and episodes; give one kind")
     encoded = encode(model, texts) if texts else encode_prompts(model, prompts)[0]
+    check_lengths(model, encoded, max_new_tokens)
     longest = max(map(len, encoded)) + max_new_tokens
     continuations = [""] * len(prompts)
     generator = torch.Generator().manual_seed(seed)
-    with inference(model):
+    with inference(model), taking_along(model, Intervention) as carried:
+        warn_of_hooks(model, stacklevel=2)
+        can = capabilities(model)
+        # The length from which on a prompt's numbers may depend on others in its batch.
+        apart = None if can.apart is None else can.apart - max_new_tokens + 1
+        cached = can.caches and (apart is None or max(map(len, encoded)) <= apart)
+        if use_cache and not cached:
+            reason = can.reason or f"prompts with {max_new_tokens} tokens exceed {can.why_apart}"
+            raise ValueError(f"use_cache is True, but {reason}; leave it out")
         for batch in batches(
             encoded,
             batch_size=max(1, default_max_tokens(model) // longest),
             pad=pad_id(model),
             same_length=not can.pads,
+            apart=apart,
         ):
             continued = _continue(
                 model,
                 batch.to(device_of(model)),
-                interventions,
+                [*carried, *interventions],
                 max_new_tokens=max_new_tokens,
                 every_token=every_token,
                 stop=stop,
                 choose=lambda logits: _choose(logits, temperature, generator),
-                use_cache=can.caches if use_cache is None else use_cache,
+                use_cache=cached if use_cache is None else use_cache,
             )
             for row, text in zip(batch.rows, continued, strict=True):
                 continuations[row] = text

@@ -26,6 +26,7 @@ from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered, Metric, me
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import wilson_interval
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
+from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import (
     Chunk,
     NumberChunk,
@@ -34,6 +35,7 @@ from transformer_lens_taskvec.interventions.packed import (
     answer_numbers,
     check_variants,
 )
+from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.protocol import check_layers, hook_name, inference
 from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts
 from transformer_lens_taskvec.prompts import AnyEpisode
@@ -323,8 +325,13 @@ def evaluate_many(
     values: Tensor | None = None
     n_variants = len(groups[0][1])
     total = n_variants * len(episodes)
-    with inference(model), tqdm(total=total, disable=not progress, leave=False) as bar:
-        for rows, some in groups:
+    with (
+        inference(model),
+        taking_along(model, Intervention) as carried,
+        tqdm(total=total, disable=not progress, leave=False) as bar,
+    ):
+        for rows, variants_here in groups:
+            some = [[*carried, *variant] for variant in variants_here]
             own = rows.tolist()
             some_episodes, some_prompts = [episodes[i] for i in own], [prompts[i] for i in own]
             for chunk, measured in parts_of(

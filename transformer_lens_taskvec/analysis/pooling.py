@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens_taskvec.activations import Activations, labelled
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.forward import run_until
+from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
 from transformer_lens_taskvec.models.tokens import batches, encode_prompts, pad_id
 from transformer_lens_taskvec.prompts import AnyEpisode
@@ -40,9 +41,16 @@ def input_embeddings(model: Any, episodes: Sequence[AnyEpisode]) -> Activations:
     encoded, bos = encode_prompts(model, episodes)
     values = torch.zeros(len(encoded), 1, int(model.cfg.d_model))
     name, device = hook_name("resid_pre", 0), device_of(model)
-    same_length = not capabilities(model).pads
+    check_lengths(model, encoded)
+    can = capabilities(model)
     with inference(model):
-        for batch in batches(encoded, batch_size=32, pad=pad_id(model), same_length=same_length):
+        for batch in batches(
+            encoded,
+            batch_size=32,
+            pad=pad_id(model),
+            same_length=not can.pads,
+            apart=can.apart,
+        ):
             kept: list[Tensor] = []
 
             def keep(activation: Tensor, hook: Any = None, kept: list[Tensor] = kept) -> None:

@@ -29,6 +29,7 @@ from transformer_lens_taskvec._utils.metrics import Answered
 from transformer_lens_taskvec.activations import Reader, read_prompts
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
+from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import (
     branch_mask,
     branch_positions,
@@ -38,7 +39,14 @@ from transformer_lens_taskvec.models.forward import (
     run_prefix,
     run_prompts,
 )
-from transformer_lens_taskvec.models.protocol import check_hook, check_layers, device_of, model_name
+from transformer_lens_taskvec.models.limits import check_lengths
+from transformer_lens_taskvec.models.protocol import (
+    check_hook,
+    check_layers,
+    device_of,
+    hook_name,
+    model_name,
+)
 from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id, row_indices
 
 Hook = Intervention | tuple[str, Callable[..., Any]]
@@ -111,38 +119,45 @@ def answer_logits(
     Yields:
         Chunks that together cover every prompt and variant once.
     """
+    check_lengths(model, prompts, answers)
     can = capabilities(model)
-    packed = [index for index, variant in enumerate(variants) if all(map(_packs, variant))]
-    if packed and not can.packs:
-        if len(packed) > 1:
-            _warn_plain(model, can.reason)
-        packed = []
-    plain = sorted(set(range(len(variants))) - set(packed))
+    packs = [index for index, variant in enumerate(variants) if all(map(_packs, variant))]
+    if can.hooked:
+        warn_of_hooks(model, stacklevel=4)
+    elif len(packs) > 1 and not can.packs:
+        _warn_plain(model, can.reason)
     budget = max_tokens or default_max_tokens(model)
     device = device_of(model)
     longest = max(map(len, prompts)) + max(map(len, answers))
-    if len(packed) > 1 and not _fits(can, longest):
-        _warn_plain(model, f"its sliding window of {can.max_prompt} is shorter than a prompt")
-    for batch in batches(
-        prompts,
-        # A prefix pass makes no logits, so more tokens fit.
-        batch_size=max(1, (4 * budget if packed else budget) // longest),
-        pad=pad_id(model),
-        same_length=not can.pads,
-    ):
-        batch = batch.to(device)
-        ids, mask = _pad_right([answers[row] for row in batch.rows], device)
-        alone, to_read = plain, observe
-        if packed and not _fits(can, batch.tokens.shape[1] + ids.shape[1]):
-            alone = list(range(len(variants)))
-        elif packed:
-            yield from _packed(model, batch, ids, mask, variants, packed, budget, observe)
-            to_read = ()
-        size = max(1, budget // longest)
-        for start in range(0, len(batch.rows) if alone else 0, size):
-            some, end = batch.part(start, start + size), start + size
-            of_answers = ids[start:end], mask[start:end]
-            yield from _one_by_one(model, some, *of_answers, variants, alone, to_read)
+    size = max(1, budget // longest)
+    together, apart = _portions(prompts, answers, can)
+    if apart and not can.hooked:
+        _warn_plain(model, f"prompts with their answers are longer than {can.why_apart}")
+    for rows in [together, *apart]:
+        packed = packs if can.packs and rows is together else []
+        plain = sorted(set(range(len(variants))) - set(packed))
+        for batch in batches(
+            [prompts[row] for row in rows],
+            # A prefix pass makes no logits, so more tokens fit.
+            batch_size=4 * size if packed else size,
+            pad=pad_id(model),
+            same_length=not can.pads,
+        ):
+            batch = replace(batch.to(device), rows=tuple(rows[row] for row in batch.rows))
+            ids, mask = _pad_right([answers[row] for row in batch.rows], device)
+            alone = plain
+            room = None if can.indexed is None else can.indexed - batch.tokens.shape[1] + 1
+            if packed and (room is None or room >= 2 * ids.shape[1]):
+                yield from _packed(model, batch, ids, mask, variants, packed, budget, room, observe)
+            else:
+                alone = list(range(len(variants)))
+            to_read = observe if set(packed) <= set(alone) else ()
+            for start in range(0, len(batch.rows) if alone else 0, size):
+                some, end = batch.part(start, start + size), start + size
+                of_answers = ids[start:end], mask[start:end]
+                yield from _one_by_one(
+                    model, some, *of_answers, variants, alone, to_read, steps=can.hooked
+                )
 
 
 def answer_numbers(
@@ -239,8 +254,20 @@ def _packs(hook: Hook) -> bool:
     return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
 
 
-def _fits(can: Capabilities, length: int) -> bool:
-    return can.max_prompt is None or length <= can.max_prompt
+def _portions(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], can: Capabilities
+) -> tuple[list[int], list[list[int]]]:
+    """Return the rows that may share padded batches, and groups of rows of one length each."""
+    longest = max(map(len, answers))
+    together: list[int] = []
+    apart: dict[tuple[int, int], list[int]] = {}
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        # Nothing is read after an answer's last token.
+        if can.hooked or (can.apart is not None and len(prompt) + longest - 1 > can.apart):
+            apart.setdefault((len(prompt), len(answer)), []).append(row)
+        else:
+            together.append(row)
+    return together, list(apart.values())
 
 
 def _warn_plain(model: Any, reason: str) -> None:
@@ -271,17 +298,19 @@ def _packed(
     variants: Sequence[Variant],
     chosen: Sequence[int],
     budget: int,
+    room: int | None,
     observe: Sequence[str],
 ) -> Iterator[Chunk]:
     """Run the prompts once, then the chosen variants of prompts with similar answers."""
     cache = run_prefix(model, batch.tokens[:, :-1], batch.mask[:, :-1])
-    n_layers = int(model.cfg.n_layers)
-    moved = {index: _early(variants[index], n_layers) for index in chosen}
+    early = capabilities(model).shares_layers
+    moved = {i: _early(model, variants[i]) if early else variants[i] for i in chosen}
     plain = tuple(index for index in chosen if not moved[index])
     edited = sorted((i for i in chosen if moved[i]), key=lambda index: _first(moved[index]))
     for group in _alike(mask, len(chosen)):
         length = int(mask[group].sum(dim=1).max())
-        branches = max(1, min(_BRANCH_TOKENS, budget) // length - 1)
+        tokens = min(_BRANCH_TOKENS, budget, budget if room is None else room)
+        branches = max(1, tokens // length - 1)
         suffix = (1 + min(branches, len(edited))) * length
         size = max(1, budget // suffix)
         for rows in group.split(size):
@@ -325,7 +354,7 @@ def _suffix(
         bias,
         branch_positions(prefix, n_branches=n_branches, branch_length=length),
         cache,
-        [*reader.hooks, *_branch_hooks([(), *variants], length)],
+        [*reader.hooks, *_branch_hooks(model, [(), *variants], length)],
         active=active if capabilities(model).shares_layers else None,
     )
     return rearrange(logits, "row (branch pos) vocab -> row branch pos vocab", branch=n_branches)
@@ -342,17 +371,18 @@ def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Te
     return [torch.where(lengths == length)[0] for length in lengths.unique()]
 
 
-def _early(variant: Variant, n_layers: int) -> Variant:
+def _early(model: Any, variant: Variant) -> Variant:
     """Return the variant with edits after a block moved before the next, to share the block.
 
     They stay ahead of the edits that are already there.
     """
+    points, n_layers = model.hook_dict, int(model.cfg.n_layers)
     moved: list[Hook] = []
     rest: list[Hook] = []
     for hook in variant:
-        if not isinstance(hook, Intervention):
-            rest.append(hook)
-        elif hook.hook == "resid_post" and hook.layer + 1 < n_layers:
+        assert isinstance(hook, Intervention)
+        after = points[hook_name("resid_post", hook.layer)]
+        if points[hook.name] is after and hook.layer + 1 < n_layers:
             moved.append(replace(hook, layer=hook.layer + 1, hook="resid_pre"))
         else:
             rest.append(hook)
@@ -364,14 +394,20 @@ def _first(variant: Variant) -> int:
     return min(hook.layer for hook in variant if isinstance(hook, Intervention))
 
 
-def _branch_hooks(variants: Sequence[Variant], length: int) -> list[tuple[str, Callable[..., Any]]]:
-    """Return one hook function per edited hook point, which edits each branch's first token."""
-    by_name: dict[str, list[tuple[int, Intervention]]] = {}
+def _branch_hooks(
+    model: Any, variants: Sequence[Variant], length: int
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Return one hook function per edited hook point, which edits each branch's first token.
+
+    Several names of one hook point count as one, so that a variant's edits keep their order.
+    """
+    points = model.hook_dict
+    edits: dict[int, list[tuple[int, Intervention]]] = {}
     for index, variant in enumerate(variants):
         for hook in variant:
             assert isinstance(hook, Intervention)
-            by_name.setdefault(hook.name, []).append((index * length, hook))
-    return [(name, _in_branches(edits)) for name, edits in by_name.items()]
+            edits.setdefault(id(points[hook.name]), []).append((index * length, hook))
+    return [(of_point[0][1].name, _in_branches(of_point)) for of_point in edits.values()]
 
 
 def _in_branches(edits: Sequence[tuple[int, Intervention]]) -> Callable[..., Tensor]:
@@ -401,8 +437,14 @@ def _one_by_one(
     variants: Sequence[Variant],
     chosen: Sequence[int],
     observe: Sequence[str],
+    *,
+    steps: bool = False,
 ) -> Iterator[Chunk]:
-    """Run whole sequences, once per chosen variant."""
+    """Run whole sequences, once per chosen variant.
+
+    With ``steps`` every token of the answers has a pass of its own, in which it comes next: what
+    hooks that edit the last position expect. Answers then have one length.
+    """
     unedited = next((index for index in chosen if not variants[index]), None)
     observed = None
     if observe and unedited is None:
@@ -414,10 +456,14 @@ def _one_by_one(
     for index in chosen:
         reader = Reader(observe if index == unedited else (), width - 1)
         hooks = [*reader.hooks, *prompt_hooks(variants[index], batch.mask)]
-        logits = run_prompts(model, tokens, whole, hooks)
-        if observe and index == unedited:
-            observed = reader.take()
-        answered = logits[:, width - 1 : width - 1 + length]
+        ends = range(width, width + length) if steps else [width + length - 1]
+        passes = []
+        for end in ends:
+            logits = run_prompts(model, tokens[:, :end], whole[:, :end], hooks)
+            passes.append(logits[:, -1:] if steps else logits[:, width - 1 :])
+            if observe and index == unedited and end == ends[0]:
+                observed = reader.take()
+        answered = torch.cat(passes, dim=1)
         answered = rearrange(answered, "row pos vocab -> row 1 pos vocab")
         yield Chunk(answered, ids, mask, batch.rows, (index,), observed)
         observed = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from einops import rearrange, repeat
 from jaxtyping import Int
 from torch import Tensor
 
+from transformer_lens_taskvec.models.carried import carries_hooks
 from transformer_lens_taskvec.models.forward import (
+    Hooks,
     branch_mask,
     branch_positions,
     mask_dtype,
@@ -22,6 +25,7 @@ from transformer_lens_taskvec.models.forward import (
     run_prefix,
     run_prompts,
 )
+from transformer_lens_taskvec.models.limits import limits
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
 
 
@@ -35,7 +39,11 @@ class Capabilities:
         caches: Cached prompts can be continued token by token.
         shares_layers: Its blocks can run on only those branches that differ by then.
         reason: Why it does not pack, or the empty string.
-        max_prompt: The longest prompt that packs, the sliding window; None for no limit.
+        apart: Longer sequences run plainly, with others of their length only; None for no limit.
+        why_apart: What sets ``apart``.
+        indexed: The most tokens, of prompt and branches together, in a packed pass; None for no
+            limit.
+        hooked: It carries hooks that were written for plain passes.
     """
 
     pads: bool
@@ -43,21 +51,39 @@ class Capabilities:
     caches: bool
     shares_layers: bool = False
     reason: str = ""
-    max_prompt: int | None = None
+    apart: int | None = None
+    why_apart: str = ""
+    indexed: int | None = None
+    hooked: bool = False
 
 
 def capabilities(model: Any) -> Capabilities:
-    """Return what the model can do, found once per model."""
-    known = _CAPABILITIES.get(model)
-    if known is None:
-        with inference(model):
-            known = _find_capabilities(model)
-        _CAPABILITIES[model] = known
-    return known
+    """Return what the model can do, found once per model, dtype and device.
+
+    What is found under autocast is not remembered, and under hooks nothing is tried.
+    """
+    if carries_hooks(model):
+        reason = "it carries hooks that were written for plain passes"
+        return Capabilities(False, False, False, reason=reason, hooked=True)
+    state = (mask_dtype(model), device_of(model), getattr(model, "compatibility_mode", False))
+    before, known = _CAPABILITIES.get(model, (None, None))
+    if known is not None and before == state and not _autocasts(model):
+        return known
+    with inference(model):
+        found = _find_capabilities(model)
+    if not _autocasts(model):
+        _CAPABILITIES[model] = state, found
+    return found
 
 
 # A memo: trying the model again would give the same.
-_CAPABILITIES: weakref.WeakKeyDictionary[Any, Capabilities] = weakref.WeakKeyDictionary()
+_CAPABILITIES: weakref.WeakKeyDictionary[Any, tuple[Any, Capabilities]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _autocasts(model: Any) -> bool:
+    return bool(torch.is_autocast_enabled(device_of(model).type))
 
 
 def _find_capabilities(model: Any) -> Capabilities:
@@ -72,9 +98,19 @@ def _find_capabilities(model: Any) -> Capabilities:
     packs, problem = _tried(_packing_error, model)
     shares, _ = _tried(_sharing_error, model)
     reason = "" if packs else f"its prompts cannot be cached and continued ({problem})"
+    found = limits(model)
+    indexed = found.indexed
+    if packs and found.apart is not None and found.apart <= _PROBED:
+        # Whether the limit holds for the whole packed pass too shows only beyond it.
+        beyond, _ = _tried(partial(_packing_error, n_prompt=found.apart - 2), model)
+        indexed = indexed if beyond else min(found.apart, indexed or found.apart)
     return Capabilities(
-        True, packs, caches, packs and shares, reason, _sliding_window(hf_model.config)
+        True, packs, caches, packs and shares, reason, found.apart, found.why_apart, indexed
     )
+
+
+_PROBED = 256
+"""Up to this length a limit is tried out."""
 
 
 def _tried(measure: Callable[[Any], float], model: Any) -> tuple[bool, str]:
@@ -86,23 +122,20 @@ def _tried(measure: Callable[[Any], float], model: Any) -> tuple[bool, str]:
     return error < _tolerance(model), f"logits differ by {error:.1e} standard deviations"
 
 
-def _sliding_window(config: Any) -> int | None:
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window else None
-
-
 def _tolerance(model: Any) -> float:
-    return 1e-3 if mask_dtype(model) == torch.float32 else 0.1
+    exact = mask_dtype(model) == torch.float32 and not _autocasts(model)
+    return 1e-3 if exact else 0.1
 
 
 def _probe_tokens(model: Any, n: int) -> Int[Tensor, "1 pos"]:
     vocabulary = int(model.cfg.d_vocab)
     ids = (torch.arange(n) * 7 + 11).remainder(vocabulary)
     return rearrange(ids, "pos -> 1 pos").to(device_of(model))
+
+
+def _probe_length(model: Any) -> int:
+    """Return a prompt's length, short enough that padding and branches stay within the limits."""
+    return max(1, min(24, (limits(model).apart or 32) - 8))
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -117,62 +150,71 @@ def _padded(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return padded, mask
 
 
+def _alone(model: Any, tokens: Tensor, hooks: Hooks = ()) -> Tensor:
+    return run_prompts(model, tokens, torch.ones_like(tokens, dtype=torch.bool), hooks)
+
+
 def _padding_error(model: Any) -> float:
     """Return the distance of a padded prompt's last logits from those of the prompt alone."""
-    tokens = _probe_tokens(model, 4)
-    alone = run_prompts(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    tokens = _probe_tokens(model, _probe_length(model))
+    alone = _alone(model, tokens)
     return _relative(run_prompts(model, *_padded(tokens))[:, -1], alone[:, -1])
 
 
 def _caching_error(model: Any) -> float:
     """Return the distance of a padded prompt run in two cached steps from one run whole."""
-    tokens, mask = _padded(_probe_tokens(model, 5))
+    tokens, mask = _padded(_probe_tokens(model, 1 + _probe_length(model)))
     cache = new_cache(model, 1)
     run_cached(model, tokens[:, :-1], mask[:, :-1], cache)
     step = run_cached(model, tokens[:, -1:], mask, cache)
     return _relative(step[:, -1], run_prompts(model, tokens, mask)[:, -1])
 
 
-def _packing_error(model: Any) -> float:
-    """Return the distance of two branches of a padded, cached prompt from each run whole."""
-    tokens = _probe_tokens(model, 6)
-    padded, mask = _padded(tokens[:, :3])
-    ends = [tokens[:, 3:5], tokens[:, 4:6]]
+def _packing_error(model: Any, n_prompt: int | None = None) -> float:
+    """Return the distance of three branches of a padded, cached prompt from each run whole."""
+    n = n_prompt or _probe_length(model)
+    tokens = _probe_tokens(model, n + 4)
+    padded, mask = _padded(tokens[:, :n])
+    ends = [tokens[:, n + start : n + start + 2] for start in range(3)]
     cache = run_prefix(model, padded, mask)
-    bias = branch_mask(mask, n_branches=2, branch_length=2, dtype=mask_dtype(model))
-    positions = branch_positions(mask, n_branches=2, branch_length=2)
+    bias = branch_mask(mask, n_branches=3, branch_length=2, dtype=mask_dtype(model))
+    positions = branch_positions(mask, n_branches=3, branch_length=2)
     packed = run_branches(model, torch.cat(ends, dim=1), bias, positions, cache)
-    errors = []
-    for index, end in enumerate(ends):
-        whole = torch.cat([tokens[:, :3], end], dim=1)
-        alone = run_prompts(model, whole, torch.ones_like(whole, dtype=torch.bool))
-        errors.append(_relative(packed[:, 2 * index : 2 * index + 2], alone[:, 3:]))
-    return max(errors)
+    alone = [_alone(model, torch.cat([tokens[:, :n], end], dim=1))[:, n:] for end in ends]
+    return _relative(packed, torch.cat(alone, dim=1))
 
 
 def _sharing_error(model: Any) -> float:
-    """Return the distance of edited branches that share layers from those that run all."""
-    tokens = _probe_tokens(model, 5)
-    padded, mask = _padded(tokens[:, :3])
-    n_layers, n_branches = int(model.cfg.n_layers), 3
-    first = [n_layers // 2, n_layers - 1]
+    """Return the distance of edited branches that share layers from each run whole.
 
-    def halve(branch: int) -> Callable[..., Tensor]:
+    An edit after a block stands before the next one, as in the engine.
+    """
+    n, n_layers = _probe_length(model), int(model.cfg.n_layers)
+    tokens = _probe_tokens(model, n + 2)
+    padded, mask = _padded(tokens[:, :n])
+    edited = [None, n_layers // 2, n_layers - 1]
+
+    def halve(column: int) -> Callable[..., Tensor]:
         def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
-            edited = activation.clone()
-            edited[:, 2 * branch] *= 0.5
-            return edited
+            halved = activation.clone()
+            halved[:, column] *= 0.5
+            return halved
 
         return hook_function
 
-    hooks = [
-        (hook_name("resid_post", layer), halve(branch)) for branch, layer in enumerate(first, 1)
-    ]
-    bias = branch_mask(mask, n_branches=n_branches, branch_length=2, dtype=mask_dtype(model))
-    positions = branch_positions(mask, n_branches=n_branches, branch_length=2)
-    branches = repeat(tokens[:, 3:], "row pos -> row (branch pos)", branch=n_branches)
-    active = [1 + sum(layer >= edited for edited in first) for layer in range(n_layers)]
+    hooks, alone, first = [], [], []
+    for branch, layer in enumerate(edited):
+        after = [] if layer is None else [(hook_name("resid_post", layer), halve(n))]
+        alone.append(_alone(model, tokens, after)[:, n:])
+        if layer is not None:
+            last = layer + 1 == n_layers
+            at = hook_name("resid_post", layer) if last else hook_name("resid_pre", layer + 1)
+            hooks.append((at, halve(2 * branch)))
+            first.append(layer if last else layer + 1)
+    bias = branch_mask(mask, n_branches=3, branch_length=2, dtype=mask_dtype(model))
+    positions = branch_positions(mask, n_branches=3, branch_length=2)
+    branches = repeat(tokens[:, n:], "row pos -> row (branch pos)", branch=3)
+    active = [1 + sum(layer >= one for one in first) for layer in range(n_layers)]
     cache = run_prefix(model, padded, mask)
-    whole = run_branches(model, branches, bias, positions, cache, hooks)
     shared = run_branches(model, branches, bias, positions, cache, hooks, active=active)
-    return _relative(shared, whole)
+    return _relative(shared, torch.cat(alone, dim=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -87,7 +89,23 @@ def check_hook(model: Any, name: str) -> None:
 
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
-    """Run without gradients and in evaluation mode, and restore the modes afterwards."""
+    """Run without gradients and in evaluation mode, and restore the modes afterwards.
+
+    One thread at a time: hooks and modes are the model's, so a second thread waits.
+    """
+    with _LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock, _evaluating(model):
+        yield
+
+
+# Locks are the model's, and no state may be left on it.
+_LOCK = threading.Lock()
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
     modules = list(model.modules()) if hasattr(model, "modules") else []
     training = [module for module in modules if module.training]
     for module in training:

@@ -208,6 +208,7 @@ def batches(
     batch_size: int,
     pad: int,
     same_length: bool = False,
+    apart: int | None = None,
 ) -> Iterator[Batch]:
     """Yield left-padded batches of prompts of similar length, the longest first.
 
@@ -217,17 +218,20 @@ def batches(
         pad: The token id of the padding.
         same_length: Whether a batch has prompts of one length only, for models without a usable
             attention mask.
+        apart: Prompts longer than this share a batch with those of their length only.
     """
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-    batch_size = -(-len(order) // -(-len(order) // batch_size))  # as few batches, of similar size
+    n_batches = max(1, -(-len(order) // batch_size))
+    batch_size = -(-len(order) // n_batches)  # as few batches, of similar size
     start = 0
     while start < len(order):
         width = len(encoded[order[start]])
+        same = same_length or (apart is not None and width > apart)
         end = start + 1
         while (
             end < len(order)
             and end - start < batch_size
-            and (not same_length or len(encoded[order[end]]) == width)
+            and (not same or len(encoded[order[end]]) == width)
         ):
             end += 1
         yield _pad_left(encoded, order[start:end], pad)

@@ -1,0 +1,94 @@
+"""Hooks that a model carries when the library is called.
+
+Such hooks were written for plain passes. Under them a model runs as it would for its user: one
+prompt length at a time, without padding or branches. Interventions among them are known, so they
+are taken along instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from transformer_lens_taskvec.models.protocol import model_name
+
+_OWN = (
+    "transformer_lens.model_bridge.",
+    "transformer_lens_taskvec.",
+    "transformers.",
+    "accelerate.",
+    "torch.",
+)
+"""Whose functions may be there without a user's doing."""
+
+
+def carries_hooks(model: Any) -> bool:
+    """Return whether the model has hooks other than those of the frameworks."""
+    return any(not _is_own(function) for function in _functions(model))
+
+
+def warn_of_hooks(model: Any, stacklevel: int) -> None:
+    """Say that the model has hooks, and what follows, if it has any."""
+    if carries_hooks(model):
+        warnings.warn(
+            f"{model_name(model)} carries hooks of yours, which act in every pass; prompts run "
+            "plainly, one length at a time. Without them the results would be others; "
+            "model.reset_hooks(including_permanent=True) removes TransformerLens' hooks.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+@contextmanager
+def taking_along(model: Any, kind: type) -> Iterator[list[Any]]:
+    """Take the hooks of one kind off the model for a time, and give them in their order.
+
+    Raises:
+        ValueError: If a hook of another kind at the same hook point comes after one of them, so
+            that their order could not be kept.
+    """
+    found: dict[int, Any] = {}
+    restored = []
+    for point in {id(point): point for point in model.hook_dict.values()}.values():
+        own = {h.hook.id: h.user_hook for h in point.fwd_hooks if isinstance(h.user_hook, kind)}
+        others = [h.hook.id for h in point.fwd_hooks if h.hook.id not in own]
+        if own and max(others, default=0) > min(own):
+            raise ValueError(
+                f"{model_name(model)} carries a hook that comes after an intervention at the same "
+                "hook point; pass the intervention to the function instead of hooking it"
+            )
+        if own:
+            found.update(own)
+            restored.append((point._forward_hooks, dict(point._forward_hooks)))
+    for hooks, before in restored:
+        for number in before.keys() & found.keys():
+            del hooks[number]
+    try:
+        yield [found[number] for number in sorted(found)]
+    finally:
+        for hooks, before in restored:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _functions(model: Any) -> Iterator[Callable[..., Any]]:
+    for module in model.modules() if hasattr(model, "modules") else ():
+        # TransformerLens wraps the hooks of a hook point and keeps the originals.
+        handles = [*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ())]
+        by_number = {handle.hook.id: handle.user_hook for handle in handles}
+        active = {
+            **module._forward_hooks,
+            **module._forward_pre_hooks,
+            **module._backward_hooks,
+            **module._backward_pre_hooks,
+        }
+        yield from (by_number.get(number) or function for number, function in active.items())
+
+
+def _is_own(function: Any) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    named = hasattr(function, "__qualname__")  # an object, such as an intervention, is a user's
+    return named and (getattr(function, "__module__", None) or "").startswith(_OWN)
