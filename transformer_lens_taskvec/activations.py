@@ -14,15 +14,11 @@ from tqdm.auto import tqdm
 
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.forward import run_until
-from transformer_lens_taskvec.models.protocol import (
-    check_layers,
-    device_of,
-    hook_name,
-    inference,
-    model_name,
-)
+from transformer_lens_taskvec.models.layouts import check_readable
+from transformer_lens_taskvec.models.protocol import device_of, inference, model_name
 from transformer_lens_taskvec.models.tokens import (
     Batch,
+    as_position,
     batches,
     encode_prompts,
     pad_id,
@@ -158,8 +154,9 @@ def collect(
 
     Raises:
         ValueError: If there are no episodes, a layer or hook point does not exist, a layer is named
-            twice, a prompt has no tokens or no such position, or the model has no tokenizer for
-            texts or no BOS for a template that asks for one.
+            twice, the hook point's activation is not ``[batch, pos, ...]`` (``pattern``), a prompt
+            has no tokens or no such position, or the model has no tokenizer for texts or no BOS for
+            a template that asks for one.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -172,11 +169,13 @@ def collect(
     """
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
-    chosen = check_layers(model, layers, hook)
+    at = as_position(position)
+    if not isinstance(at, int):
+        raise ValueError(f"position is {position!r}; activations are of one position, such as -1")
+    chosen, names = check_readable(model, layers, hook)
     encoded, bos = encode_prompts(model, episodes)
     longest = max(len(ids) for ids in encoded)
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
-    names = [hook_name(hook, layer) for layer in chosen]
     values: Tensor | None = None
     with inference(model), tqdm(total=len(encoded), disable=not progress, leave=False) as bar:
         for batch in batches(
@@ -185,13 +184,13 @@ def collect(
             pad=pad_id(model),
             same_length=not capabilities(model).pads,
         ):
-            kept = read_prompts(model, batch, names, position)
+            kept = read_prompts(model, batch, names, at)
             if values is None:
                 values = torch.empty(len(encoded), *kept.shape[1:])
             values[list(batch.rows)] = kept
             bar.update(len(batch.rows))
     assert values is not None
-    return labelled(model, episodes, values, hook=hook, layers=chosen, position=position, bos=bos)
+    return labelled(model, episodes, values, hook=hook, layers=chosen, position=at, bos=bos)
 
 
 def labelled(
