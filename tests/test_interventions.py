@@ -146,7 +146,7 @@ def test_the_declarative_form_is_accepted_by_transformer_lens(hook: str, positio
         (lambda: tv.inject(V, 0, scale=float("nan")), "scale is nan; it must be a finite number"),
         (lambda: tv.inject(V, 0, scale=-float("inf")), "scale is -inf"),
         (lambda: tv.inject(V, 0, scale=V[:1]), r"scale is tensor\(\[1\.\]\)"),
-        (lambda: tv.ablate(0, hook="z", head=-1), "head is -1; it must be None or a whole number"),
+        (lambda: tv.ablate(0, hook="z", head=-1), "head is -1; it must be 0 or a positive whole"),
         (lambda: tv.ablate(0, hook="z", head=1.0), r"head is 1\.0"),
         (lambda: tv.ablate(0, hook="z", head=True), "head is True"),
         (lambda: replace(tv.ablate(0), position=()), r"position is \(\)"),

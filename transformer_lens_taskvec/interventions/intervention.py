@@ -75,14 +75,12 @@ class Intervention:
 
     def __post_init__(self) -> None:
         """Check the values, and keep a vector of its own."""
-        if isinstance(self.layer, bool) or not isinstance(self.layer, Integral) or self.layer < 0:
-            raise ValueError(f"layer is {self.layer!r}; it must be 0 or a positive whole number")
-        if not isinstance(self.scale, Real) or not isfinite(self.scale):
-            raise ValueError(f"scale is {self.scale!r}; it must be a finite number")
-        if self.head is not None and (
-            isinstance(self.head, bool) or not isinstance(self.head, Integral) or self.head < 0
-        ):
-            raise ValueError(f"head is {self.head!r}; it must be None or a whole number from 0")
+        kept: dict[str, Any] = {
+            "layer": _whole("layer", self.layer),
+            "scale": _finite(self.scale),
+            "position": as_position(self.position),
+            "head": None if self.head is None else _whole("head", self.head),
+        }
         if self.name.endswith(_WITHOUT_POSITION):
             raise ValueError(
                 f"hook is {self.hook!r}, whose activation [batch, head, query, key] has the head "
@@ -91,12 +89,6 @@ class Intervention:
             )
         if self.vector is not None:
             _check_vector(self.vector)
-        kept = {
-            "layer": int(self.layer),
-            "scale": float(self.scale),
-            "position": as_position(self.position),
-            "head": None if self.head is None else int(self.head),
-        }
         if self.vector is not None and not self.vector.requires_grad:
             kept["vector"] = self.vector.clone()
         for name, value in kept.items():
@@ -326,9 +318,30 @@ def ablate(
     return found
 
 
-def _make(*values: Any) -> Intervention:
-    """Return the intervention with these fields, which it checks and brings to their types."""
-    return Intervention(*values)
+def _make(
+    layer: SupportsIndex,
+    mode: Mode,
+    vector: Tensor | None,
+    scale: float,
+    position: int | Sequence[int] | None,
+    hook: str,
+    head: int | None,
+) -> Intervention:
+    number = None if head is None else _whole("head", head)
+    at, factor = as_position(position), _finite(scale)
+    return Intervention(_whole("layer", layer), mode, vector, factor, at, hook, number)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name} is {value!r}; it must be 0 or a positive whole number")
+    return int(value)
+
+
+def _finite(scale: Any) -> float:
+    if not isinstance(scale, Real) or not isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    return float(scale)
 
 
 def _check_vector(vector: Any) -> None:
