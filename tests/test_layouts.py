@@ -272,6 +272,27 @@ def test_finding_shapes_leaves_the_models_own_hooks_alone(tokenizer: Any) -> Non
     assert all(not point.has_hooks() for point in model.hook_dict.values())
 
 
+def test_layers_of_different_widths_are_collected_one_at_a_time(
+    tokenizer: Any, episodes: list[tv.Episode]
+) -> None:
+    hf_model = zoo.hf_model("llama")
+    hf_model.model.layers[2].mlp = zoo.hf_model("llama", intermediate_size=48).model.layers[2].mlp
+    model = tv.bridge_from_hf(hf_model, tokenizer, device="cpu")
+    for call in (
+        lambda: tv.collect(model, episodes, hook="post"),
+        lambda: tv.evaluate_many(model, episodes, [[]], observe=tv.Observe("post")),
+    ):
+        with pytest.raises(
+            ValueError, match=r"layers have activations of different shapes at 'pos"
+        ):
+            call()
+    widths = [tv.collect(model, episodes, hook="post", layers=[i]).values.shape[2] for i in (0, 2)]
+    assert widths == [64, 48]
+    tv.evaluate(model, episodes, [tv.inject(torch.ones(48), 2, hook="post")])
+    with pytest.raises(ValueError, match="has width 48, and the activation of .* has 64"):
+        tv.evaluate(model, episodes, [tv.inject(torch.ones(48), 1, hook="post")])
+
+
 def test_models_of_the_lab_are_asked_too() -> None:
     model = lab.shipped_run().model()
     episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=3, n_shots=4)

@@ -42,8 +42,9 @@ _NATIVE_NAMES = {
 class Intervention:
     """An edit of one activation in one layer; made by :func:`inject` and :func:`ablate`.
 
-    As a bare hook function it takes the last prompt token to be the activation's last position, as
-    for left-padded prompts. ``evaluate`` and ``generate`` also find it where answers follow.
+    As a bare hook function it takes the activation's second axis to be the position and the last
+    prompt token to be its end, as for left-padded prompts. ``evaluate`` and ``generate`` check the
+    axes, and find the token where answers follow.
 
     Attributes:
         layer: The block, counted from 0.

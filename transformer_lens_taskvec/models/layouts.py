@@ -30,8 +30,10 @@ _TRIALS = ((2, 5), (3, 6))
 
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
-# A memo, by model, state of its switches, and hook point.
-_SHAPES: weakref.WeakKeyDictionary[Any, dict[Any, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+# A memo of the shapes in each pass, by model, state of its switches, and hook point that runs.
+_SEEN: weakref.WeakKeyDictionary[Any, dict[Any, list[set[tuple[int, ...]]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def check_readable(
@@ -61,7 +63,7 @@ def position_shapes(model: Any, names: Sequence[str]) -> dict[str, tuple[int, ..
 
     Args:
         model: Any model with TransformerLens' hook API.
-        names: Full names of its hook points.
+        names: Full names of hook points in its blocks.
 
     Raises:
         ValueError: If an activation is not ``[batch, pos, ...]``, or the hook point never runs.
@@ -72,18 +74,21 @@ def position_shapes(model: Any, names: Sequence[str]) -> dict[str, tuple[int, ..
         >>> list(position_shapes(tv.load_model("toy"), names).values())
         [(64,), (4, 16)]
     """
-    known = _SHAPES.setdefault(model, {})
+    known = _SEEN.setdefault(model, {})
     state = (
         *(bool(getattr(model.cfg, switch, False)) for switch in _SWITCHES),
         bool(getattr(model, "compatibility_mode", False)),
     )
-    new = [name for name in dict.fromkeys(names) if (state, name) not in known]
-    if new:
+    if any((state, name) not in known for name in names):
+        hooks = {name.split(".", 2)[-1] for name in names}  # in all layers: a sweep asks for each
+        blocks = [name for name in model.hook_dict if name.startswith("blocks.")]
+        new = [name for name in blocks if name.split(".", 2)[-1] in hooks]
         with inference(model), _without_hooks(model):
             trials = [_shapes_seen(model, new, *trial) for trial in _TRIALS]
         for name in new:
-            known[state, name] = _at_position(model, name, [seen[name] for seen in trials])
-    return {name: known[state, name] for name in names}
+            if all(seen[name] for seen in trials):
+                known[state, name] = [seen[name] for seen in trials]
+    return {name: _at_position(model, name, known.get((state, name), [])) for name in names}
 
 
 def _shapes_seen(
@@ -113,7 +118,7 @@ def _trial_tokens(model: Any, n_rows: int, length: int) -> Tensor:
 
 
 def _at_position(model: Any, name: str, trials: Sequence[set[tuple[int, ...]]]) -> tuple[int, ...]:
-    if not all(trials):
+    if not trials:
         raise ValueError(
             f"hook point {name!r} of {model_name(model)} does not run; switch it on "
             "(model.set_use_attn_result(True) for 'result', and so on), or choose another"
