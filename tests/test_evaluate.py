@@ -208,7 +208,7 @@ def test_scores_are_grouped_by_task(model: Any, episodes: list[tv.Episode]) -> N
     ("make", "message"),
     [
         (lambda v: [tv.inject(v["en_fr", 1], 3)], "layer 3 is out of range"),
-        (lambda v: [tv.inject(torch.ones(31), 1)], "has width 31, and .* d_model 32"),
+        (lambda v: [tv.inject(torch.ones(31), 1)], "has width 31, and the activation of .* has 32"),
         (lambda v: [tv.inject(torch.ones(8), 1, hook="z", head=4)], "head 4 is out of range"),
         (lambda v: [tv.ablate(1, hook="resid_pots")], "no hook point"),
         (lambda v: [("blocks.9.hook_x", print)], "no hook point 'blocks.9.hook_x'"),

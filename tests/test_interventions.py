@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,20 +83,46 @@ def test_interventions_compare_and_print_by_their_fields() -> None:
 
 
 def test_the_declarative_form_is_that_of_a_remote_bridge() -> None:
-    assert tv.inject(V, 1, mode="add", scale=2.0).spec() == {
-        "blocks.1.hook_out": {"op": "add", "value": [2.0, -4.0, 1.0, 6.0], "pos": -1}
+    assert tv.inject(V, 1, mode="add", scale=2.0).spec(prompt_length=7) == {
+        "blocks.1.hook_out": {"op": "add", "value": [2.0, -4.0, 1.0, 6.0], "pos": 6}
     }
     assert tv.ablate(0, position=None).spec() == {"blocks.0.hook_out": {"op": "suppress"}}
     with pytest.raises(ValueError, match="no declarative form"):
         tv.ablate(0, direction=V).spec()
 
 
-def test_the_declarative_form_is_accepted_by_transformer_lens() -> None:
-    inspect = pytest.importorskip("transformer_lens.model_bridge.sources.inspect.intervention")
-    for hook in ("resid_pre", "resid_post", "attn_out", "mlp_out", "z"):
-        spec = tv.inject(V, 1, hook=hook).spec()
+@pytest.mark.parametrize(
+    ("position", "pos"), [(-1, 4), (0, 0), (-5, 0), (4, 4), ((0, -2), [0, 3]), (None, None)]
+)
+def test_the_declarative_form_counts_positions_from_the_start_of_the_prompt(
+    position: Any, pos: Any
+) -> None:
+    """A server would refuse -1, or take it for the last token of every pass."""
+    intervention = tv.inject(V, 1, position=position)
+    [spec] = intervention.spec(prompt_length=5).values()
+    assert spec.get("pos") == pos
+    if position in (-1, -5, (0, -2)):
+        with pytest.raises(ValueError, match=r"counts from the prompt's end.*prompt_length=12"):
+            intervention.spec()
+    else:
+        assert list(intervention.spec().values()) == [spec]
+    if position in (4, -5, (0, -2)):
+        with pytest.raises(ValueError, match=r"position -?\d is outside a prompt of 1 token"):
+            intervention.spec(prompt_length=1)
+
+
+@pytest.mark.parametrize("hook", ["resid_pre", "resid_post", "attn_out", "mlp_out", "z"])
+@pytest.mark.parametrize("position", [-1, (0, -1), None])
+def test_the_declarative_form_is_accepted_by_transformer_lens(hook: str, position: Any) -> None:
+    sources = "transformer_lens.model_bridge.sources"
+    inspect = pytest.importorskip(f"{sources}.inspect.intervention")
+    vllm = pytest.importorskip(f"{sources}.vllm.intervention_specs")
+    for make in (lambda **at: tv.inject(V, 1, **at), lambda **at: tv.ablate(1, **at)):
+        spec = make(hook=hook, position=position).spec(prompt_length=9)
         built = inspect.build_interventions(spec, frozenset(spec))
         assert list(built.values()) == list(spec.values())
+        for name, one in spec.items():
+            assert vllm.validate_spec(name, one, width=len(V)) == one
 
 
 @pytest.mark.parametrize(
@@ -110,6 +137,25 @@ def test_the_declarative_form_is_accepted_by_transformer_lens() -> None:
         (lambda: tv.inject(V, 0)(torch.zeros(1, 1, 5)), "has width 4.*there 5"),
         (lambda: tv.inject(V, 0, position=3)(rows()), "position 3 is outside a prompt of 3"),
         (lambda: tv.inject(V, 0, mode=lambda a, v: a[:1])(rows()), "must return the shape"),
+        (lambda: tv.inject(V, 0, position=1.5), r"position is 1\.5; it must be a whole number"),
+        (lambda: tv.inject(V, 0, position=True), "position is True"),
+        (lambda: tv.ablate(0, position="last"), "position is 'last'"),
+        (lambda: tv.ablate(0, position=[]), r"position is \[\]"),
+        (lambda: tv.ablate(0, position=[0, 1.0]), r"position is \[0, 1\.0\]"),
+        (lambda: tv.ablate(0, position=torch.tensor(1)), r"position is tensor\(1\)"),
+        (lambda: tv.inject(V, 0, scale=float("nan")), "scale is nan; it must be a finite number"),
+        (lambda: tv.inject(V, 0, scale=-float("inf")), "scale is -inf"),
+        (lambda: tv.inject(V, 0, scale=V[:1]), r"scale is tensor\(\[1\.\]\)"),
+        (lambda: tv.ablate(0, hook="z", head=-1), "head is -1; it must be 0 or a positive whole"),
+        (lambda: tv.ablate(0, hook="z", head=1.0), r"head is 1\.0"),
+        (lambda: tv.ablate(0, hook="z", head=True), "head is True"),
+        (lambda: replace(tv.ablate(0), position=()), r"position is \(\)"),
+        (lambda: tv.ablate(1, hook="pattern"), r"hook is 'pattern', whose .*query, key"),
+        (lambda: tv.ablate(1, hook="attn_scores", head=2), "hook is 'attn_scores'"),
+        (lambda: tv.ablate(1, hook="attn.hook_pattern", position=None), "hook is 'attn.hook_p"),
+        (lambda: tv.ablate(0, head=1)(rows()), "head is 1, but .*hook_resid_post has no axis"),
+        (lambda: tv.ablate(0, hook="k", head=4)(torch.ones(1, 2, 4, 4)), "head is 4.*heads 0 to 3"),
+        (lambda: tv.ablate(0, hook="mlp.gate.hook_out")(rows()[0]), r"has shape \(3, 4\), and \["),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -156,6 +202,78 @@ def test_interventions_work_in_the_hooks_context_of_the_model(
     assert torch.equal(direct, within)
     assert not torch.allclose(within[0, -1], without[0, -1])
     torch.testing.assert_close(within[0, :-1], without[0, :-1])
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", ["replace", "add", "project"])
+def test_gradients_reach_the_vector_as_in_plain_torch(
+    model: Any, episodes: list[tv.Episode], mode: str
+) -> None:
+    tokens = torch.tensor([model.tokenizer.encode(episodes[0].prompt, add_special_tokens=False)])
+    start = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+    def plain(vector: torch.Tensor) -> Any:
+        def edit(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+            last = activation[:, -1]
+            unit = vector / vector.norm()
+            new = {
+                "replace": vector.expand_as(last),
+                "add": last + vector,
+                "project": last - (last @ unit)[:, None] * unit,
+            }[mode]
+            return torch.cat([activation[:, :-1], new[:, None]], dim=1)
+
+        return "blocks.1.hook_resid_post", edit
+
+    gradients = []
+    for make in (plain, lambda theta: tv.inject(theta, 1, mode=mode)):
+        theta = start.clone().requires_grad_()
+        edit = make(theta)
+        for _ in range(2):  # the same intervention in several steps of a training
+            loss = model.run_with_hooks(tokens, fwd_hooks=[edit])[0, -1].log_softmax(-1)[7]
+            loss.backward()
+        gradients.append(theta.grad)
+        with torch.no_grad():
+            theta += 1.0
+            moved = model.run_with_hooks(tokens, fwd_hooks=[edit])[0, -1].log_softmax(-1)[7]
+        gradients.append(moved[None])
+    torch.testing.assert_close(gradients[2], gradients[0], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(gradients[3], gradients[1], atol=1e-4, rtol=1e-5)
+    assert gradients[0].norm() > 1e-3
+
+
+@pytest.mark.model
+def test_scores_of_a_vector_that_requires_gradients_are_plain_numbers(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    vector = vectors["en_fr", 1]
+    theta = vector.clone().requires_grad_()
+    expected = tv.evaluate(model, episodes, [tv.inject(vector, 1)], metrics=["rank"])
+    for edit in (tv.inject(theta, 1), tv.inject(2 * theta, 1, scale=0.5)):
+        found = tv.evaluate(model, episodes, [edit], metrics=["rank"])
+        assert not any(values.requires_grad for values in found.metrics.values())
+        assert np.array_equal(found.loss.numpy(), expected.loss.numpy())
+        assert repr(edit) and edit == edit and hash(edit) == hash(edit)
+        assert edit.spec(prompt_length=3)
+        assert tv.generate(model, ["a b c"], [edit], max_new_tokens=1)
+
+
+def test_an_intervention_keeps_a_vector_of_its_own() -> None:
+    vector = V.clone()
+    edits = [tv.inject(vector, 0), tv.ablate(0, mean=vector), tv.ablate(0, direction=vector)]
+    before = [edit(rows()) for edit in edits]
+    vector += 1.0
+    for edit, expected in zip(edits, before, strict=True):
+        assert torch.equal(edit(rows()), expected)
+        assert edit.vector is not None and torch.equal(edit.vector, V)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_positions_and_heads_may_be_any_whole_numbers() -> None:
+    edit = tv.inject(V, 0, hook="z", position=(np.int64(0), -1), head=np.int64(2))
+    assert edit.position == (0, -1) and edit.head == 2
+    assert [type(one) for one in (*edit.position, edit.head)] == [int] * 3
+    assert tv.inject(V, 0, position=range(2), scale=np.float32(0.5)).position == (0, 1)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,128 @@ def test_gemma_puts_a_bos_first_and_packs() -> None:
         model = tv.bridge_from_hf(hf_model, tokenizer, device="cpu")
         torch.testing.assert_close(model(tokens)[0, -1], logits, atol=1e-4, rtol=0)
     assert capabilities(model).packs
+
+
+# --- models that are loaded already ---
+
+
+class Int8Linear(torch.nn.Module):
+    """A packed layer with float32 scales, as quantisers make them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.data.float().abs().amax(dim=1, keepdim=True) / 127
+        packed = (linear.weight.data.float() / scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.scale = torch.nn.Parameter(scale)
+        self.bias = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() @ (self.weight.float() * self.scale).T).to(x.dtype)
+
+
+class Float32Linear(torch.nn.Module):
+    """A layer that is kept precise in a model of lower precision."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = torch.nn.Parameter(linear.weight.data.float()), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() @ self.weight.T).to(x.dtype)
+
+
+def with_layers(make: Any, dtype: torch.dtype) -> Any:
+    hf_model = zoo.hf_model("llama").to(dtype)
+    for layer in hf_model.model.layers:
+        layer.mlp.up_proj = make(layer.mlp.up_proj)
+    return hf_model
+
+
+def by_torchao() -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    hf_model = zoo.hf_model("llama")
+    quantization.quantize_(hf_model, quantization.Int8WeightOnlyConfig())
+    return hf_model
+
+
+def by_torch() -> Any:
+    hf_model = zoo.hf_model("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf_model.model = torch.ao.quantization.quantize_dynamic(
+            hf_model.model, {torch.nn.Linear}, dtype=torch.qint8
+        )
+    return hf_model
+
+
+QUANTISED = {
+    "packed": lambda: with_layers(Int8Linear, torch.float32),
+    "packed, half precision": lambda: with_layers(Int8Linear, torch.bfloat16),
+    "torch": by_torch,
+    "torchao": by_torchao,
+}
+
+
+def stored(hf_model: Any) -> set[tuple[str, torch.dtype, int]]:
+    """How and where each parameter is stored."""
+    return {
+        (type(p.data).__name__, p.dtype, p.data_ptr() if type(p.data) is torch.Tensor else 0)
+        for p in hf_model.parameters()
+    }
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "make", [*QUANTISED.values(), lambda: with_layers(Float32Linear, torch.bfloat16)]
+)
+def test_a_loaded_models_parameters_are_left_alone(
+    make: Any, tokenizer: Any, episodes: list[tv.Episode]
+) -> None:
+    hf_model = make()
+    before, tokens = stored(hf_model), torch.arange(12)[None]
+    with torch.no_grad():
+        expected = hf_model(tokens).logits
+    model = tv.bridge_from_hf(hf_model, tokenizer, device="cpu")
+    assert before <= stored(model.original_model)  # 3.9 adds a bias of zeros
+    assert model.cfg.dtype == expected.dtype and str(model.cfg.device) == "cpu"
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-2)
+    assert tv.evaluate(model, episodes[:2], [tv.ablate(1)]).loss.isfinite().all()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_models_parameters_cannot_be_cast(kind: str, tokenizer: Any) -> None:
+    hf_model = QUANTISED[kind]()
+    before, dtype = stored(hf_model), torch.bfloat16
+    with pytest.raises(ValueError, match="dtype is torch.bfloat16, but the model is quantised"):
+        tv.bridge_from_hf(hf_model, tokenizer, device="cpu", dtype=dtype)
+    assert stored(hf_model) == before
+    model = tv.bridge_from_hf(hf_model, tokenizer)  # it stays where it is
+    assert str(model.cfg.device) == "cpu"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mark", ["is_quantized", "quantization_config"])
+def test_a_model_that_says_it_is_quantised_is_not_cast(mark: str, tokenizer: Any) -> None:
+    hf_model = zoo.hf_model("llama")
+    if mark == "is_quantized":
+        hf_model.is_quantized = True
+    else:
+        hf_model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match="leave dtype out"):
+        tv.bridge_from_hf(hf_model, tokenizer, device="cpu", dtype=torch.float16)
+
+
+@pytest.mark.model
+def test_a_loaded_model_is_cast_on_request(tokenizer: Any) -> None:
+    hf_model = with_layers(Float32Linear, torch.bfloat16)
+    model = tv.bridge_from_hf(hf_model, tokenizer, device="cpu", dtype=torch.float64)
+    assert {p.dtype for p in model.original_model.parameters()} == {torch.float64}
+    assert model.cfg.dtype == torch.float64
 
 
 # --- any GGUF file ---

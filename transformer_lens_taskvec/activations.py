@@ -15,16 +15,12 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import run_until
+from transformer_lens_taskvec.models.layouts import check_readable
 from transformer_lens_taskvec.models.limits import check_lengths
-from transformer_lens_taskvec.models.protocol import (
-    check_layers,
-    device_of,
-    hook_name,
-    inference,
-    model_name,
-)
+from transformer_lens_taskvec.models.protocol import device_of, inference, model_name
 from transformer_lens_taskvec.models.tokens import (
     Batch,
+    as_position,
     batches,
     encode_prompts,
     pad_id,
@@ -160,8 +156,9 @@ def collect(
 
     Raises:
         ValueError: If there are no episodes, a layer or hook point does not exist, a layer is named
-            twice, a prompt has no tokens or no such position, or the model has no tokenizer for
-            texts or no BOS for a template that asks for one.
+            twice, the hook point's activation is not ``[batch, pos, ...]`` (``pattern``), a prompt
+            has no tokens or no such position, or the model has no tokenizer for texts or no BOS for
+            a template that asks for one.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -174,12 +171,14 @@ def collect(
     """
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
-    chosen = check_layers(model, layers, hook)
+    at = as_position(position)
+    if not isinstance(at, int):
+        raise ValueError(f"position is {position!r}; activations are of one position, such as -1")
+    chosen, names = check_readable(model, layers, hook)
     encoded, bos = encode_prompts(model, episodes)
     check_lengths(model, encoded)
     longest = max(len(ids) for ids in encoded)
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
-    names = [hook_name(hook, layer) for layer in chosen]
     values: Tensor | None = None
     warn_of_hooks(model, stacklevel=2)
     can = capabilities(model)
@@ -191,13 +190,13 @@ def collect(
             same_length=not can.pads,
             apart=can.apart,
         ):
-            kept = read_prompts(model, batch, names, position)
+            kept = read_prompts(model, batch, names, at)
             if values is None:
                 values = torch.empty(len(encoded), *kept.shape[1:])
             values[list(batch.rows)] = kept
             bar.update(len(batch.rows))
     assert values is not None
-    return labelled(model, episodes, values, hook=hook, layers=chosen, position=position, bos=bos)
+    return labelled(model, episodes, values, hook=hook, layers=chosen, position=at, bos=bos)
 
 
 def labelled(

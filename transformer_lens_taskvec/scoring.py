@@ -36,7 +36,8 @@ from transformer_lens_taskvec.interventions.packed import (
     check_variants,
 )
 from transformer_lens_taskvec.models.carried import taking_along
-from transformer_lens_taskvec.models.protocol import check_layers, hook_name, inference
+from transformer_lens_taskvec.models.layouts import check_readable
+from transformer_lens_taskvec.models.protocol import inference
 from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts
 from transformer_lens_taskvec.prompts import AnyEpisode
 
@@ -315,8 +316,10 @@ def evaluate_many(
     groups = _groups(variants, labels, tasks)
     for _, some in groups:
         check_variants(model, some)
-    layers = () if observe is None else check_layers(model, observe.layers, observe.hook)
-    names = [] if observe is None else [hook_name(observe.hook, layer) for layer in layers]
+    layers: tuple[int, ...] = ()
+    names: list[str] = []
+    if observe is not None:
+        layers, names = check_readable(model, observe.layers, observe.hook)
     prompts, bos = encode_prompts(model, episodes)
     numbers = isinstance(prompts[0], Tensor)
     parts_of = _number_parts if numbers else _text_parts

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, SupportsIndex
 
 import torch
@@ -23,7 +24,10 @@ from torch import Tensor
 
 from transformer_lens_taskvec.interventions.modes import MODES, Mode
 from transformer_lens_taskvec.models.protocol import hook_name
-from transformer_lens_taskvec.models.tokens import Position, row_indices
+from transformer_lens_taskvec.models.tokens import Position, as_position, row_indices
+
+# Hook points [batch, head, query, key].
+_WITHOUT_POSITION = (".hook_pattern", ".hook_attn_scores")
 
 # TransformerBridge's own names, the only ones that served models accept.
 _NATIVE_NAMES = {
@@ -38,13 +42,16 @@ _NATIVE_NAMES = {
 class Intervention:
     """An edit of one activation in one layer; made by :func:`inject` and :func:`ablate`.
 
-    As a bare hook function it takes the last prompt token to be the activation's last position, as
-    for left-padded prompts. ``evaluate`` and ``generate`` also find it where answers follow.
+    As a bare hook function it takes the activation's second axis to be the position and the last
+    prompt token to be its end, as for left-padded prompts. ``evaluate`` and ``generate`` check the
+    axes, and find the token where answers follow.
 
     Attributes:
         layer: The block, counted from 0.
         mode: A name in ``MODES``, ``"zero"``, or a callable.
-        vector: ``[d]``, before scaling; None for ``"zero"``.
+        vector: ``[d]``, before scaling; None for ``"zero"``. A copy, unless it requires gradients:
+            then it is the tensor itself, and in ``run_with_hooks`` gradients reach it. The
+            library's own passes (``evaluate``, ``generate``, ...) run without gradients.
         scale: The factor of the vector.
         position: Positions of the prompt, negative ones from its end, others from its first real
             token (as a bare hook on a padded batch only negative ones work); None for every
@@ -67,6 +74,27 @@ class Intervention:
     hook: str = "resid_post"
     head: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check the values, and keep a vector of its own."""
+        kept: dict[str, Any] = {
+            "layer": _whole("layer", self.layer),
+            "scale": _finite(self.scale),
+            "position": as_position(self.position),
+            "head": None if self.head is None else _whole("head", self.head),
+        }
+        if self.name.endswith(_WITHOUT_POSITION):
+            raise ValueError(
+                f"hook is {self.hook!r}, whose activation [batch, head, query, key] has the head "
+                "where interventions act at a position; ablate the head's output instead "
+                "(hook='z', head=...), or give a hook function of your own"
+            )
+        if self.vector is not None:
+            _check_vector(self.vector)
+        if self.vector is not None and not self.vector.requires_grad:
+            kept["vector"] = self.vector.clone()
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+
     @property
     def name(self) -> str:
         """The full name of the hook point, ``blocks.{layer}.hook_...``."""
@@ -87,8 +115,14 @@ class Intervention:
             hook: The hook point that TransformerLens passes; not used.
 
         Raises:
-            ValueError: If the activation has no such position or not the vector's width.
+            ValueError: If the activation has no positions, no such position or head, or not the
+                vector's width.
         """
+        if activation.ndim < 3:
+            raise ValueError(
+                f"the activation at {self.name} has shape {tuple(activation.shape)}, and "
+                "[batch, pos, d] or [batch, pos, head, d] is needed; choose another hook"
+            )
         everywhere = torch.ones(activation.shape[:2], dtype=torch.bool)
         return self.edit_at(activation, row_indices(self.position, everywhere))
 
@@ -106,6 +140,11 @@ class Intervention:
         """Return edited copies of rows ``[row, d]``, or ``[row, head, d]`` if ``head`` is set."""
         if self.head is None:
             return self._edit(rows)
+        if rows.ndim != 3 or self.head >= rows.shape[1]:
+            raise ValueError(
+                f"head is {self.head}, but the activation at {self.name} has "
+                + ("no axis of heads" if rows.ndim != 3 else f"heads 0 to {rows.shape[1] - 1}")
+            )
         edited = rows.clone()
         edited[:, self.head] = self._edit(rows[:, self.head])
         return edited
@@ -130,11 +169,24 @@ class Intervention:
             )
         return torch.as_tensor(edited)
 
-    def spec(self) -> dict[str, dict[str, Any]]:
+    def spec(self, prompt_length: int | None = None) -> dict[str, dict[str, Any]]:
         """Return the intervention as TransformerLens' ``RemoteBridge`` takes it, by hook name.
 
+        A vLLM server must have been started with ``enable_position_interventions=True`` for an
+        intervention that does not act at all positions.
+
+        Args:
+            prompt_length: The number of tokens of the prompt, a BOS included. Served models count
+                positions from its start, so negative ones need it.
+
         Raises:
-            ValueError: If served models lack the operation (project, callables, one head).
+            ValueError: If served models lack the operation (project, callables, one head), or a
+                position cannot be found without ``prompt_length`` or is outside the prompt.
+
+        Example:
+            >>> import transformer_lens_taskvec as tv
+            >>> tv.ablate(1).spec(prompt_length=12)
+            {'blocks.1.hook_out': {'op': 'suppress', 'pos': 11}}
         """
         operations = {"replace": "set", "add": "add", "zero": "suppress"}
         operation = operations.get(self.mode) if isinstance(self.mode, str) else None
@@ -143,8 +195,10 @@ class Intervention:
         spec: dict[str, Any] = {"op": operation}
         if self.vector is not None:
             spec["value"] = (self.vector * self.scale).tolist()
-        if self.position is not None:
-            spec["pos"] = self.position if isinstance(self.position, int) else list(self.position)
+        if isinstance(self.position, int):
+            spec["pos"] = _from_start(self.position, prompt_length)
+        elif self.position is not None:
+            spec["pos"] = [_from_start(one, prompt_length) for one in self.position]
         native = _NATIVE_NAMES.get(self.hook)
         return {f"blocks.{self.layer}.{native}" if native else self.name: spec}
 
@@ -164,7 +218,7 @@ class Intervention:
         if self.head is not None:
             parts.append(f"head={self.head}")
         if self.vector is not None:
-            parts.append(f"|v|={float(self.vector.norm()):.3g}")
+            parts.append(f"|v|={float(self.vector.detach().norm()):.3g}")
         if self.scale != 1.0:
             parts.append(f"scale={self.scale:g}")
         parts.append(f"position={self.position}")
@@ -199,8 +253,10 @@ def inject(
         An intervention, usable as an element of ``fwd_hooks``.
 
     Raises:
-        ValueError: If the vector is not one finite vector, the layer is not a whole number of at
-            least 0, or the mode is unknown. The model's layers and width are checked on use.
+        ValueError: If the vector is not one finite vector, the layer or head is not a whole number
+            of at least 0, the scale is not finite, a position is not a whole number or there is
+            none, the hook point has no positions (``"pattern"``), or the mode is unknown. The
+            model's layers, hook points, heads and widths are checked on use.
 
     Example:
         >>> import torch
@@ -241,8 +297,7 @@ def ablate(
         An intervention, usable as an element of ``fwd_hooks``.
 
     Raises:
-        ValueError: If both are given or one is not one finite vector, the direction is zero, or the
-            layer is not a whole number of at least 0.
+        ValueError: If both are given, the direction is zero, or as for :func:`inject`.
 
     Example:
         >>> import torch
@@ -273,20 +328,45 @@ def _make(
     hook: str,
     head: int | None,
 ) -> Intervention:
-    if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
-        raise ValueError(f"layer is {layer!r}; it must be 0 or a positive whole number")
-    if vector is not None:
-        if not isinstance(vector, Tensor) or vector.ndim != 1:
-            shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+    number = None if head is None else _whole("head", head)
+    at, factor = as_position(position), _finite(scale)
+    return Intervention(_whole("layer", layer), mode, vector, factor, at, hook, number)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name} is {value!r}; it must be 0 or a positive whole number")
+    return int(value)
+
+
+def _finite(scale: Any) -> float:
+    if not isinstance(scale, Real) or not isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    return float(scale)
+
+
+def _check_vector(vector: Any) -> None:
+    if not isinstance(vector, Tensor) or vector.ndim != 1:
+        shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise ValueError(
+            f"vector must be one vector [d], got {shape}; "
+            "pick a layer first, as in vectors['AND', layer]"
+        )
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError("vector has NaN or infinite entries; give a finite vector")
+
+
+def _from_start(position: int, prompt_length: int | None) -> int:
+    if prompt_length is None:
+        if position < 0:
             raise ValueError(
-                f"vector must be one vector [d], got {shape}; "
-                "pick a layer first, as in vectors['AND', layer]"
+                f"position {position} counts from the prompt's end, and served models count from "
+                "its start; give the prompt's number of tokens, as in spec(prompt_length=12)"
             )
-        if not bool(torch.isfinite(vector).all()):
-            raise ValueError("vector has NaN or infinite entries; give a finite vector")
-        vector = vector.detach()
-    kept = position if position is None or isinstance(position, int) else tuple(position)
-    return Intervention(int(layer), mode, vector, float(scale), kept, hook, head)
+        return position
+    if not -prompt_length <= position < prompt_length:
+        raise ValueError(f"position {position} is outside a prompt of {prompt_length} token(s)")
+    return position % prompt_length
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -39,6 +39,7 @@ from transformer_lens_taskvec.models.forward import (
     run_prefix,
     run_prompts,
 )
+from transformer_lens_taskvec.models.layouts import position_shapes
 from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import (
     check_hook,
@@ -195,30 +196,47 @@ def answer_numbers(
 
 def check_variants(model: Any, variants: Sequence[Variant]) -> None:
     """Raise ``ValueError`` for an intervention that does not fit the model."""
+    interventions: list[Intervention] = []
     for variant in variants:
         for hook in variant:
             if isinstance(hook, Intervention):
-                check_intervention(model, hook)
+                check_layers(model, [hook.layer], hook.hook)
+                interventions.append(hook)
             else:
                 name, _ = hook
                 check_hook(model, name)
+    shapes = position_shapes(model, [one.name for one in interventions])
+    for one in interventions:
+        check_intervention(model, one, shapes[one.name])
 
 
-def check_intervention(model: Any, intervention: Intervention) -> None:
-    """Raise ``ValueError`` unless the model has the intervention's layer, hook, head and width."""
-    check_layers(model, [intervention.layer], intervention.hook)
-    n_heads = getattr(model.cfg, "n_heads", None)
-    if intervention.head is not None and n_heads and not 0 <= intervention.head < int(n_heads):
+def check_intervention(model: Any, intervention: Intervention, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless the hook point has the intervention's head and width.
+
+    Args:
+        model: The model.
+        intervention: The intervention.
+        shape: Of the activation at one position, from :func:`position_shapes`.
+    """
+    name, head, vector = intervention.name, intervention.head, intervention.vector
+    if head is not None:
+        cfg = model.cfg
+        counts = {getattr(cfg, key, None) for key in ("n_heads", "n_key_value_heads")} - {None}
+        if len(shape) != 2 or (counts and shape[0] not in counts):
+            raise ValueError(
+                f"head is {head}, but {name} of {model_name(model)} has no axis of heads: the "
+                f"activation at one position has shape {shape}. Leave head out, or use hook='z'"
+            )
+        if head >= shape[0]:
+            raise ValueError(
+                f"head {head} is out of range: {model_name(model)} has heads 0 to "
+                f"{shape[0] - 1} at {name}"
+            )
+    if vector is not None and vector.shape != shape[-1:]:
         raise ValueError(
-            f"head {intervention.head} is out of range: {model_name(model)} has heads 0 to "
-            f"{int(n_heads) - 1}"
-        )
-    width, vector = int(model.cfg.d_model), intervention.vector
-    in_residual = intervention.hook.startswith("resid") or intervention.hook.endswith("_out")
-    if in_residual and vector is not None and vector.shape[-1] != width:
-        raise ValueError(
-            f"the vector for {intervention.name} has width {vector.shape[-1]}, and "
-            f"{model_name(model)} has d_model {width}. Is it from another model?"
+            f"the vector for {name} has width {len(vector)}, and the activation of "
+            f"{model_name(model)} there has {shape[-1] if shape else 'none'}. Is it from another "
+            "model?"
         )
 
 
@@ -324,6 +342,16 @@ def _packed(
                 edits = [moved[index] for index in some]
                 reader = Reader(observe if start == 0 else (), 0)
                 logits = _suffix(model, branch, prefix, kept, edits, reader)
+                if bool(logits[..., 0].isnan().any()):
+                    # A masked key weighs 0, and 0 times infinity in one branch is NaN in all.
+                    _warn_plain(model, "an intervention makes activations infinite or NaN")
+                    again = [*(plain if start == 0 else ()), *some]
+                    for row in rows.tolist():
+                        one, end = batch.part(row, row + 1), row + 1
+                        of_answer = ids[row:end, :length], mask[row:end, :length]
+                        to_read = observe if start == 0 else ()
+                        yield from _one_by_one(model, one, *of_answer, variants, again, to_read)
+                    continue
                 if start == 0 and (plain or observe):
                     unedited = repeat(
                         logits[:, 0], "row pos vocab -> row variant pos vocab", variant=len(plain)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,6 +20,27 @@ from torch import Tensor
 
 Position = int | tuple[int, ...] | None
 """One or several positions of a prompt, negative ones from its end; None for every position."""
+
+
+def as_position(position: Any) -> Position:
+    """Return positions as an int, a tuple of ints, or None.
+
+    Raises:
+        ValueError: If they are none of these.
+
+    Example:
+        >>> as_position([0, -1]), as_position(None)
+        ((0, -1), None)
+    """
+    several = isinstance(position, Sequence) and not isinstance(position, str)
+    found = tuple(position) if several else (position,)
+    whole = all(isinstance(one, Integral) and not isinstance(one, bool) for one in found)
+    if position is not None and (not whole or not found):
+        raise ValueError(
+            f"position is {position!r}; it must be a whole number, such as -1 for the last token "
+            "of the prompt, or several of them, or None for all positions"
+        )
+    return None if position is None else tuple(map(int, found)) if several else int(found[0])
 
 
 @dataclass(frozen=True)
