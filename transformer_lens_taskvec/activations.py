@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -259,6 +260,21 @@ def label(episodes: Sequence[AnyEpisode]) -> tuple[tuple[str, ...], Int[Tensor, 
     tasks = tuple(dict.fromkeys(episode.task for episode in episodes))
     index = {task: number for number, task in enumerate(tasks)}
     return tasks, torch.tensor([index[episode.task] for episode in episodes])
+
+
+def check_finite(activations: Activations) -> None:
+    """Raise ``ValueError`` if an activation is NaN or infinite."""
+    finite = torch.isfinite(activations.values)
+    finite = rearrange(finite, "example layer ... -> example layer (...)").all(dim=2)
+    if not bool(finite.all()):
+        bad = [
+            layer for layer, own in zip(activations.layers, finite.T, strict=True) if not own.all()
+        ]
+        raise ValueError(
+            f"activations contains NaN or infinite values at layers {bad}, in "
+            f"{int((~finite.all(dim=1)).sum())} of {len(activations)} examples; check the model's "
+            "dtype, or collect other layers"
+        )
 
 
 def layer_index(layers: Sequence[int | None], layer: int | None) -> int:

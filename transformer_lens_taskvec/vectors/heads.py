@@ -23,7 +23,7 @@ from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
-from transformer_lens_taskvec.activations import Source, collect
+from transformer_lens_taskvec.activations import Source, check_finite, collect
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.models.protocol import model_name
@@ -189,6 +189,7 @@ def head_effects(
     if ablation is None:
         measured = shuffle_labels(measured, seed)
     found = collect(model, clean, hook="z", progress=progress)
+    check_finite(found)
     means = torch.stack(
         [found.values[found.labels == index].mean(dim=0) for index in range(len(found.tasks))]
     )
