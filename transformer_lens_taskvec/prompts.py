@@ -309,7 +309,7 @@ def sample_episodes(
 
     Raises:
         ValueError: If there is no task, two have the same name, a number is out of range, or a task
-            has too few inputs for ``n_shots`` demonstrations and a query.
+            has too few inputs for ``n_shots`` demonstrations and a query, or repeats inputs.
         TypeError: If one of the tasks is not a task.
 
     Example:
@@ -370,7 +370,8 @@ def sample_splits(
         for name, size in sizes.items():
             for index in range(size):
                 query = queries[name][index % len(queries[name])]
-                demos = [e for e in task.sample(n_shots + 1, rng) if e.x != query.x][:n_shots]
+                drawn = _distinct(task, n_shots + 1, rng)
+                demos = [e for e in drawn if e.x != query.x][:n_shots]
                 episodes[name].append(Episode(task.name, tuple(demos), query, template))
     return episodes
 
@@ -426,13 +427,27 @@ def _check_task(task: Task, n_sets: int, n_shots: int) -> None:
         )
 
 
+def _distinct(task: Task, n: int, rng: random.Random) -> list[Example]:
+    """Return ``n`` examples of a task, or raise ``ValueError`` unless their inputs are distinct."""
+    examples = task.sample(n, rng)
+    found = len({example.x for example in examples})
+    if not len(examples) == found == n:
+        raise ValueError(
+            f"task {task.name!r} was asked for {n} examples with distinct inputs and gave "
+            f"{len(examples)} with {found} distinct inputs, so episodes would lack demonstrations "
+            "and sets would share queries. Let sample(n, rng) draw without replacement, and give "
+            "the number of inputs as __len__ if it is limited"
+        )
+    return examples
+
+
 def _share_out(
     task: Task, sizes: Mapping[str, int], rng: random.Random
 ) -> dict[str, list[Example]]:
     """Return each set's queries: as many as asked for, or its share of all the task's inputs."""
     available = n_inputs(task)
     wanted = sum(sizes.values())
-    pool = task.sample(wanted if available is None else min(wanted, available), rng)
+    pool = _distinct(task, wanted if available is None else min(wanted, available), rng)
     ends, asked = [0], 0
     for size in sizes.values():
         asked += size
