@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,11 @@ from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.protocol import (
     check_layers,
     device_of,
+    fingerprint,
     hook_name,
     inference,
     model_name,
+    revision,
 )
 from transformer_lens_taskvec.models.tokens import (
     Batch,
@@ -46,6 +49,11 @@ class Source:
         bos: Whether a beginning-of-sequence token preceded the prompt.
         mode: The default mode of injecting the vectors.
         heads: The heads summed in a function vector, as (layer, head).
+        weights: A fingerprint of the model's weights; None where it is not known.
+        revision: The commit of the weights on the model hub; None where it is not known.
+        seed: The seed the episodes were sampled with; None for several or where it is not known.
+        n: The numbers of episodes per task, ascending: ``(40,)`` if all tasks have 40.
+        n_shots: The numbers of demonstrations per episode, ascending.
     """
 
     model: str
@@ -55,6 +63,26 @@ class Source:
     bos: bool
     mode: str = "replace"
     heads: tuple[tuple[int, int], ...] = ()
+    weights: str | None = None
+    revision: str | None = None
+    seed: int | None = None
+    n: tuple[int, ...] = ()
+    n_shots: tuple[int, ...] = ()
+
+
+def source_of(model: Any, episodes: Sequence[AnyEpisode], **fields: Any) -> Source:
+    """Return the source of what comes from a model and episodes; ``fields`` as for ``Source``."""
+    seeds = {getattr(episode, "seed", None) for episode in episodes}
+    return Source(
+        model=model_name(model),
+        template=" | ".join(sorted({episode.template.example for episode in episodes})),
+        weights=fingerprint(model),
+        revision=revision(model),
+        seed=seeds.pop() if len(seeds) == 1 else None,
+        n=tuple(sorted(set(Counter(episode.task for episode in episodes).values()))),
+        n_shots=tuple(sorted({episode.n_shots for episode in episodes})),
+        **fields,
+    )
 
 
 @dataclass(frozen=True)
@@ -207,8 +235,7 @@ def labelled(
 ) -> Activations:
     """Return activations together with their tasks and source."""
     tasks, labels = label(episodes)
-    templates = sorted({episode.template.example for episode in episodes})
-    source = Source(model_name(model), hook, position, " | ".join(templates), bos)
+    source = source_of(model, episodes, hook=hook, position=position, bos=bos)
     return Activations(values, labels, tasks, tuple(layers), source)
 
 

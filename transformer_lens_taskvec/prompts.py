@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from transformer_lens_taskvec.tasks.base import Example, Task
@@ -231,6 +231,7 @@ class Episode:
         demos: The demonstrations, in the order of the prompt.
         query: The query's input and output.
         template: How the episode becomes text.
+        seed: The seed it was sampled with, where it is known; episodes are equal whatever it is.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -246,6 +247,7 @@ class Episode:
     demos: tuple[Example, ...]
     query: Example
     template: PromptTemplate = EXAMPLE_ARROW
+    seed: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def prompt(self) -> str:
@@ -372,7 +374,7 @@ def sample_splits(
                 query = queries[name][index % len(queries[name])]
                 drawn = _distinct(task, n_shots + 1, rng)
                 demos = [e for e in drawn if e.x != query.x][:n_shots]
-                episodes[name].append(Episode(task.name, tuple(demos), query, template))
+                episodes[name].append(Episode(task.name, tuple(demos), query, template, seed))
     return episodes
 
 
