@@ -99,7 +99,7 @@ FAULTS = [
         "nll.masked_fill(self.past, 1.0)",
         "tests/test_evaluate.py",
     ),
-    Fault("analysis/classifiers.py", '.fill_diagonal_(float("inf"))', "", TD),
+    Fault("analysis/classifiers.py", ".diagonal(start).fill_(torch.inf)", "", TD),
     Fault("analysis/classifiers.py", "1 - nearest / (2 *", "1 + nearest / (2 *", TD),
     Fault(
         "analysis/classifiers.py",

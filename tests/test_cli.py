@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -58,3 +60,55 @@ def test_the_module_is_the_command() -> None:
     assert run.stdout == f"taskvec {tv.__version__}\n"
     shown = subprocess.run([*module, "--help"], capture_output=True, text=True, env=environment)
     assert "Usage: taskvec [OPTIONS] COMMAND" in shown.stdout
+
+
+MISTAKES = {
+    "unknown task": (["run", "--tasks", "uper_case"], "did you mean upper_case"),
+    "unknown model": (["run", "--tasks", "upper_case,en_fr", "--model", "gpt3"], "no model named"),
+    "unknown model of a study": (["study", "bitwise", "--model", "gpt3"], "no model named"),
+    "unknown model to finetune": (["study", "finetune", "--model", "gpt3"], "no model named"),
+    "unknown study": (["study", "poss", "--model", "toy"], "no study 'poss'"),
+    "no checkpoints": (["study", "checkpoints"], "give at least one"),
+    "unknown preset": (["train", "--preset", "smal"], "no preset 'smal'"),
+    "no run": (["emergence", "nowhere"], "no run"),
+    "no data": (["study", "pos", "--data", "nowhere.conllu"], "'nowhere.conllu' does not exist"),
+    "unknown device": (["train", "--device", "gpu"], "'gpu' cannot be used. Use 'cpu'"),
+    "a device without memory": (["train", "--device", "meta"], "'meta' cannot be used"),
+    **{
+        f"{command[0]}, seed {seed}": ([*command, "--seed", seed], "Invalid value for '--seed'")
+        for seed in ("-1", str(2**32), str(2**63), "9" * 40)
+        for command in (
+            ["demo"],
+            ["run", "--tasks", "upper_case,en_fr"],
+            ["study", "bitwise"],
+            ["train"],
+            ["emergence"],
+        )
+    },
+}
+if not torch.cuda.is_available():
+    MISTAKES["no CUDA"] = (["train", "--device", "cuda"], "Use 'cpu': there is no CUDA here")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_in_one_line_and_leaves_nothing_behind(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, answer = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    outcome = CliRunner().invoke(app, [*arguments, "--out", "new/results"])
+    assert outcome.exit_code == 2, outcome.output
+    assert answer in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+    assert outcome.stderr.startswith("taskvec: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["run", "--tasks", "upper_case,en_fr"], ["train"], ["demo"]])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
+    command: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    outcome = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "file" / "out")])
+    assert outcome.exit_code == 2 and len(outcome.output.splitlines()) == 1
+    assert "cannot be written to (Not a directory). Choose another." in outcome.output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
+from transformer_lens_taskvec.analysis import classifiers
 
 SOURCE = Source("made", "resid_post", -1, "{x}->{y}", False)
 
@@ -222,3 +229,114 @@ def test_sensitivity_in_one_call() -> None:
     assert len(frame) == 2 * 2 + 1 + 2 * 3 + 1
     with pytest.raises(ValueError, match="between 2 and 40"):
         tv.analysis.decodability_sensitivity(found, ns=(41,))
+
+
+def from_all_distances(points: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest neighbours by one matrix of all distances and one of noise for ties."""
+    centred = (points - points.mean(dim=0)).double()
+    squares = centred.square().sum(dim=1)
+    squared = (squares[:, None] + squares - 2 * centred @ centred.T).clamp(min=0)
+    noise = torch.rand(squared.shape, generator=torch.Generator().manual_seed(0)).double()
+    apart = squared.sqrt() + noise * (1e-7 * squares.mean().sqrt() + 1e-30)
+    nearest = apart.fill_diagonal_(float("inf")).topk(k, largest=False)
+    return nearest.values, nearest.indices
+
+
+@pytest.mark.parametrize("at_once", [2**22, 700, 123_456, 1])
+@pytest.mark.parametrize("equal", [False, True])
+def test_neighbours_some_rows_at_a_time_are_those_of_the_whole_matrix(
+    at_once: int, equal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = activations(700, 7).values[:, 0]
+    if equal:  # ties are ordered by chance, and by the same chance
+        points[::3] = points[0]
+    expected, order = from_all_distances(points, 10)
+    monkeypatch.setattr(classifiers, "_DISTANCES_AT_ONCE", at_once)
+    nearest, others = classifiers.neighbours(points, 10)
+    if at_once == 2**22:
+        assert torch.equal(others, order) and torch.equal(nearest, expected)
+    if not equal:
+        assert torch.equal(others, order)
+    torch.testing.assert_close(nearest, expected, atol=3e-7, rtol=1e-7)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        self.entries = max([self.entries, *sizes])
+        return made
+
+
+@pytest.mark.parametrize("method", ["knn", "cosine", "centroid", "divergence"])
+def test_no_matrix_of_all_distances_is_made(method: str) -> None:
+    found = activations(3_000, 3, layers=1)
+    with LargestTensor() as largest:
+        result = tv.task_decodability(found, method=method)
+        if method == "knn":
+            result.null(3)
+    assert largest.entries < 3_000**2 / 2
+
+
+MEMORY = """
+import torch
+import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.activations import Source
+
+def found(n):
+    values = torch.randn(n, 1, 576, generator=torch.Generator().manual_seed(0))
+    source = Source("made", "resid_post", -1, "{x}->{y}", False)
+    return tv.Activations(values, torch.arange(n) % 7, tuple("abcdefg"), (0,), source)
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+few, many = found(100), found(20_000)
+tv.task_decodability(few).null(3)
+before = peak()
+tv.task_decodability(many).null(20)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_twenty_thousand_points_fit_in_500_mb() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_not_finite_are_refused(value: float) -> None:
+    found = activations(90, 3)
+    found.values[4, 1, 2] = value
+    message = r"NaN or infinite values at layers \[1\], in 1 of 90 examples"
+    for method in ("knn", "centroid", "linear", lambda points, labels: labels.float()):
+        with pytest.raises(ValueError, match=message):
+            tv.task_decodability(found, method=method)
+    with pytest.raises(ValueError, match=message):
+        tv.analysis.decodability_sensitivity(found, ks=(3,))
+    with pytest.raises(ValueError, match=message):
+        tv.plot_embedding(found, 1, method="pca")
+
+
+def test_a_task_with_too_few_points_for_a_majority_is_warned_about(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    found = activations(90, 3, spread=100.0)
+    six = dataclasses.replace(found, values=found.values[:63], labels=found.labels[:63].clone())
+    six.labels[six.labels == 2] = 0
+    six.labels[:6] = 2
+    with pytest.warns(UserWarning, match="'task2' has 6 point.*a majority of k=10.*takes 6 others"):
+        tv.task_decodability(six, 10)
+    recwarn.clear()
+    tv.task_decodability(six, 9)  # five others are a majority of nine
+    tv.task_decodability(six, 10, method="centroid")
+    assert not recwarn.list

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -103,6 +105,37 @@ def test_an_unknown_model_is_answered_with_near_names() -> None:
         tv.load_model("gpt2-huge")
     with pytest.raises(ValueError, match="Names are 'smollm2', 'gemma3-270m', 'toy', the path of"):
         tv.load_hf_model("gemma3")
+
+
+@pytest.mark.parametrize("load", [tv.load_model, tv.load_hf_model])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-small", "google/gemma-2-2b"])
+def test_a_known_model_that_is_not_in_the_cache_is_not_called_unknown(
+    load: Any, name: str, tmp_path: Path
+) -> None:
+    code = (
+        "import transformer_lens_taskvec as tv\n"
+        f"try: tv.{load.__name__}({name!r})\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    said = done.stdout.splitlines()[-1]
+    assert f"the model '{name}' is not in the cache, and there is no network" in said
+    assert "did you mean" not in said and "Load it once with a network" in said
+
+
+def test_an_unknown_model_is_not_called_uncached_where_there_is_a_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no-such-model is not a valid model identifier")  # what the hub's "404" gives
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", answer)
+    with pytest.raises(ValueError, match="no model named 'gpt3'.*did you mean .*gpt2") as caught:
+        tv.load_hf_model("gpt3")
+    assert "cache" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m", "some.gguf"])

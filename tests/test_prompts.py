@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass
+
 import pytest
 
 import transformer_lens_taskvec as tv
@@ -110,3 +113,33 @@ def test_a_task_without_usable_pairs_is_refused(pairs: dict, message: str) -> No
 def test_an_unknown_task_is_answered_with_near_names() -> None:
     with pytest.raises(ValueError, match=r"'anotnyms'; did you mean antonyms"):
         tv.find_tasks(["anotnyms"])
+
+
+@dataclass(frozen=True)
+class Repeating:
+    """A task that breaks its contract: it draws with replacement, or gives too few."""
+
+    inputs: int
+    short: int = 0
+    name: str = "repeating"
+
+    def sample(self, n: int, rng: random.Random) -> list[tv.Example]:
+        drawn = [rng.randrange(self.inputs) for _ in range(n - self.short)]
+        return [tv.Example(f"in{i}", f"out{i}") for i in drawn]
+
+
+def test_a_task_that_repeats_its_inputs_is_refused_with_both_numbers() -> None:
+    message = r"asked for 40 examples with distinct inputs and gave 40 with \d+ distinct inputs"
+    with pytest.raises(ValueError, match=message):  # train and test would share queries
+        tv.sample_splits([Repeating(30)], {"train": 20, "test": 20}, n_shots=1, seed=0)
+    message = r"asked for 9 examples with distinct inputs and gave 9 with \d distinct inputs"
+    with pytest.raises(ValueError, match=message):  # the demonstrations would be too few
+        tv.sample_episodes([Repeating(10)], n=1, n_shots=8, seed=0)
+    with pytest.raises(ValueError, match="asked for 3 examples .* gave 2 with 2"):
+        tv.sample_episodes([Repeating(10**9, short=1)], n=3, n_shots=2, seed=0)
+
+
+@pytest.mark.parametrize("name", list(tv.tasks.all_tasks()))
+def test_built_in_tasks_give_the_shots_asked_for(name: str) -> None:
+    for episode in tv.sample_episodes(tv.find_tasks([name]), n=6, n_shots=4, seed=0):
+        assert len({episode.query.x, *(demo.x for demo in episode.demos)}) == 5

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,7 +19,13 @@ from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.layouts import check_readable
 from transformer_lens_taskvec.models.limits import check_lengths
-from transformer_lens_taskvec.models.protocol import device_of, inference, model_name
+from transformer_lens_taskvec.models.protocol import (
+    device_of,
+    fingerprint,
+    inference,
+    model_name,
+    revision,
+)
 from transformer_lens_taskvec.models.tokens import (
     Batch,
     as_position,
@@ -43,6 +51,11 @@ class Source:
         bos: Whether a beginning-of-sequence token preceded the prompt.
         mode: The default mode of injecting the vectors.
         heads: The heads summed in a function vector, as (layer, head).
+        weights: A fingerprint of the model's weights; None where it is not known.
+        revision: The commit of the weights on the model hub; None where it is not known.
+        seed: The seed the episodes were sampled with; None for several or where it is not known.
+        n: The numbers of episodes per task, ascending: ``(40,)`` if all tasks have 40.
+        n_shots: The numbers of demonstrations per episode, ascending.
     """
 
     model: str
@@ -52,6 +65,26 @@ class Source:
     bos: bool
     mode: str = "replace"
     heads: tuple[tuple[int, int], ...] = ()
+    weights: str | None = None
+    revision: str | None = None
+    seed: int | None = None
+    n: tuple[int, ...] = ()
+    n_shots: tuple[int, ...] = ()
+
+
+def source_of(model: Any, episodes: Sequence[AnyEpisode], **fields: Any) -> Source:
+    """Return the source of what comes from a model and episodes; ``fields`` as for ``Source``."""
+    seeds = {getattr(episode, "seed", None) for episode in episodes}
+    return Source(
+        model=model_name(model),
+        template=" | ".join(sorted({episode.template.example for episode in episodes})),
+        weights=fingerprint(model),
+        revision=revision(model),
+        seed=seeds.pop() if len(seeds) == 1 else None,
+        n=tuple(sorted(set(Counter(episode.task for episode in episodes).values()))),
+        n_shots=tuple(sorted({episode.n_shots for episode in episodes})),
+        **fields,
+    )
 
 
 @dataclass(frozen=True)
@@ -211,8 +244,7 @@ def labelled(
 ) -> Activations:
     """Return activations together with their tasks and source."""
     tasks, labels = label(episodes)
-    templates = sorted({episode.template.example for episode in episodes})
-    source = Source(model_name(model), hook, position, " | ".join(templates), bos)
+    source = source_of(model, episodes, hook=hook, position=position, bos=bos)
     return Activations(values, labels, tasks, tuple(layers), source)
 
 
@@ -264,6 +296,21 @@ def label(episodes: Sequence[AnyEpisode]) -> tuple[tuple[str, ...], Int[Tensor, 
     tasks = tuple(dict.fromkeys(episode.task for episode in episodes))
     index = {task: number for number, task in enumerate(tasks)}
     return tasks, torch.tensor([index[episode.task] for episode in episodes])
+
+
+def check_finite(activations: Activations) -> None:
+    """Raise ``ValueError`` if an activation is NaN or infinite."""
+    finite = torch.isfinite(activations.values)
+    finite = rearrange(finite, "example layer ... -> example layer (...)").all(dim=2)
+    if not bool(finite.all()):
+        bad = [
+            layer for layer, own in zip(activations.layers, finite.T, strict=True) if not own.all()
+        ]
+        raise ValueError(
+            f"activations contains NaN or infinite values at layers {bad}, in "
+            f"{int((~finite.all(dim=1)).sum())} of {len(activations)} examples; check the model's "
+            "dtype, or collect other layers"
+        )
 
 
 def layer_index(layers: Sequence[int | None], layer: int | None) -> int:

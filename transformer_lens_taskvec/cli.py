@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from transformer_lens_taskvec.prompts import PromptTemplate
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+class _Commands(TyperGroup):
+    """Commands that answer a mistake in one line: what is wrong, and what to do."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; the exit code after a mistake is 2."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            problem = error.format_message()
+        except KeyError as error:
+            problem = str(error.args[0])
+        except (ValueError, OSError, ImportError) as error:
+            problem = str(error)
+        typer.echo(f"taskvec: {' '.join(problem.split())}", err=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 STUDIES = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
 DEMO_TASKS = (
@@ -46,7 +63,35 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-Out = Annotated[Path, typer.Option(help="Folder for results.json, the vectors and the figures.")]
+def _folder(out: Path) -> Path:
+    """Return a folder that can be made and written to, without making it."""
+    try:
+        nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        problem = f"the folder {out} cannot be written to ({error.strerror}). Choose another."
+        raise typer.BadParameter(problem) from error
+    return out
+
+
+def _device(name: str | None) -> str | None:
+    """Return the name of a device that can be used."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        can = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu': there is no CUDA here"
+        raise typer.BadParameter(f"{name!r} cannot be used. Use {can}.") from error
+    return name
+
+
+Out = Annotated[
+    Path,
+    typer.Option(help="Folder for results.json, the vectors and the figures.", callback=_folder),
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -58,7 +103,10 @@ Shots = Annotated[int, typer.Option(min=0, help="Demonstrations in a few-shot pr
 Count = Annotated[
     int, typer.Option(min=1, help="Episodes per task in each of the train, dev and test sets.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same results.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seed; the same seed gives the same results."),
+]
 Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Prepend a BOS token; by default as the tokenizer does."),
@@ -107,39 +155,35 @@ def run(
 
     Example: taskvec run --model gpt2 --tasks upper_case,en_fr --shots 5 --out gpt2
     """
-    with _errors_as_messages():
-        from transformer_lens_taskvec.experiment import run_experiment
-        from transformer_lens_taskvec.loading import load_model
-        from transformer_lens_taskvec.tasks import find_tasks
+    from transformer_lens_taskvec.experiment import run_experiment
+    from transformer_lens_taskvec.loading import load_model
+    from transformer_lens_taskvec.tasks import find_tasks
 
-        chosen = find_tasks(_names(tasks))
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise OSError(f"the folder {out} cannot be written to; choose another --out")
-        typer.echo(f"loading {model} ...")
-        result = run_experiment(
-            load_model(model),
-            chosen,
-            n_shots=shots,
-            n=n,
-            seed=seed,
-            template=_template(bos),
-            progress=True,
-        )
-        frame = result.to_frame()
-        typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
-        typer.echo("\naccuracy with each control in place of the task's vector:")
-        controls = result.comparison.table().reset_index()
-        typer.echo(controls.to_string(index=False) + "\n")
-        best = result.decodability.best_layer()
-        typer.echo(
-            f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
-            f"(chance {result.decodability.chance:.2f})"
-        )
-        from transformer_lens_taskvec.plots import experiment_figures, save_figures
+    chosen = find_tasks(_names(tasks))
+    typer.echo(f"loading {model} ...")
+    result = run_experiment(
+        load_model(model),
+        chosen,
+        n_shots=shots,
+        n=n,
+        seed=seed,
+        template=_template(bos),
+        progress=True,
+    )
+    frame = result.to_frame()
+    typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
+    typer.echo("\naccuracy with each control in place of the task's vector:")
+    controls = result.comparison.table().reset_index()
+    typer.echo(controls.to_string(index=False) + "\n")
+    best = result.decodability.best_layer()
+    typer.echo(
+        f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
+        f"(chance {result.decodability.chance:.2f})"
+    )
+    from transformer_lens_taskvec.plots import experiment_figures, save_figures
 
-        for path in [*result.save(out), *save_figures(experiment_figures(result), out)]:
-            typer.echo(f"wrote {path}")
+    for path in [*result.save(out), *save_figures(experiment_figures(result), out)]:
+        typer.echo(f"wrote {path}")
 
 
 @app.command()
@@ -168,12 +212,16 @@ def study(
             autocompletion=lambda: [*STUDIES],
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and figures.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for results.json, report.md and figures.", callback=_folder),
+    ],
     model: Model = "smollm2",
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Sentences for 'pos' and 'prompting': a CoNLL-U file or a Penn Treebank folder."
+            help="Sentences for 'pos' and 'prompting': a CoNLL-U file or a Penn Treebank folder.",
+            exists=True,
         ),
     ] = None,
     checkpoints: Annotated[
@@ -190,19 +238,18 @@ def study(
 
     Example: taskvec study bitwise --model smollm2 --quick --out bitwise
     """
-    with _errors_as_messages():
-        options = {
-            "n": 20 if quick else 100,
-            "seed": seed,
-            "template": _template(bos),
-            "progress": True,
-        }
-        steps = _names(checkpoints)
-        samples = 240 if quick else samples
-        paths = _write_study(kind, model, out, data, steps, samples, **options)
-        typer.echo((out / "report.md").read_text())
-        for path in paths:
-            typer.echo(f"wrote {path}")
+    options = {
+        "n": 20 if quick else 100,
+        "seed": seed,
+        "template": _template(bos),
+        "progress": True,
+    }
+    steps = _names(checkpoints)
+    samples = 240 if quick else samples
+    paths = _write_study(kind, model, out, data, steps, samples, **options)
+    typer.echo((out / "report.md").read_text())
+    for path in paths:
+        typer.echo(f"wrote {path}")
 
 
 def _write_study(
@@ -218,7 +265,6 @@ def _write_study(
     from transformer_lens_taskvec.loading import load_checkpoint, load_hf_model, load_model
     from transformer_lens_taskvec.paper import LoraSettings, runner
 
-    out.mkdir(parents=True, exist_ok=True)
     sentences = None if data is None else runner.read_sentences(data)
     if kind in ("pos", "bitwise"):
         return runner.write_shot_study(load_model(model), kind, out, sentences=sentences, **options)
@@ -246,7 +292,10 @@ def _write_study(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run is resumed.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the run; an interrupted run is resumed.", callback=_folder),
+    ],
     preset: Annotated[
         str,
         typer.Option(
@@ -257,7 +306,9 @@ def train(
         int | None, typer.Option(min=1, help="Training steps; the preset's by default.")
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; CUDA if available.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="'cpu' or 'cuda'; CUDA if available.", callback=_device)
+    ] = None,
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
 ) -> None:
@@ -265,15 +316,14 @@ def train(
 
     Example: taskvec train --preset small --out runs/small
     """
-    with _errors_as_messages():
-        from transformer_lens_taskvec import lab
+    from transformer_lens_taskvec import lab
 
-        run = lab.train(
-            preset, out, seed=seed, steps=steps, device=device, autocast=autocast, compile=compiled
-        )
-        typer.echo(repr(run))
-        if preset != "toy":
-            typer.echo(f"measure and draw it with: taskvec emergence {out}")
+    run = lab.train(
+        preset, out, seed=seed, steps=steps, device=device, autocast=autocast, compile=compiled
+    )
+    typer.echo(repr(run))
+    if preset != "toy":
+        typer.echo(f"measure and draw it with: taskvec emergence {out}")
 
 
 @app.command()
@@ -282,9 +332,9 @@ def emergence(
         Path | None,
         typer.Argument(help="Folder of a run of 'taskvec train'; a built-in run by default."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for emergence.json and the figures.")] = Path(
-        "taskvec-emergence"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for emergence.json and the figures.", callback=_folder)
+    ] = Path("taskvec-emergence"),
     n: Annotated[int, typer.Option(min=11, help="Sequences per task.")] = 100,
     seed: Seed = 0,
 ) -> None:
@@ -292,16 +342,15 @@ def emergence(
 
     Example: taskvec emergence runs/small --out figures
     """
-    with _errors_as_messages():
-        from transformer_lens_taskvec import lab
-        from transformer_lens_taskvec.plots import save_figures
+    from transformer_lens_taskvec import lab
+    from transformer_lens_taskvec.plots import save_figures
 
-        loaded = lab.shipped_run() if run is None else lab.load_run(run)
-        found = lab.measure_emergence(loaded, n=n, seed=seed)
-        typer.echo(repr(found))
-        figures = lab.emergence_figures(loaded, found, n=n)
-        for path in [found.save(out), *save_figures(figures, out)]:
-            typer.echo(f"wrote {path}")
+    loaded = lab.shipped_run() if run is None else lab.load_run(run)
+    found = lab.measure_emergence(loaded, n=n, seed=seed)
+    typer.echo(repr(found))
+    figures = lab.emergence_figures(loaded, found, n=n)
+    for path in [found.save(out), *save_figures(figures, out)]:
+        typer.echo(f"wrote {path}")
 
 
 def _names(text: str) -> list[str]:
@@ -313,12 +362,3 @@ def _template(bos: bool | None) -> PromptTemplate:
     from transformer_lens_taskvec.prompts import EXAMPLE_ARROW
 
     return replace(EXAMPLE_ARROW, bos=bos)
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        typer.echo(f"taskvec: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
-        raise typer.Exit(2) from None

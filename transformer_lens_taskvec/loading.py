@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +157,34 @@ def _read(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _unknown_model(name: str, error: Exception) -> str:
-    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
     ours = (*_smollm.PACKAGED, "toy")
+    listed = ", ".join(map(repr, ours))
+    offline = _is_offline(error)
+    if offline and name in {*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())}:
+        return (
+            f"the model {name!r} is not in the cache, and there is no network, or HF_HUB_OFFLINE "
+            "is set. Load it once with a network, and without HF_HUB_OFFLINE; "
+            f"{listed} need neither."
+        )
     known = [other for other in (*ours, *OFFICIAL_MODEL_NAMES) if other != name]
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    unseen = " It is not in the cache, and without a network no other place can be asked for it."
     return (
         f"no model named {name!r} could be loaded ({type(error).__name__}){hint} "
-        f"Names are {', '.join(map(repr, ours))}, the path of a .gguf file, or those of "
-        "TransformerLens. For a gated model, accept its licence on its page and run "
-        "`hf auth login`. Without a network only models in the local cache can be loaded."
+        f"Names are {listed}, the path of a .gguf file, or those of TransformerLens. For a gated "
+        f"model, accept its licence on its page and run `hf auth login`.{unseen if offline else ''}"
     )
+
+
+def _is_offline(error: BaseException | None) -> bool:
+    """Return whether a file was looked for in the cache only, for want of a network."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from transformer_lens_taskvec.tasks.base import Example, Task
@@ -231,6 +231,7 @@ class Episode:
         demos: The demonstrations, in the order of the prompt.
         query: The query's input and output.
         template: How the episode becomes text.
+        seed: The seed it was sampled with, where it is known; episodes are equal whatever it is.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -246,6 +247,7 @@ class Episode:
     demos: tuple[Example, ...]
     query: Example
     template: PromptTemplate = EXAMPLE_ARROW
+    seed: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def prompt(self) -> str:
@@ -309,7 +311,7 @@ def sample_episodes(
 
     Raises:
         ValueError: If there is no task, two have the same name, a number is out of range, or a task
-            has too few inputs for ``n_shots`` demonstrations and a query.
+            has too few inputs for ``n_shots`` demonstrations and a query, or repeats inputs.
         TypeError: If one of the tasks is not a task.
 
     Example:
@@ -370,8 +372,9 @@ def sample_splits(
         for name, size in sizes.items():
             for index in range(size):
                 query = queries[name][index % len(queries[name])]
-                demos = [e for e in task.sample(n_shots + 1, rng) if e.x != query.x][:n_shots]
-                episodes[name].append(Episode(task.name, tuple(demos), query, template))
+                drawn = _distinct(task, n_shots + 1, rng)
+                demos = [e for e in drawn if e.x != query.x][:n_shots]
+                episodes[name].append(Episode(task.name, tuple(demos), query, template, seed))
     return episodes
 
 
@@ -426,13 +429,27 @@ def _check_task(task: Task, n_sets: int, n_shots: int) -> None:
         )
 
 
+def _distinct(task: Task, n: int, rng: random.Random) -> list[Example]:
+    """Return ``n`` examples of a task, or raise ``ValueError`` unless their inputs are distinct."""
+    examples = task.sample(n, rng)
+    found = len({example.x for example in examples})
+    if not len(examples) == found == n:
+        raise ValueError(
+            f"task {task.name!r} was asked for {n} examples with distinct inputs and gave "
+            f"{len(examples)} with {found} distinct inputs, so episodes would lack demonstrations "
+            "and sets would share queries. Let sample(n, rng) draw without replacement, and give "
+            "the number of inputs as __len__ if it is limited"
+        )
+    return examples
+
+
 def _share_out(
     task: Task, sizes: Mapping[str, int], rng: random.Random
 ) -> dict[str, list[Example]]:
     """Return each set's queries: as many as asked for, or its share of all the task's inputs."""
     available = n_inputs(task)
     wanted = sum(sizes.values())
-    pool = task.sample(wanted if available is None else min(wanted, available), rng)
+    pool = _distinct(task, wanted if available is None else min(wanted, available), rng)
     ends, asked = [0], 0
     for size in sizes.values():
         asked += size

@@ -30,8 +30,8 @@ def readout_name(method: str | Method) -> str:
 
 def _knn(k: int) -> Method:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
-        nearest, neighbours = distances(points).topk(k, dim=1, largest=False)
-        return vote(labels[neighbours], nearest, int(labels.max()) + 1) == labels
+        nearest, others = neighbours(points, k)
+        return vote(labels[others], nearest, int(labels.max()) + 1) == labels
 
     return hits
 
@@ -80,9 +80,9 @@ def _linear(_: int) -> Method:
 
 def _divergence(k: int) -> Method:
     def scores(points: Tensor, labels: Tensor) -> Tensor:
-        _, neighbours = distances(points).topk(k, dim=1, largest=False)
+        _, others = neighbours(points, k)
         n_classes = int(labels.max()) + 1
-        same = labels[neighbours] == rearrange(labels, "point -> point 1")
+        same = labels[others] == rearrange(labels, "point -> point 1")
         votes = reduce(same.long(), "point k -> point", "sum")
         # One more vote, shared by all classes, keeps the logarithm finite.
         share = (votes + 1 / n_classes) / (k + 1)
@@ -101,20 +101,37 @@ _METHODS: Mapping[str, Callable[[int], Method]] = {
 WITH_NEIGHBOURS = ("knn", "cosine", "divergence")
 
 
-def distances(points: Float[Tensor, "point d"]) -> Float[Tensor, "point point"]:
-    """Return Euclidean distances, with every point infinitely far from itself.
+_DISTANCES_AT_ONCE = 2**22
+"""Distances held at one time, 32 MB of them."""
 
-    Points at the same distance, such as equal points, would be ordered by their place in the list,
-    that is by task; random noise of a ten-millionth of the spread orders them instead.
+
+def neighbours(
+    points: Float[Tensor, "point d"], k: int
+) -> tuple[Float[Tensor, "point k"], Int[Tensor, "point k"]]:
+    """Return each point's k nearest other points, the nearest first: distances and indices.
+
+    Distances are Euclidean and computed for some points at a time, on the points' device. Points at
+    the same distance, such as equal points, would be ordered by their place in the list, that is by
+    task; random noise of a ten-millionth of the spread orders them instead, the same on any device.
     """
     # The mean is subtracted first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
     centred = (points - reduce(points, "point d -> d", "mean")).double()
     squares = reduce(centred.square(), "point d -> point", "sum")
-    products = einsum(centred, centred, "row d, column d -> row column")
-    squared = rearrange(squares, "row -> row 1") + squares - 2 * products
-    chance = torch.rand(squared.shape, generator=torch.Generator().manual_seed(0)).double()
-    apart = squared.clamp(min=0).sqrt() + chance * (1e-7 * squares.mean().sqrt() + 1e-30)
-    return apart.fill_diagonal_(float("inf"))
+    noise, generator = 1e-7 * squares.mean().sqrt() + 1e-30, torch.Generator().manual_seed(0)
+    at_once = min(len(points), max(1, _DISTANCES_AT_ONCE // len(points)))
+    # Tensors that are made anew for each part would fragment the memory.
+    chance = torch.empty(at_once, len(points))
+    products, apart = (centred.new_empty(chance.shape) for _ in range(2))
+    found = []
+    for start, rows in zip(range(0, len(points), at_once), centred.split(at_once), strict=True):
+        chance, products, apart = (buffer[: len(rows)] for buffer in (chance, products, apart))
+        torch.mm(rows, centred.T, out=products)
+        torch.add(rearrange(squares[start : start + at_once], "row -> row 1"), squares, out=apart)
+        apart.sub_(products, alpha=2).clamp_(min=0).sqrt_()
+        products.copy_(torch.rand(chance.shape, generator=generator, out=chance))
+        apart.add_(products.mul_(noise)).diagonal(start).fill_(torch.inf)  # not its own neighbour
+        found.append(apart.topk(k, dim=1, largest=False))
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 
 
 def vote(

@@ -8,6 +8,7 @@ TD is meaningful only over tasks whose inputs look alike.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -21,18 +22,18 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval, cross_fitted_best
-from transformer_lens_taskvec.activations import Activations, layer_index
+from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
 from transformer_lens_taskvec.analysis.classifiers import (
     WITH_NEIGHBOURS,
     Method,
-    distances,
+    neighbours,
     readout,
     readout_name,
     vote,
 )
 
-_AT_ONCE = 50
-"""Permutations classified in one go."""
+_VOTES_AT_ONCE = 500_000
+"""Votes of permuted labels that are counted in one go."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,7 +121,7 @@ class Decodability(Shown):
             ValueError: If the layer was not collected, or a pair has k points or fewer.
         """
         points = _flat(self.activations.at(layer))
-        labels = self.activations.labels
+        labels = self.activations.labels.to(points.device)
         method = readout(self.method, self.k)
         matrix = torch.full((len(self.tasks), len(self.tasks)), float("nan"))
         for first, second in combinations(range(len(self.tasks)), 2):
@@ -146,16 +147,15 @@ class Decodability(Shown):
             The null distribution, with p-values.
         """
         generator = torch.Generator().manual_seed(seed)
-        labels, n_classes = self.activations.labels, len(self.tasks)
-        orders = [torch.randperm(len(labels), generator=generator) for _ in range(n_permutations)]
-        permuted = labels[torch.stack(orders)]
-        own = [permuted == task for task in range(n_classes)]
+        small = torch.int8 if len(self.tasks) < 128 else torch.int64
+        labels = self.activations.labels.to(small)
+        orders = (torch.randperm(len(labels), generator=generator) for _ in range(n_permutations))
+        permuted = torch.stack([labels[order] for order in orders])
         means = []
         for index in range(len(self.layers)):
             points = _flat(self.activations.values[:, index])
-            hits = torch.cat([*self._of_permuted(points, permuted)])
-            shares = [(hits * one).sum(dim=1) / one.sum(dim=1) for one in own]
-            means.append(torch.stack(shares).mean(dim=0))
+            shares = torch.cat([*self._of_permuted(points, permuted.to(points.device))], dim=1)
+            means.append(shares.mean(dim=0).to(self.hits.device))
         return DecodabilityNull(self.mean, torch.stack(means, dim=1), self.layers)
 
     def interval(
@@ -192,15 +192,18 @@ class Decodability(Shown):
 
     def _of_permuted(
         self, points: Float[Tensor, "point d"], permuted: Int[Tensor, "permutation point"]
-    ) -> Iterator[Float[Tensor, "some point"]]:
-        """Yield the hits under permuted labels, some permutations at a time."""
-        if self.method != "knn":
-            method = readout(self.method, self.k)
-            yield torch.stack([method(points, labels).float() for labels in permuted])
-            return
-        nearest, neighbours = distances(points).topk(self.k, dim=1, largest=False)
-        for some in permuted.to(torch.int8).split(_AT_ONCE):
-            yield (vote(some[:, neighbours], nearest, len(self.tasks)) == some).float()
+    ) -> Iterator[Float[Tensor, "task some"]]:
+        """Yield the tasks' TD under permuted labels, some permutations at a time."""
+        knn, method = self.method == "knn", readout(self.method, self.k)
+        if knn:
+            nearest, others = neighbours(points, self.k)
+        for some in permuted.split(max(1, _VOTES_AT_ONCE // (len(points) * self.k))):
+            if knn:
+                hits = (vote(some[:, others], nearest, len(self.tasks)) == some).float()
+            else:
+                hits = torch.stack([method(points, labels.long()).float() for labels in some])
+            shares = [(hits * (some == task)).sum(dim=1) / n for task, n in enumerate(self.n)]
+            yield torch.stack(shares)
 
     def __repr__(self) -> str:
         best = self.best_layer()
@@ -294,14 +297,16 @@ def task_decodability(
       number to lie between 0 and 1; a lower bound, estimated from the neighbours' labels.
     - Your own function: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for correct.
 
+    A task with too few points to win a majority of the k votes is warned about.
+
     Args:
         activations: ``[example, layer, d_model]`` of at least two tasks, about 100 per task.
         k: The number of neighbours.
         method: How to classify the points.
 
     Raises:
-        ValueError: If there is only one task, the method is unknown, or ``k`` is not between 1 and
-            the number of points minus one.
+        ValueError: If there is only one task, the method is unknown, an activation is NaN or
+            infinite, or ``k`` is not between 1 and the number of points minus one.
         ImportError: If ``"linear"`` is asked for and scikit-learn is not installed.
 
     Example:
@@ -320,10 +325,13 @@ def task_decodability(
             f"decodability takes two tasks or more to tell apart; got {list(activations.tasks)}"
         )
     _check_k(k, len(labels))
+    check_finite(activations)
     of_points = readout(method, k)
-    n_layers = len(activations.layers)
-    hits = [of_points(_flat(activations.values[:, index]), labels) for index in range(n_layers)]
-    return Decodability(torch.stack(hits).float(), activations, k, method)
+    if method in WITH_NEIGHBOURS:
+        _warn_of_small_tasks(activations, k)
+    n_layers, there = len(activations.layers), labels.to(activations.values.device)
+    hits = [of_points(_flat(activations.values[:, index]), there) for index in range(n_layers)]
+    return Decodability(torch.stack(hits).to(labels.device).float(), activations, k, method)
 
 
 def decodability_sensitivity(
@@ -406,5 +414,20 @@ def _check_k(k: int, n_points: int) -> None:
         )
 
 
+def _warn_of_small_tasks(activations: Activations, k: int) -> None:
+    """Warn of tasks whose points cannot have a majority of their own task among k neighbours."""
+    majority = k // 2 + 1
+    sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
+    small = {task: n for task, n in zip(activations.tasks, sizes, strict=True) if n <= majority}
+    if small:
+        sizes_of_small = ", ".join(f"{task!r} has {n} point(s)" for task, n in small.items())
+        warnings.warn(
+            f"{sizes_of_small}, and a majority of k={k} neighbours takes {majority} others of the "
+            "same task, so its decodability is too low. Use a smaller k, or at least "
+            f"{majority + 1} points per task.",
+            stacklevel=3,
+        )
+
+
 def _flat(points: Tensor) -> Float[Tensor, "point d"]:
-    return rearrange(points, "point ... -> point (...)").float()
+    return rearrange(points.detach(), "point ... -> point (...)").float()

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.atomic_io import write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import collect
-from transformer_lens_taskvec.analysis.classifiers import distances
+from transformer_lens_taskvec.analysis.classifiers import neighbours
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, matrix_of_edits
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
@@ -364,7 +364,7 @@ def posterior_agreement(
     activations = collect(run.model(step), episodes, position=position)
     if layer is None:
         layer = task_decodability(activations, k=k).best_layer()
-    nearest = distances(activations.at(layer)).topk(k, largest=False).indices
+    _, nearest = neighbours(activations.at(layer), k)
     of_truth = labels[nearest] == labels[:, None]
     posterior = exact[torch.arange(len(labels)), labels]
     return PosteriorAgreement(posterior, of_truth.float().mean(1), n_shots, layer, k)

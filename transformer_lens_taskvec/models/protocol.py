@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,39 @@ class HookedModel(Protocol):
 def model_name(model: Any) -> str:
     """Return the name under which the model was loaded."""
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def fingerprint(model: Any) -> str | None:
+    """Return a hash of a few hundred entries of each parameter, or None without parameters.
+
+    It takes milliseconds, and is the same in every process, on every device, and at every precision
+    that holds the weights exactly. Another checkpoint, finetuning, processed weights and rounding
+    to a lower precision change it; an edit of single neurons may not.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> fingerprint(model) == fingerprint(tv.load_model("toy"))
+        True
+        >>> _ = model.original_model.lm_head.weight.data.mul_(1.001)
+        >>> fingerprint(model) == fingerprint(tv.load_model("toy"))
+        False
+    """
+    hashes = []
+    for parameter in getattr(model, "parameters", tuple)():
+        per_axis = round(256 ** (1 / max(1, parameter.ndim)))
+        grid = tuple(slice(None, None, max(1, size // per_axis)) for size in parameter.shape)
+        entries = parameter.detach()[grid].to("cpu", torch.float32).contiguous()
+        hashes.append(hashlib.sha256(entries.numpy().tobytes()).digest())
+    # Sorted, since versions of TransformerLens may list the same parameters in another order.
+    return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()[:16] if hashes else None
+
+
+def revision(model: Any) -> str | None:
+    """Return the commit on the model hub that the weights come from, where it is known."""
+    config = getattr(getattr(model, "original_model", model), "config", model.cfg)
+    commit = getattr(config, "_commit_hash", None)
+    return None if commit is None else str(commit)
 
 
 def device_of(model: Any) -> torch.device:

@@ -12,7 +12,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_taskvec.activations import Activations
+from transformer_lens_taskvec.activations import Activations, check_finite
 from transformer_lens_taskvec.plots.style import legend_beside, new_axes, styled, task_style
 from transformer_lens_taskvec.prompts import AnyEpisode
 
@@ -157,6 +157,7 @@ def _mapped(
     """Return the points of the map and the names of its axes."""
     if method not in (None, "umap", "pca"):
         raise ValueError(f"method is {method!r}; it must be 'umap', 'pca' or None")
+    check_finite(activations)
     at = rearrange(activations.at(layer), "point ... -> point (...)")
     if method == "umap" or (method is None and find_spec("umap") is not None):
         return _umap(at, seed), ("first UMAP dimension", "second")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,12 +29,16 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Source, layer_index
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.interventions.modes import MODES, InSubspace, Mode
-from transformer_lens_taskvec.models.protocol import model_name
+from transformer_lens_taskvec.models.protocol import fingerprint, model_name, revision
 from transformer_lens_taskvec.models.tokens import bos_of
 from transformer_lens_taskvec.prompts import AnyEpisode
 
-_FORMAT = "taskvec-2"
-_SOURCE = {"model": str, "hook": str, "position": int, "template": str, "bos": bool, "mode": str}
+_FORMAT = "taskvec-3"
+_SOURCE: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "hook", "template", "mode"), (str,)),
+    **{"position": (int,), "bos": (bool,), "seed": (int, type(None))},
+    **{name: (str, type(None)) for name in ("weights", "revision")},
+}
 
 
 @runtime_checkable
@@ -92,6 +98,10 @@ class Injectable(Protocol):
 def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode] = ()) -> None:
     """Raise ``ValueError`` unless vectors come from this model and from prompts like these.
 
+    Other weights under the same name, such as another checkpoint's, a finetuned copy's or the same
+    ones at a lower precision, are warned about: whether vectors transfer to them may be the very
+    question.
+
     Args:
         vectors: What will be injected.
         model: The model it will be injected in.
@@ -102,7 +112,18 @@ def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode
     if model_name(model) != source.model:
         raise ValueError(
             f"these vectors come from {source.model!r}, the model is {model_name(model)!r}; "
-            "extract vectors from this model"
+            "extract vectors from this model. If their transfer is what you measure, rename their "
+            "source: replace(vectors, source=replace(vectors.source, model=...))"
+        )
+    weights = fingerprint(model)
+    if None not in (source.weights, weights) and weights != source.weights:
+        here = _weights(weights, revision(model))
+        there = _weights(source.weights, source.revision)
+        warnings.warn(
+            f"these vectors come from other weights of {source.model!r} ({there}) than the model's "
+            f"({here}): another checkpoint, a finetuned copy or another precision. Extract vectors "
+            "from this model, unless their transfer is what you measure.",
+            stacklevel=3,
         )
     if episodes and bos_of(model, episodes) is not source.bos:
         there, here = ("with", "without") if source.bos else ("without", "with")
@@ -110,6 +131,10 @@ def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode
             f"these vectors come from prompts {there} a BOS, and the episodes' prompts are {here} "
             "one. Use one template for both"
         )
+
+
+def _weights(weights: str | None, commit: str | None) -> str:
+    return f"fingerprint {weights}" + (f", revision {commit}" if commit else "")
 
 
 def check_tasks(vectors: Injectable, episodes: Sequence[AnyEpisode]) -> None:
@@ -226,12 +251,16 @@ class TaskVectors(Shown):
         return grid_frame(axes, {"norm": vectors.norm(dim=-1), "cosine": cosine})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vectors to a safetensors file; an interrupted write leaves no partial file."""
+        """Write the vectors to a safetensors file; an interrupted write leaves no partial file.
+
+        The metadata holds the source and the version of this library.
+        """
         metadata = {
             "format": _FORMAT,
             "tasks": json.dumps(self.tasks),
             "layers": json.dumps(self.layers),
             "source": json.dumps(asdict(self.source)),
+            "version": version("transformer-lens-taskvec"),
         }
         with replacing(Path(path)) as temporary:
             # A function vector is the same at every layer, so it is stored once.
@@ -263,16 +292,21 @@ class TaskVectors(Shown):
     @classmethod
     def _from_file(cls, values: Tensor, metadata: dict[str, str]) -> TaskVectors:
         if metadata.get("format") != _FORMAT:
-            raise TypeError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            raise TypeError(
+                f"its format is {metadata.get('format')!r}, not {_FORMAT!r}, which has the "
+                "fingerprint of the model's weights"
+            )
         tasks = tuple(str(task) for task in json.loads(metadata["tasks"]))
         layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
         fields = json.loads(metadata["source"])
         fields["heads"] = tuple((int(layer), int(head)) for layer, head in fields["heads"])
+        for name in ("n", "n_shots"):
+            fields[name] = tuple(int(number) for number in fields[name])
         source = Source(**fields)
-        for name, kind in _SOURCE.items():
+        for name, kinds in _SOURCE.items():
             value = getattr(source, name)
-            if type(value) is not kind:
-                raise TypeError(f"{name} in its source is {value!r}, not of type {kind.__name__}")
+            if type(value) not in kinds:
+                raise TypeError(f"{name} in its source is {value!r}, not of {kinds[0]}")
         if source.mode not in MODES:
             raise TypeError(f"its mode is {source.mode!r}, not one of {', '.join(MODES)}")
         if not values.is_floating_point():

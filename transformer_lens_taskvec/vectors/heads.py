@@ -23,10 +23,9 @@ from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import bootstrap_interval
-from transformer_lens_taskvec.activations import Source, collect
+from transformer_lens_taskvec.activations import check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
-from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
 from transformer_lens_taskvec.scoring import LOSS_LABELS, Scores, evaluate_many, mean_by_task, stack
 from transformer_lens_taskvec.vectors.base import TaskVectors
@@ -189,6 +188,7 @@ def head_effects(
     if ablation is None:
         measured = shuffle_labels(measured, seed)
     found = collect(model, clean, hook="z", progress=progress)
+    check_finite(found)
     means = torch.stack(
         [found.values[found.labels == index].mean(dim=0) for index in range(len(found.tasks))]
     )
@@ -254,8 +254,8 @@ def function_vectors(
         episodes: Clean few-shot episodes; with several tasks the heads are those that serve tasks
             in general.
         n_heads: How many heads to sum, chosen by their mean effect over tasks.
-        effects: From :func:`head_effects` without ablation, to save measuring them again; then only
-            the template of ``episodes`` is read.
+        effects: From :func:`head_effects` without ablation, to save measuring them again; then
+            ``episodes`` are only recorded in the source.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
@@ -295,9 +295,9 @@ def function_vectors(
         total += einsum(mean, weights, "task d_head, d_head d_model -> task d_model")
     n_layers = int(model.cfg.n_layers)
     everywhere = repeat(total, "task d_model -> task layer d_model", layer=n_layers)
-    template = " | ".join(sorted({episode.template.example for episode in episodes}))
-    source = Source(
-        model_name(model), "resid_post", -1, template, effects.baseline.bos, "add", heads
+    bos = effects.baseline.bos
+    source = source_of(
+        model, episodes, hook="resid_post", position=-1, bos=bos, mode="add", heads=heads
     )
     return TaskVectors(everywhere, effects.tasks, tuple(range(n_layers)), source)
 

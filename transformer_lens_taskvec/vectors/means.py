@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transformer_lens_taskvec.activations import Activations
+from transformer_lens_taskvec.activations import Activations, check_finite
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 
@@ -30,8 +30,7 @@ def task_vectors(activations: Activations) -> TaskVectors:
         >>> bool((vectors["AND"] - mean).abs().max() < 1e-5)
         True
     """
-    if not bool(torch.isfinite(activations.values).all()):
-        raise ValueError("activations contains NaN or infinite values; check the model's dtype")
+    check_finite(activations)
     means = [
         activations.values[activations.labels == index].double().mean(dim=0)
         for index in range(len(activations.tasks))
