@@ -40,7 +40,8 @@ def test_the_best_layer_has_the_highest_accuracy_and_then_the_lowest_loss() -> N
     labels = torch.tensor([0, 0])
     correct = torch.tensor([[[1, 0], [1, 1], [1, 1]]], dtype=torch.bool)
     loss = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [2.0, 2.0]]])
-    baseline = tv.Scores({"correct": correct[0, 0], "loss": loss[0, 0]}, labels, ("t",))
+    metrics = {"correct": correct[0, 0], "loss": loss[0, 0]}
+    baseline = tv.Scores(metrics, labels, ("t",), torch.arange(2))
     sweep = tv.LayerSweep({"correct": correct, "loss": loss}, baseline, (4, 5, 9), (1.0,))
     assert sweep.best_layer("t") == sweep.best_layer() == 9
     assert sweep.at(9).tolist() == [1.0]

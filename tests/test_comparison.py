@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from statsmodels.stats.contingency_tables import mcnemar
@@ -11,7 +13,8 @@ import transformer_lens_taskvec as tv
 def scores(correct: torch.Tensor, n_tasks: int = 2) -> tv.Scores:
     labels = torch.arange(len(correct)) % n_tasks
     names = tuple("abcdefg"[:n_tasks])
-    return tv.Scores({"correct": correct, "loss": torch.zeros(len(correct))}, labels, names)
+    metrics = {"correct": correct, "loss": torch.zeros(len(correct))}
+    return tv.Scores(metrics, labels, names, torch.arange(len(correct)))
 
 
 def drawn(share: float, seed: int) -> torch.Tensor:
@@ -56,3 +59,17 @@ def test_only_the_same_episodes_are_compared() -> None:
         tv.compare(scores(drawn(0.5, 0)), scores(drawn(0.5, 0), n_tasks=3))
     with pytest.raises(ValueError, match="nothing to compare"):
         tv.compare(scores(drawn(0.5, 0)), {})
+    ours = scores(drawn(0.5, 0))
+    with pytest.raises(ValueError, match="other episodes"):
+        tv.compare(ours, replace(ours, queries=ours.queries + 1))
+    with pytest.raises(ValueError, match="other episodes"):
+        tv.compare(ours, ours.select(torch.arange(120).flip(0)))
+    with pytest.raises(ValueError, match="have stop='separator', and those .* stop=None"):
+        tv.compare(ours, replace(ours, stop="separator"))
+
+
+def test_few_shot_and_zero_shot_scores_of_one_query_are_compared() -> None:
+    toy = tv.load_model("toy", device="cpu")
+    episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 8, 4, seed=0)
+    few, none = tv.evaluate(toy, episodes), tv.evaluate(toy, tv.zero_shot(episodes))
+    assert (tv.compare(few, none).to_frame().difference > 0).any()

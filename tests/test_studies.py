@@ -39,7 +39,7 @@ def scores(accuracy: list[float], tasks: tuple[str, ...]) -> tv.Scores:
     correct = torch.tensor([[i < 20 * share for i in range(20)] for share in accuracy])
     labels = torch.arange(len(accuracy)).repeat_interleave(20)
     metrics = {"correct": correct.flatten(), "loss": torch.zeros(correct.numel())}
-    return tv.Scores(metrics, labels, tasks)
+    return tv.Scores(metrics, labels, tasks, torch.arange(len(labels)))
 
 
 @pytest.mark.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
@@ -32,26 +32,48 @@ def bootstrap_interval(
     return rearrange(ends, "end ... -> ... end")
 
 
+def means_by_query(
+    values: Shaped[Tensor, "*row example"], queries: Int[Tensor, " example"]
+) -> Float[Tensor, "*row query"]:
+    """Return the mean of each distinct query, in float64, in order of first appearance.
+
+    Every average, interval and test of the library goes through this: episodes of one query are
+    not independent of each other.
+
+    Args:
+        values: One value per episode.
+        queries: The episodes' queries, as integers.
+
+    Example:
+        >>> means_by_query(torch.tensor([1, 0, 0, 1]), torch.tensor([7, 7, 3, 7])).round(decimals=2)
+        tensor([0.6700, 0.0000], dtype=torch.float64)
+    """
+    places: dict[int, int] = {}
+    at = torch.tensor(
+        [places.setdefault(one, len(places)) for one in queries.tolist()], dtype=torch.long
+    )
+    totals = torch.zeros(*values.shape[:-1], len(places), dtype=torch.float64)
+    return totals.index_add(-1, at, values.double().cpu()) / at.bincount()
+
+
 def wilson_interval(
     share: Float[Tensor, "*cell"], n: Tensor | int, confidence: float = 0.95
 ) -> tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]:
-    """Return the ends of Wilson's interval of shares (Wilson 1927), by scipy.
+    """Return the ends of Wilson's score interval of shares (Wilson 1927).
+
+    A share may be a mean of fractions between 0 and 1, as where a query has several episodes. Their
+    variance is at most that of as many zeros and ones, so that the interval is then too wide
+    rather than too narrow.
 
     Args:
         share: Shares of successes.
         n: The numbers of trials, or one number for all.
         confidence: The coverage.
     """
-    from scipy.stats import binomtest  # half a second to import
-
-    counts = torch.as_tensor(n).expand(share.shape)
-    successes = (share.double() * counts).round().long()
-    found = [
-        binomtest(s, m).proportion_ci(confidence_level=confidence, method="wilson")
-        for s, m in zip(successes.flatten().tolist(), counts.flatten().tolist(), strict=True)
-    ]
-    low, high = torch.tensor([[one.low, one.high] for one in found], dtype=torch.float64).T
-    return low.view(share.shape), high.view(share.shape)
+    p, square = share.double(), _quantile(confidence) ** 2
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = (square * (p * (1 - p) / n + square / (4 * n**2))).sqrt() / (1 + square / n)
+    return (centre - half).clamp(min=0), (centre + half).clamp(max=1)
 
 
 def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
@@ -98,3 +120,10 @@ def cross_fitted_best(
     ).mean(dim=1)  # [half, layer]
     best = by_half.argmax(dim=1)
     return (by_half[1, best[0]] + by_half[0, best[1]]) / 2
+
+
+def _quantile(confidence: float) -> Float[Tensor, ""]:
+    """Return the standard normal quantile of a two-sided interval."""
+    upper = torch.tensor((1 + confidence) / 2, dtype=torch.float64)
+    found: Tensor = torch.special.ndtri(upper)
+    return found

@@ -1,7 +1,8 @@
-"""Text files line by line, with errors that name the file and the line."""
+"""Text files line by line, with errors that name the file and the line; hashes of text."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,3 +40,17 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def line_error(path: Path, number: int, problem: str) -> ValueError:
     """Return the error for a malformed line."""
     return ValueError(f"{path}, line {number}: the line {problem}")
+
+
+def stable_hash(*parts: str | bytes) -> int:
+    """Return a signed 64-bit hash of the parts, the same in every process.
+
+    Example:
+        >>> stable_hash("ab", "c") == stable_hash("a", "bc")
+        False
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        some = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
+        digest.update(len(some).to_bytes(8, "big") + some)
+    return int.from_bytes(digest.digest(), "big", signed=True)

@@ -107,9 +107,16 @@ def compare(
         raise ValueError("nothing to compare with; give at least one other Scores")
     rows = []
     for name, other in others.items():
-        if other.tasks != scores.tasks or not torch.equal(other.labels, scores.labels):
+        same = other.tasks == scores.tasks and torch.equal(other.labels, scores.labels)
+        if not (same and torch.equal(other.queries, scores.queries)):
             raise ValueError(
-                f"the scores of {name!r} are of other episodes; evaluate the same ones"
+                f"the scores of {name!r} are of other episodes; evaluate the same ones, in the "
+                "same order"
+            )
+        if other.stop != scores.stop:
+            raise ValueError(
+                f"the scores of {name!r} have stop={other.stop!r}, and those they are compared "
+                f"with stop={scores.stop!r}; evaluate both with the same"
             )
         for task in scores.tasks:
             own, their = scores.of(task), other.of(task)
