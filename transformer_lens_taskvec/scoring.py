@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered, Metric, measures_of
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import means_by_query, wilson_interval
+from transformer_lens_taskvec._utils.text import spelled_size
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import (
@@ -113,14 +114,7 @@ class Scores(Shown):
         With several tasks they are those of each task, from the smallest to the largest.
         """
         by_task = [self.of(task) for task in self.tasks]
-        queries = sorted({own.n_distinct for own in by_task})
-        episodes = sorted({len(own) for own in by_task})
-        repeated = any(own.n_distinct < len(own) for own in by_task)
-        return (
-            f"n = {_range(queries)} queries"
-            + (f" ({_range(episodes)} episodes)" if repeated else "")
-            + (" per task" if len(by_task) > 1 else "")
-        )
+        return spelled_size([own.n_distinct for own in by_task], [len(own) for own in by_task])
 
     @property
     def extra(self) -> tuple[str, ...]:
@@ -477,7 +471,3 @@ def _alike(
         key = (*prompts[row],), episodes[row].answer, episodes[row].template
         alike.setdefault(key, []).append(row)
     return list(alike.values())
-
-
-def _range(sizes: Sequence[int]) -> str:
-    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

@@ -22,13 +22,20 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import bootstrap_interval
+from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.activations import Source, collect
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
-from transformer_lens_taskvec.scoring import LOSS_LABELS, Scores, evaluate_many, mean_by_task, stack
+from transformer_lens_taskvec.scoring import (
+    LOSS_LABELS,
+    Scores,
+    evaluate_many,
+    mean_by_task,
+    queries_by_task,
+    stack,
+)
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 
@@ -41,7 +48,8 @@ class HeadEffects(Shown):
             ``log_probability`` (nats) and the metrics asked for; where answers are numbers,
             ``loss`` in place of the two probabilities.
         interval: ``[task, layer, head, 2]``, the 95 % interval of the change in log-probability, or
-            in loss where answers are numbers, by a bootstrap over episodes.
+            in loss where answers are numbers: Student's over distinct queries, with a correction
+            for skewness; NaN of a single query.
         baseline: Scores of the same prompts with no head changed.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: ``"zero"`` or ``"mean"``; None if means were patched into shuffled prompts.
@@ -112,8 +120,15 @@ class HeadEffects(Shown):
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per task, layer and head: the effects, ``low`` and ``high``."""
-        columns = {**self.by_task, "low": self.interval[..., 0], "high": self.interval[..., 1]}
+        """Return one row per task, layer and head: the effects, ``low, high, n, n_distinct``."""
+        own = [self.baseline.of(task) for task in self.tasks]
+        columns = {
+            **self.by_task,
+            "low": self.interval[..., 0],
+            "high": self.interval[..., 1],
+            "n": torch.tensor([[[len(one)]] for one in own]),
+            "n_distinct": torch.tensor([[[one.n_distinct]] for one in own]),
+        }
         layers, heads = self.means.shape[1:3]
         return grid_frame(
             {"task": self.tasks, "layer": range(layers), "head": range(heads)}, columns
@@ -220,8 +235,7 @@ def head_effects(
     change = {name: after[name] - before[name] for name in after}
     axes = "(layer head) task ... -> task layer head ..."
     loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
-    own = [baseline.labels == index for index in range(len(baseline.tasks))]
-    intervals = torch.stack([bootstrap_interval(loss[:, rows]) for rows in own], dim=1)
+    intervals = torch.stack([mean_interval(own) for own in queries_by_task(loss, baseline)], dim=1)
     return HeadEffects(
         {
             name: rearrange(mean_by_task(values, baseline).float(), axes, head=n_heads)
