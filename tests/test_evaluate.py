@@ -337,10 +337,14 @@ def test_a_hook_of_the_callers_own_sees_every_episode(model: Any) -> None:
 
 
 @pytest.mark.model
-def test_the_same_prompt_with_another_end_of_the_answer_is_another_prompt(model: Any) -> None:
-    pair = [
-        tv.Episode("t", (), tv.Example("a", "b"), tv.PromptTemplate("{x}->{y}", separator=end))
-        for end in ("\n", ";")
+def test_the_same_prompt_with_another_answer_or_end_is_run_again(model: Any) -> None:
+    asked = [
+        tv.Episode("t", (), tv.Example("a", y), tv.PromptTemplate("{x}->{y}", separator=end))
+        for y, end in (("b", "\n"), ("b", ";"), ("c", "\n"))
     ]
-    assert pair[0].prompt == pair[1].prompt
-    assert len(tv.evaluate(model, pair, stop="separator").loss.unique()) == 2
+    assert len({episode.prompt for episode in asked}) == 1
+    scores = tv.evaluate(model, asked, stop="separator")
+    for episode, loss in zip(asked, scores.loss.tolist(), strict=True):
+        alone = tv.evaluate(model, [episode], stop="separator")
+        assert loss == pytest.approx(alone.mean_loss, abs=1e-4)
+    assert len(scores.loss.unique()) == 3 and scores.n_distinct == 2

@@ -181,6 +181,18 @@ def test_every_task_that_is_measured_has_clean_episodes(
             tv.head_effects(model, first, on=few_shot, ablation=ablation)
 
 
+def test_no_query_is_both_in_the_means_and_in_the_measurement(model: Any) -> None:
+    pairs = {letter: letter.upper() for letter in "abcd"}
+    with pytest.warns(UserWarning, match="distinct inputs"):
+        episodes = tv.sample_episodes([tv.mapping_task("upper", pairs)], n=10, n_shots=2, seed=0)
+    effects = tv.head_effects(model, episodes)
+    measured = set(effects.baseline.queries.tolist())
+    early = [episode for episode in episodes if episode.query_id not in measured]
+    assert effects.baseline.n_distinct == 2 and len(effects.baseline) + len(early) == 10
+    means = tv.collect(model, early, hook="z").values.mean(dim=0)
+    torch.testing.assert_close(effects.means[0], means, atol=1e-5, rtol=1e-4)
+
+
 def test_shuffled_labels_are_the_same_labels_in_other_places(few_shot: list[tv.Episode]) -> None:
     for before, after in zip(few_shot, shuffle_labels(few_shot, seed=0), strict=True):
         assert [d.x for d in after.demos] == [d.x for d in before.demos]
@@ -193,7 +205,7 @@ def test_shuffled_labels_are_the_same_labels_in_other_places(few_shot: list[tv.E
     ("change", "message"),
     [
         ({"ablation": "noise"}, "ablation is 'noise'"),
-        ({"episodes": 1}, "has one episode"),
+        ({"episodes": 1}, "has one distinct query"),
         ({"shots": 1}, "has 1 demonstration"),
     ],
 )

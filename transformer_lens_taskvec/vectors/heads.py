@@ -167,9 +167,9 @@ def head_effects(
     Args:
         model: A model with attention heads (``attn.hook_z``).
         episodes: Clean few-shot episodes that the means are taken from.
-        on: Clean episodes of the same tasks to measure on; by default the second half of each
-            task's ``episodes``, with the means taken from the first half, so that no answer
-            leaks into its own measurement.
+        on: Clean episodes of the same tasks to measure on; by default those of the second half of
+            each task's queries, with the means taken from the first half, so that no answer leaks
+            into its own measurement.
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
             None changes it at every token. Means always come from the last prompt token.
@@ -184,8 +184,8 @@ def head_effects(
         ablation harms has a negative effect on probability.
 
     Raises:
-        ValueError: If ``ablation`` is unknown, a task has only one episode and there is no ``on``,
-            an episode has too few demonstrations to shuffle (without ablation), a task of ``on``
+        ValueError: If ``ablation`` is unknown, a task has only one query and there is no ``on``, an
+            episode has too few demonstrations to shuffle (without ablation), a task of ``on``
             has no clean episodes, or as for :func:`collect` and :func:`evaluate`.
 
     Example:
@@ -326,16 +326,17 @@ def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant ex
 
 
 def _halves(episodes: Sequence[AnyEpisode]) -> tuple[list[AnyEpisode], list[AnyEpisode]]:
-    """Return the first and the second half of each task's episodes."""
-    by_task: dict[str, list[AnyEpisode]] = {}
+    """Return the episodes of the first and of the second half of each task's distinct queries."""
+    by_task: dict[str, dict[int, list[AnyEpisode]]] = {}
     for episode in episodes:
-        by_task.setdefault(episode.task, []).append(episode)
-    for task, own in by_task.items():
-        if len(own) < 2:
+        by_task.setdefault(episode.task, {}).setdefault(episode.query_id, []).append(episode)
+    halves: tuple[list[AnyEpisode], list[AnyEpisode]] = [], []
+    for task, queries in by_task.items():
+        if len(queries) < 2:
             raise ValueError(
-                f"task {task!r} has one episode; give two or more, for the means and for the "
-                "measurement, or give on=..."
+                f"task {task!r} has one distinct query; give two or more, for the means and for "
+                "the measurement, or give on=..."
             )
-    first = [episode for own in by_task.values() for episode in own[: (len(own) + 1) // 2]]
-    second = [episode for own in by_task.values() for episode in own[(len(own) + 1) // 2 :]]
-    return first, second
+        for place, some in enumerate(queries.values()):
+            halves[place >= (len(queries) + 1) // 2].extend(some)
+    return halves
