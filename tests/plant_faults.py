@@ -36,6 +36,7 @@ ENGINE = "tests/test_engine_properties.py tests/test_evaluate.py"
 EDITS = "tests/test_interventions.py tests/test_properties.py"
 TD = "tests/test_decodability.py"
 STATISTICS = "tests/test_statistics.py tests/test_comparison.py"
+QUERIES = "tests/test_evaluate.py"
 FAULTS = [
     Fault(
         "interventions/packed.py",
@@ -120,8 +121,32 @@ FAULTS = [
         TD,
     ),
     Fault("_utils/statistics.py", ".cummax(dim=0).values", "", STATISTICS),
+    Fault("_utils/statistics.py", "/ at.bincount()", "/ at.bincount().float().mean()", STATISTICS),
     Fault(
-        "_utils/statistics.py", "tail = (1 - confidence) / 2", "tail = 1 - confidence", STATISTICS
+        "_utils/statistics.py",
+        "torch.tensor((1 + confidence) / 2",
+        "torch.tensor((confidence)",
+        STATISTICS,
+    ),
+    Fault("_utils/statistics.py", "8 * n * lost * delta", "8 * n * gained * delta", STATISTICS),
+    Fault(
+        "scoring.py", "share, self.n_distinct, confidence", "share, len(self), confidence", QUERIES
+    ),
+    Fault("scoring.py", "(*prompts[row],), episodes[row].answer,", "(*prompts[row],),", QUERIES),
+    Fault(
+        "scoring.py",
+        "isinstance(hook, Intervention) and isinstance(hook.mode, str)",
+        "True",
+        QUERIES,
+    ),
+    Fault(
+        "analysis/comparison.py", "torch.equal(other.queries, scores.queries)", "True", STATISTICS
+    ),
+    Fault(
+        "analysis/sweep.py",
+        'means["accuracy"], distinct',
+        'means["accuracy"], sizes',
+        "tests/test_analyses.py",
     ),
     Fault(
         "_utils/statistics.py",

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -40,7 +41,8 @@ def test_the_best_layer_has_the_highest_accuracy_and_then_the_lowest_loss() -> N
     labels = torch.tensor([0, 0])
     correct = torch.tensor([[[1, 0], [1, 1], [1, 1]]], dtype=torch.bool)
     loss = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [2.0, 2.0]]])
-    baseline = tv.Scores({"correct": correct[0, 0], "loss": loss[0, 0]}, labels, ("t",))
+    metrics = {"correct": correct[0, 0], "loss": loss[0, 0]}
+    baseline = tv.Scores(metrics, labels, ("t",), torch.arange(2))
     sweep = tv.LayerSweep({"correct": correct, "loss": loss}, baseline, (4, 5, 9), (1.0,))
     assert sweep.best_layer("t") == sweep.best_layer() == 9
     assert sweep.at(9).tolist() == [1.0]
@@ -104,3 +106,34 @@ def test_heat_maps_name_their_axes_and_show_every_value(
         assert one.get_xlabel()
         assert one.get_ylabel()
         plt.close(one.figure)
+
+
+def test_an_episode_that_is_repeated_changes_no_result(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    bare = tv.zero_shot(episodes)
+    many = [*bare, *bare[::2], *bare[:3]]
+    by = {
+        "sweep": lambda some: tv.layer_sweep(model, some, vectors, metrics=["rank"]),
+        "matrix": lambda some: tv.perturbation_matrix(model, some, vectors, 1, metrics=["rank"]),
+        "steering": lambda some: tv.steering_effect(model, some, vectors, 1, null="en_fr"),
+    }
+    for name, analyse in by.items():
+        once, again = analyse(bare).to_frame(), analyse(many).to_frame()
+        assert (again.n > once.n).any() and (once.n == once.n_distinct).all(), name
+        pd.testing.assert_frame_equal(
+            once.drop(columns="n"), again.drop(columns="n"), atol=1e-3, rtol=1e-4
+        )
+    assert "queries (" in repr(by["sweep"](many))
+
+
+def test_no_query_both_chooses_the_layer_and_is_measured_there() -> None:
+    queries = torch.arange(50).repeat_interleave(2)
+    labels = torch.zeros(100, dtype=torch.long)
+    right = torch.rand(1, 40, 50, generator=torch.Generator().manual_seed(0)) < 0.5
+    correct = right.repeat_interleave(2, dim=2)
+    metrics = {"correct": correct, "loss": correct.float()}
+    baseline = tv.Scores({k: v[0, 0] for k, v in metrics.items()}, labels, ("t",), queries)
+    sweep = tv.LayerSweep(metrics, baseline, tuple(range(40)), (1.0,))
+    # Of pairs of equal episodes one would go to either half, and the best of noise be believed.
+    assert sweep.accuracy.max() > 0.6 and sweep.held_out == pytest.approx(0.5, abs=0.08)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -11,7 +14,8 @@ import transformer_lens_taskvec as tv
 def scores(correct: torch.Tensor, n_tasks: int = 2) -> tv.Scores:
     labels = torch.arange(len(correct)) % n_tasks
     names = tuple("abcdefg"[:n_tasks])
-    return tv.Scores({"correct": correct, "loss": torch.zeros(len(correct))}, labels, names)
+    metrics = {"correct": correct, "loss": torch.zeros(len(correct))}
+    return tv.Scores(metrics, labels, names, torch.arange(len(correct)))
 
 
 def drawn(share: float, seed: int) -> torch.Tensor:
@@ -39,7 +43,7 @@ def test_the_hardest_of_each_task_is_the_one_that_answers_most() -> None:
     found = tv.compare(ours, {"bad": scores(drawn(0.1, 1)), "good": scores(drawn(0.8, 2))})
     assert found.hardest().against.tolist() == ["good", "good"]
     assert "against good" in repr(found)
-    assert list(found.table()) == ["accuracy", "bad", "good"]
+    assert list(found.table()) == ["accuracy", "bad", "good", "n_distinct"]
     assert list(found.table().index) == ["a", "b"]
     assert found.table().good["a"].startswith(f"{found.differences.other[2]:.2f} [0.")
 
@@ -51,8 +55,58 @@ def test_equal_answers_differ_by_nothing() -> None:
     assert frame.against.unique().tolist() == ["baseline"]
 
 
-def test_only_the_same_episodes_are_compared() -> None:
-    with pytest.raises(ValueError, match="'baseline' are of other episodes"):
+def test_only_the_same_queries_in_the_same_order_are_compared() -> None:
+    with pytest.raises(ValueError, match="'baseline' are of other queries"):
         tv.compare(scores(drawn(0.5, 0)), scores(drawn(0.5, 0), n_tasks=3))
     with pytest.raises(ValueError, match="nothing to compare"):
         tv.compare(scores(drawn(0.5, 0)), {})
+    ours = scores(drawn(0.5, 0))
+    with pytest.raises(ValueError, match="other queries"):
+        tv.compare(ours, replace(ours, queries=ours.queries + 1))
+    with pytest.raises(ValueError, match="other queries"):
+        tv.compare(ours, ours.select(torch.arange(120).flip(0)))
+    with pytest.raises(ValueError, match="have stop='separator', and those .* stop=None"):
+        tv.compare(ours, replace(ours, stop="separator"))
+
+
+def asked_five_times(right: list[int]) -> tv.Scores:
+    """Scores of five episodes each of some queries; of each, so many are right."""
+    correct = torch.tensor([[i < n for i in range(5)] for n in right]).T.flatten()
+    queries = torch.arange(len(right)).repeat(5)
+    metrics = {"correct": correct, "loss": correct.float()}
+    return tv.Scores(metrics, torch.zeros_like(queries), ("t",), queries)
+
+
+def test_episodes_of_one_query_count_once() -> None:
+    ours, other = asked_five_times([5] * 5 + [0] * 3), asked_five_times([0] * 8)
+    [row] = tv.compare(ours, other).to_frame().itertuples()
+    once = [of.select(torch.arange(8)) for of in (ours, other)]
+    [alone] = tv.compare(*once).to_frame().itertuples()
+    assert (row.n, row.n_distinct) == (40, 8) and (alone.n, alone.n_distinct) == (8, 8)
+    assert row[3:-2] == alone[3:-2]
+    assert row.p == pytest.approx(2 / 2**5) and row.difference == 5 / 8
+
+
+def test_queries_that_are_partly_right_are_compared_by_the_sign_of_their_means() -> None:
+    ours, other = (
+        asked_five_times([3, 4, 5, 2, 1, 0, 5, 1]),
+        asked_five_times([2, 4, 1, 1, 0, 1, 0, 0]),
+    )
+    [row] = tv.compare(ours, other).to_frame().itertuples()
+    assert row.p == pytest.approx(binomtest(6, 7).pvalue)
+    assert row.difference == pytest.approx((1 + 0 + 4 + 1 + 1 - 1 + 5 + 1) / 40)
+    assert -1 <= row.low < row.difference < row.high <= 1
+
+
+def test_a_difference_that_is_everywhere_the_same_still_has_a_width() -> None:
+    every, none = (scores(torch.full((40,), one)) for one in (True, False))
+    frame = tv.compare(every, {"none": none, "same": every}).to_frame()
+    assert (frame.high - frame.low > 0.2).all()
+    assert frame.low.between(-1, 1).all() and frame.high.between(-1, 1).all()
+
+
+def test_few_shot_and_zero_shot_scores_of_one_query_are_compared() -> None:
+    toy = tv.load_model("toy", device="cpu")
+    episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 8, 4, seed=0)
+    few, none = tv.evaluate(toy, episodes), tv.evaluate(toy, tv.zero_shot(episodes))
+    assert (tv.compare(few, none).to_frame().difference > 0).any()

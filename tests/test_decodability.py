@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
+from statsmodels.stats.proportion import proportion_confint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -151,6 +152,14 @@ def test_intervals_hold_the_scores() -> None:
     interval = found.interval(1)
     assert (interval[:, 0] <= found.at(1)).all() and (found.at(1) <= interval[:, 1]).all()
     assert (interval[:, 1] - interval[:, 0] > 0.02).all()
+    for right, ends in zip(found.at(1) * found.n, interval, strict=True):
+        wilson = proportion_confint(round(float(right)), 40, method="wilson")
+        assert ends.tolist() == pytest.approx(wilson, abs=1e-5)
+    certain = tv.task_decodability(activations(120, 3, spread=100.0))
+    assert certain.at(1).tolist() == [1, 1, 1] and (certain.interval(1)[:, 0] < 0.95).all()
+    scores = tv.task_decodability(activations(120, 3, spread=0.7), method="divergence")
+    assert (scores.interval(1)[:, 0] < scores.at(1)).all()
+    assert (scores.at(1) < scores.interval(1)[:, 1]).all()
 
 
 def test_a_frame_carries_intervals() -> None:

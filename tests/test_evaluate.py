@@ -200,7 +200,7 @@ def test_scores_are_grouped_by_task(model: Any, episodes: list[tv.Episode]) -> N
         assert len(own) == sum(episode.task == task for episode in episodes)
         assert own.mean_loss == pytest.approx(frame[frame.task == task].loss.mean(), rel=1e-5)
     assert scores.by_task().keys() == set(scores.tasks)
-    assert "episodes" in repr(scores)
+    assert "n = 7 queries per task" in repr(scores)
 
 
 @pytest.mark.model
@@ -283,3 +283,95 @@ def test_two_names_of_one_hook_point_act_in_the_order_given(
     for index, variant in enumerate(variants):
         for row, expected in enumerate(one_run_each(model, episodes[:4], variant)):
             torch.testing.assert_close(found[row, index], expected, atol=1e-4, rtol=1e-4)
+
+
+def repeated(n: int = 40) -> list[tv.Episode]:
+    """Episodes of eight queries, each in five prompts."""
+    pairs = {letter: chr(ord(letter) + 1) for letter in "abcdefgh"}
+    with pytest.warns(UserWarning, match="distinct inputs"):
+        return tv.sample_episodes([tv.mapping_task("next", pairs)], n=n, n_shots=2, seed=0)
+
+
+def test_the_interval_counts_distinct_queries() -> None:
+    queries = torch.tensor([episode.query_id for episode in repeated()])
+    right = torch.isin(queries, queries.unique()[:5])
+    metrics = {"correct": right, "loss": torch.zeros(40)}
+    scores = tv.Scores(metrics, torch.zeros(40, dtype=torch.long), ("next",), queries)
+    assert scores.n_distinct == 8 and len(scores) == 40 and scores.accuracy == 5 / 8
+    assert scores.interval() == pytest.approx((0.306, 0.863), abs=1e-3)
+    assert "n = 8 queries (40 episodes)" in repr(scores)
+
+
+def test_every_query_weighs_the_same_however_often_it_is_asked() -> None:
+    queries = torch.tensor([5, 5, 5, 5, 9, -2])
+    correct = torch.tensor([1, 1, 1, 0, 0, 0]).bool()
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    scores = tv.Scores({"correct": correct, "loss": correct.float()}, labels, ("a", "b"), queries)
+    assert scores.accuracy == scores.mean_loss == 0.25
+    assert scores.by_task() == {"a": 0.375, "b": 0.0}
+    assert scores.of("a").n_distinct == 2 and scores.select(labels == 1).n_distinct == 1
+    assert scores.size == "n = 1 to 2 queries (1 to 5 episodes) per task"
+
+
+def test_a_query_is_the_same_with_other_demonstrations_and_another_template() -> None:
+    query = tv.Example("a", "b")
+    episode = tv.Episode("next", (tv.Example("c", "d"),), query)
+    bare = tv.Episode("next", (), query, tv.PromptTemplate("{x} -> {y}"))
+    assert episode.query_id == bare.query_id == 5777021099785882266  # in every process
+    for other in (
+        tv.Episode("last", (), query),
+        tv.Episode("next", (), tv.Example("a", "c")),
+        tv.Episode("next", (), tv.Example("b", "b")),
+    ):
+        assert other.query_id != episode.query_id
+
+
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*carries hooks of yours")
+def test_a_prompt_that_occurs_again_is_not_run_again(model: Any, vectors: tv.TaskVectors) -> None:
+    bare = tv.zero_shot(repeated())
+    variants = [[], vectors.inject("en_fr", 1), [tv.ablate(1, hook="mlp_out", position=0)]]
+    rows: list[int] = []
+
+    def count(activation: torch.Tensor, hook: Any) -> None:
+        rows.append(len(activation))
+
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", count)]):
+        once = tv.evaluate_many(model, bare[:8], variants)
+        alone, rows[:] = sum(rows), []
+        found, scores = tv.evaluate_many(model, bare, variants, observe=tv.Observe())
+    assert sum(rows) == alone
+    assert len({e.prompt for e in bare[:8]}) == 8 and all(len(one) == 40 for one in scores)
+    for few, many in zip(once, scores, strict=True):
+        torch.testing.assert_close(many.loss, few.loss.repeat(5))
+        assert many.accuracy == few.accuracy and many.interval() == few.interval()
+    expected = tv.collect(model, bare).values
+    torch.testing.assert_close(found.values, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.model
+def test_a_hook_of_the_callers_own_sees_every_episode(model: Any) -> None:
+    rows: list[int] = []
+
+    def by_row(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        rows.append(len(activation))
+        scale = torch.arange(len(activation), dtype=activation.dtype)[:, None, None]
+        return activation * (1 + scale)
+
+    bare = tv.zero_shot(repeated(16))
+    scores = tv.evaluate(model, bare, [("blocks.1.hook_resid_post", by_row)])
+    assert sum(rows) == 16 and len(scores.loss.unique()) == 16
+
+
+@pytest.mark.model
+def test_the_same_prompt_with_another_answer_or_end_is_run_again(model: Any) -> None:
+    asked = [
+        tv.Episode("t", (), tv.Example("a", y), tv.PromptTemplate("{x}->{y}", separator=end))
+        for y, end in (("b", "\n"), ("b", ";"), ("c", "\n"))
+    ]
+    assert len({episode.prompt for episode in asked}) == 1
+    scores = tv.evaluate(model, asked, stop="separator")
+    for episode, loss in zip(asked, scores.loss.tolist(), strict=True):
+        alone = tv.evaluate(model, [episode], stop="separator")
+        assert loss == pytest.approx(alone.mean_loss, abs=1e-4)
+    assert len(scores.loss.unique()) == 3 and scores.n_distinct == 2

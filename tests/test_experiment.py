@@ -90,6 +90,22 @@ def test_results_are_written_whole(experiment: tv.Experiment, tmp_path: Path) ->
     assert plt.get_fignums() == []
 
 
+def test_a_task_with_too_few_queries_for_any_conclusion_says_so() -> None:
+    toy = tv.load_model("toy", device="cpu")
+    operators = tv.bitwise_tasks(null=False)
+    few = tv.mapping_task("few", {f"{i:05b} 11111": f"{i:05b}" for i in range(15)})
+    with pytest.warns(UserWarning) as caught:
+        found = tv.run_experiment(toy, [operators["XOR"], few], n_shots=2, n=12)
+    warned = [str(one.message) for one in caught]
+    assert any("36 episodes" in text and "'few' has 15 distinct" in text for text in warned)
+    assert any("Too few distinct test queries for any conclusion: 'few' 5." in w for w in warned)
+    frame = found.to_frame().set_index("task")
+    assert frame.n.tolist() == [12, 12] and frame.n_distinct.tolist() == [12, 5]
+    assert frame.conclusive.tolist() == [True, False]
+    assert frame.p["few"] > 0.05 and "for any conclusion: 'few' 5" in repr(found)
+    assert found.injected.of("few").interval() == pytest.approx((0.566, 1.0), abs=1e-3)
+
+
 def test_figures_carry_axes_units_legend_and_title(experiment: tv.Experiment) -> None:
     drawn = [
         tv.plot_layer_sweep(experiment.sweep),

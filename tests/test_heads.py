@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import zoo
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.prompts import shuffle_labels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*one intervention at a time")
@@ -151,7 +151,7 @@ def test_of_ablated_heads_those_that_are_missed_most_come_first(
         tv.function_vectors(model, few_shot, 2, effects=pruned)
 
 
-def test_intervals_of_head_effects_are_those_of_the_mean_over_episodes(
+def test_intervals_of_head_effects_are_those_of_the_mean_over_queries(
     model: Any, few_shot: list[tv.Episode]
 ) -> None:
     pruned = tv.head_effects(model, few_shot, on=few_shot, ablation="zero")
@@ -162,12 +162,14 @@ def test_intervals_of_head_effects_are_those_of_the_mean_over_episodes(
     own = [episode for episode in few_shot if episode.task == row.task]
     edit = tv.ablate(row.layer, hook="z", head=int(row["head"]))
     before, after = tv.evaluate_many(model, own, [[], [edit]])
-    change = (before.loss - after.loss).double().numpy()
-    drawn = np.random.default_rng(0).choice(change, (20_000, len(change))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    spread = high - low
-    assert row.low == pytest.approx(low, abs=0.1 * spread + 1e-4)
-    assert row.high == pytest.approx(high, abs=0.1 * spread + 1e-4)
+    change = (before.loss - after.loss).double()
+    low, high = mean_interval(change).tolist()
+    assert (row.low, row.high) == pytest.approx((low, high), abs=1e-3 * (high - low) + 1e-4)
+    assert row.n == row.n_distinct == 4
+    again = tv.head_effects(model, few_shot, on=[*few_shot, *few_shot[:2]], ablation="zero")
+    twice = again.to_frame().iloc[5]
+    assert (twice.low, twice.high) == pytest.approx((row.low, row.high), abs=1e-4)
+    assert (twice.n, twice.n_distinct) == (6, 4)
 
 
 def test_every_task_that_is_measured_has_clean_episodes(
@@ -177,6 +179,18 @@ def test_every_task_that_is_measured_has_clean_episodes(
     for ablation in (None, "zero"):
         with pytest.raises(ValueError, match="no clean episodes for"):
             tv.head_effects(model, first, on=few_shot, ablation=ablation)
+
+
+def test_no_query_is_both_in_the_means_and_in_the_measurement(model: Any) -> None:
+    pairs = {letter: letter.upper() for letter in "abcd"}
+    with pytest.warns(UserWarning, match="distinct inputs"):
+        episodes = tv.sample_episodes([tv.mapping_task("upper", pairs)], n=10, n_shots=2, seed=0)
+    effects = tv.head_effects(model, episodes)
+    measured = set(effects.baseline.queries.tolist())
+    early = [episode for episode in episodes if episode.query_id not in measured]
+    assert effects.baseline.n_distinct == 2 and len(effects.baseline) + len(early) == 10
+    means = tv.collect(model, early, hook="z").values.mean(dim=0)
+    torch.testing.assert_close(effects.means[0], means, atol=1e-5, rtol=1e-4)
 
 
 def test_shuffled_labels_are_the_same_labels_in_other_places(few_shot: list[tv.Episode]) -> None:
@@ -191,7 +205,7 @@ def test_shuffled_labels_are_the_same_labels_in_other_places(few_shot: list[tv.E
     ("change", "message"),
     [
         ({"ablation": "noise"}, "ablation is 'noise'"),
-        ({"episodes": 1}, "has one episode"),
+        ({"episodes": 1}, "has one distinct query"),
         ({"shots": 1}, "has 1 demonstration"),
     ],
 )

@@ -96,6 +96,12 @@ def test_text_is_readable_at_column_width_and_nothing_is_cut(axes: dict[str, Any
         assert drawn.x1 < width + 0.02 and drawn.y1 < height + 0.02, name
 
 
+def test_figures_of_accuracies_give_the_number_of_queries(axes: dict[str, Any]) -> None:
+    for name, n in {"sweep": 4, "fit": 12, "steering": 12, "prompting": 12}.items():
+        texts = "\n".join(text.get_text() for text in figure_of(axes[name]).findobj(Text))
+        assert f"n = {n} queries per task" in texts, name
+
+
 def test_figures_are_saved_as_png_and_as_svg_with_text_and_the_same_each_time(
     study: tv.paper.ShotStudy, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -38,6 +39,7 @@ def test_a_query_that_is_not_the_beginning_of_the_example_is_refused() -> None:
         tv.PromptTemplate("{x}->{y}", query="{x}=>")
 
 
+@pytest.mark.filterwarnings("ignore:.*distinct inputs")
 def test_the_query_is_never_among_the_demonstrations() -> None:
     task = tv.mapping_task("t", WORDS)
     for episode in tv.sample_episodes([task], n=50, n_shots=11, seed=3):
@@ -60,6 +62,22 @@ def test_queries_are_distinct_while_the_task_has_enough() -> None:
     assert sorted(queries) == sorted(WORDS)
 
 
+def test_more_episodes_than_inputs_are_warned_of_once_with_both_numbers() -> None:
+    few, many = tv.mapping_task("few", WORDS), tv.mapping_task("many", {**WORDS, "a": "b"})
+    with pytest.warns(UserWarning) as caught:
+        episodes = tv.sample_episodes([few, many], n=13, n_shots=1, seed=0)
+    assert len(caught) == 1
+    assert "13 episodes of each task" in str(caught[0].message)
+    assert "'few' has 12 distinct inputs" in str(caught[0].message)
+    assert len({episode.query_id for episode in episodes}) == 25
+    with pytest.warns(UserWarning, match="27 episodes .*'few' has 12, 'many' has 13"):
+        tv.sample_splits([few, many], {"train": 13, "test": 14}, n_shots=1, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tv.sample_episodes([few, many], n=12, n_shots=1, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*distinct inputs")
 @pytest.mark.parametrize("n", [2, 4, 40])
 def test_no_query_of_one_set_is_a_query_of_another(n: int) -> None:
     task = tv.mapping_task("t", WORDS)

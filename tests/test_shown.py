@@ -49,6 +49,23 @@ def test_every_result_is_a_line_and_a_small_table(found: dict[str, Any]) -> None
         assert ("more rows" in html) == (len(frame) > 12)
 
 
+def test_whatever_shows_an_accuracy_shows_the_number_of_distinct_queries(
+    toy: Any, found: dict[str, Any]
+) -> None:
+    tasks = tv.bitwise_tasks()
+    told = tv.paper.prompting_study(toy, tasks, tv.paper.BITWISE_INSTRUCTIONS, n=6, k=3)
+    experiment = tv.run_experiment(toy, tasks, n_shots=2, n=6)
+    shown = {**found, "fit": found["study"].fit, "told": told, "experiment": experiment}
+    names = ("sweep", "matrix", "steering", "heads", "comparison", "study", "fit", "experiment")
+    for name in names:
+        frame = shown[name].to_frame()
+        assert (frame.n_distinct == 6 if name != "heads" else frame.n_distinct == 3).all(), name
+        assert (frame.n == frame.n_distinct).all(), name
+    assert (told.to_frame().n_distinct == 6 * 6).all()
+    assert (found["comparison"].table().n_distinct == 6).all()
+    assert len(found["scores"].to_frame()["query"].unique()) == 7 * 6
+
+
 def test_vectors_less_their_mean_are_compared(found: dict[str, Any]) -> None:
     ax = tv.plot_vectors(found["vectors"])
     cosines = ax.images[0].get_array()

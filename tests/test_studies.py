@@ -39,7 +39,7 @@ def scores(accuracy: list[float], tasks: tuple[str, ...]) -> tv.Scores:
     correct = torch.tensor([[i < 20 * share for i in range(20)] for share in accuracy])
     labels = torch.arange(len(accuracy)).repeat_interleave(20)
     metrics = {"correct": correct.flatten(), "loss": torch.zeros(correct.numel())}
-    return tv.Scores(metrics, labels, tasks)
+    return tv.Scores(metrics, labels, tasks, torch.arange(len(labels)))
 
 
 @pytest.mark.model
@@ -129,6 +129,27 @@ def test_a_fit_is_the_least_squares_line() -> None:
     plt.close(tv.plot_td_vs_accuracy(fit).figure)
 
 
+def test_points_of_one_task_at_several_numbers_of_shots_are_resampled_together() -> None:
+    rng = np.random.default_rng(1)
+    td = np.repeat(rng.uniform(0.2, 1, 6)[None], 5, axis=0)
+    accuracy = np.round(np.clip(td + np.repeat(rng.normal(0, 0.2, 6)[None], 5, 0), 0, 1) * 20) / 20
+    names = tuple("ABCDEF")
+
+    def fit(shots: int) -> tv.AccuracyFit:
+        return tv.td_vs_accuracy(
+            {n: decodability(td[n].tolist(), names) for n in range(shots)},
+            {n: scores(accuracy[n].tolist(), names) for n in range(shots)},
+        )
+
+    # The same points five times over say no more than once.
+    assert fit(5).slope_interval == pytest.approx(fit(1).slope_interval, abs=1e-6)
+    with pytest.raises(ValueError, match="tasks differ between numbers of shots"):
+        tv.td_vs_accuracy(
+            {1: decodability([0.5] * 3, tuple("ABC")), 2: decodability([0.5] * 3, tuple("ABD"))},
+            {1: scores([0.5] * 3, tuple("ABC")), 2: scores([0.5] * 3, tuple("ABD"))},
+        )
+
+
 def test_a_fit_needs_matching_points() -> None:
     one = {1: decodability([0.5, 0.6], ("A", "B"))}
     with pytest.raises(ValueError, match="shots differ"):
@@ -200,6 +221,7 @@ def test_checkpoints_are_studied_once_each(model: Any, tmp_path: Path) -> None:
     both = tv.paper.over_checkpoints("org/m", [100, "rev"], study, load=load, folder=tmp_path)
     assert loaded == [100, "rev"] and both.checkpoints == (100, "rev")
     assert first.results.td.tolist() == both.results.td[:6].tolist()
+    assert first.results.n_distinct.tolist() == [6] * 6
     assert len(list(tmp_path.iterdir())) == 2
     plt.close(tv.paper.plot_checkpoints(both)[0].figure)
     with pytest.raises(ValueError, match="distinct"):

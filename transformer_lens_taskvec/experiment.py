@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -31,6 +32,9 @@ from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors.base import TaskVectors
 from transformer_lens_taskvec.vectors.means import task_vectors
+
+FEWEST_QUERIES = 6
+"""The fewest distinct queries of which an exact test can give p < 0.05: 2 * 0.5**6 = 0.03."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,8 +82,10 @@ class Experiment(Shown):
         Columns: ``task, zero_shot, icl, injected`` (accuracies), ``low, high`` (Wilson's 95 %
         interval of ``injected``), ``control`` and ``best_control`` (the accuracy of the control
         that does best, and its kind), ``p`` (of the difference from that control, or from no
-        injection where that does better, corrected for all tasks and controls), ``layer, n``, and
-        ``zero_shot_NAME, icl_NAME, injected_NAME`` for each metric asked for.
+        injection where that does better, corrected for all tasks and controls), ``layer``, ``n``
+        and ``n_distinct`` (episodes and distinct queries), ``conclusive`` (whether there are
+        queries enough for a p-value below 0.05), and ``zero_shot_NAME, icl_NAME, injected_NAME``
+        for each metric asked for.
         """
         conditions = {"zero_shot": self.zero_shot, "icl": self.icl, "injected": self.injected}
         intervals = pd.DataFrame(
@@ -95,6 +101,8 @@ class Experiment(Shown):
             "p": hardest.p_holm,
             "layer": self.layers,
             "n": hardest.n,
+            "n_distinct": hardest.n_distinct,
+            "conclusive": hardest.n_distinct >= FEWEST_QUERIES,
             **{
                 f"{condition}_{name}": of.by_task(name)
                 for name in self.injected.extra
@@ -149,7 +157,9 @@ class Experiment(Shown):
         return [out / "results.json", out / "vectors.safetensors"]
 
     def __repr__(self) -> str:
-        return f"Experiment\n{self.to_frame().to_string(index=False, float_format='{:.2f}'.format)}"
+        table = self.to_frame().to_string(index=False, float_format="{:.2f}".format)
+        note = _too_few(self.zero_shot)
+        return f"Experiment\n{table}" + (f"\n{note}" if note else "")
 
 
 def run_experiment(
@@ -182,6 +192,10 @@ def run_experiment(
     Raises:
         ValueError: If a task is empty or has too few examples for the shots, there are fewer than
             two tasks, a number is out of range, or ``k`` is not below the number of train episodes.
+
+    Warns:
+        UserWarning: If more episodes are asked for than a task has inputs, or a task has too few
+            distinct test queries for any conclusion.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -219,6 +233,8 @@ def run_experiment(
         ],
         **options,
     )
+    if note := _too_few(plain):
+        warnings.warn(note, stacklevel=2)
     return Experiment(
         zero_shot=plain,
         icl=evaluate(model, sets["test"], **options),
@@ -236,4 +252,17 @@ def run_experiment(
             "template": asdict(template),
             "stop": stop,
         },
+    )
+
+
+def _too_few(scores: Scores) -> str:
+    """Return a sentence on the tasks with too few queries for any conclusion, or nothing."""
+    sizes = {task: scores.of(task).n_distinct for task in scores.tasks}
+    few = ", ".join(f"{task!r} {n}" for task, n in sizes.items() if n < FEWEST_QUERIES)
+    if not few:
+        return ""
+    return (
+        f"Too few distinct test queries for any conclusion: {few}. No test of fewer than "
+        f"{FEWEST_QUERIES} can give p < 0.05, whatever the answers; use a larger n, or tasks with "
+        "more inputs."
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+from transformer_lens_taskvec._utils.text import stable_hash
 from transformer_lens_taskvec.tasks.base import Example, Task
 
 
@@ -217,6 +219,11 @@ class AnyEpisode(Protocol):
         """The number of demonstrations."""
         ...
 
+    @property
+    def query_id(self) -> int:
+        """A number of 64 bits, the same for episodes of the same task, query and answer."""
+        ...
+
     def with_answers(self, order: Sequence[int]) -> Any:
         """Return the episode with its demonstrations' answers in another order."""
         ...
@@ -269,6 +276,11 @@ class Episode:
         """The number of demonstrations."""
         return len(self.demos)
 
+    @property
+    def query_id(self) -> int:
+        """A hash of task, query and answer; demonstrations and template do not count."""
+        return stable_hash(self.task, self.query.x, self.query.y)
+
     def with_answers(self, order: Sequence[int]) -> Episode:
         """Return the episode with its demonstrations' answers in another order.
 
@@ -296,8 +308,8 @@ def sample_episodes(
     """Return ``n`` random episodes per task; a query is never among its own demonstrations.
 
     Queries of one task are distinct as long as the task has enough inputs, and then repeat with
-    other demonstrations. Each task has its own random stream, so adding a task does not change the
-    episodes of the others.
+    other demonstrations, which a warning says. Each task has its own random stream, so adding a
+    task does not change the episodes of the others.
 
     Args:
         tasks: Tasks, or a mapping from names to tasks as the task functions return it.
@@ -313,6 +325,9 @@ def sample_episodes(
         ValueError: If there is no task, two have the same name, a number is out of range, or a task
             has too few inputs for ``n_shots`` demonstrations and a query, or repeats inputs.
         TypeError: If one of the tasks is not a task.
+
+    Warns:
+        UserWarning: If more episodes are asked for than a task has inputs.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -352,6 +367,9 @@ def sample_splits(
         ValueError: As for :func:`sample_episodes`, or if a task has fewer inputs than sets.
         TypeError: As for :func:`sample_episodes`.
 
+    Warns:
+        UserWarning: If the sets together ask for more episodes than a task has inputs.
+
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> double = tv.mapping_task("double", {str(i): str(2 * i) for i in range(20)})
@@ -365,6 +383,7 @@ def sample_splits(
     _check_request(chosen, sizes, n_shots)
     for task in chosen:
         _check_task(task, n_sets=sum(size > 0 for size in sizes.values()), n_shots=n_shots)
+    _warn_of_repeats(chosen, sum(sizes.values()))
     episodes: dict[str, list[Episode]] = {name: [] for name in sizes}
     for task in chosen:
         rng = random.Random(f"{seed}/{task.name}")
@@ -415,6 +434,18 @@ def _check_request(tasks: Sequence[Task], sizes: Mapping[str, int], n_shots: int
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"n is {size} for the set {name!r}; it must be 1 or more")
+
+
+def _warn_of_repeats(tasks: Sequence[Task], n: int) -> None:
+    few = {task.name: n_inputs(task) for task in tasks if n > (n_inputs(task) or n)}
+    if few:
+        warnings.warn(
+            f"{n} episodes of each task are asked for in all, but "
+            + ", ".join(f"{name!r} has {available}" for name, available in few.items())
+            + " distinct inputs. Queries repeat with other demonstrations; accuracies, intervals "
+            "and tests count distinct queries.",
+            stacklevel=3,
+        )
 
 
 def _check_task(task: Task, n_sets: int, n_shots: int) -> None:

@@ -7,6 +7,9 @@ teacher-forced pass is enough, and gives every other metric of the answer too.
 Where answers are numbers (the lab's episodes), the episode decides whether a prediction is right,
 and the loss is the squared error: up to a constant, the NLL under a Gaussian of variance 1/2 around
 the prediction. Such answers have no probability, and asking for one is an error.
+
+The unit of every average and interval is the distinct query, not the episode: five prompts that ask
+for the same answer to the same query are one observation of the task.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from tqdm.auto import tqdm
 
 from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered, Metric, measures_of
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import wilson_interval
+from transformer_lens_taskvec._utils.statistics import means_by_query, wilson_interval
+from transformer_lens_taskvec._utils.text import spelled_size
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import (
@@ -57,6 +61,8 @@ class Scores(Shown):
             greedy decoding gives exactly the answer) and ``loss``.
         labels: ``[example]`` indices into ``tasks``.
         tasks: The tasks' names, in order of first appearance.
+        queries: ``[example]``, a hash of each episode's task, query and answer. Averages are means
+            over distinct queries of the mean over each query's episodes.
         loss_kind: ``"nll"``, the negative log-likelihood of the whole answer in nats, or
             ``"squared_error"`` if answers are numbers.
         stop: None, or ``"separator"`` if the separator had to follow the answer.
@@ -73,6 +79,7 @@ class Scores(Shown):
     metrics: Mapping[str, Shaped[Tensor, " example"]]
     labels: Int[Tensor, " example"]
     tasks: tuple[str, ...]
+    queries: Int[Tensor, " example"]
     loss_kind: str = "nll"
     stop: str | None = None
     bos: bool = False
@@ -89,7 +96,7 @@ class Scores(Shown):
 
     @property
     def accuracy(self) -> float:
-        """The share of episodes answered right."""
+        """The share answered right, over distinct queries."""
         return self.mean("correct")
 
     @property
@@ -98,28 +105,42 @@ class Scores(Shown):
         return self.mean("loss")
 
     @property
+    def n_distinct(self) -> int:
+        """The number of distinct queries."""
+        return len(self.queries.unique())
+
+    @property
+    def size(self) -> str:
+        """The numbers of queries and episodes as text: ``n = 8 queries (40 episodes)``.
+
+        With several tasks they are those of each task, from the smallest to the largest.
+        """
+        by_task = [self.of(task) for task in self.tasks]
+        return spelled_size([own.n_distinct for own in by_task], [len(own) for own in by_task])
+
+    @property
     def extra(self) -> tuple[str, ...]:
         """The metrics other than ``correct`` and ``loss``."""
         return tuple(name for name in self.metrics if name not in ALWAYS)
 
     def mean(self, metric: str) -> float:
-        """Return the mean of a metric over episodes.
+        """Return the mean of a metric over distinct queries.
 
         Raises:
             KeyError: If it was not measured.
         """
         if metric not in self.metrics:
             raise KeyError(f"no metric {metric!r}; there are: {', '.join(self.metrics)}")
-        return float(self.metrics[metric].double().mean())
+        return float(means_by_query(self.metrics[metric], self.queries).mean())
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the lower and upper end of Wilson's interval of the accuracy.
+        """Return the lower and upper end of Wilson's interval of the accuracy over queries.
 
         Args:
             confidence: Its coverage, between 0 and 1.
         """
-        share = self.correct.double().mean()
-        low, high = wilson_interval(share, len(self), confidence)
+        share = means_by_query(self.correct, self.queries).mean()
+        low, high = wilson_interval(share, self.n_distinct, confidence)
         return float(low), float(high)
 
     def select(self, rows: Shaped[Tensor, " row"]) -> Scores:
@@ -129,7 +150,7 @@ class Scores(Shown):
             rows: Their indices, or a mask over all episodes.
         """
         metrics = {name: values[rows] for name, values in self.metrics.items()}
-        return replace(self, metrics=metrics, labels=self.labels[rows])
+        return replace(self, metrics=metrics, labels=self.labels[rows], queries=self.queries[rows])
 
     def of(self, task: str) -> Scores:
         """Return the scores of one task's episodes.
@@ -147,9 +168,10 @@ class Scores(Shown):
         return {task: self.of(task).mean(metric) for task in self.tasks}
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per episode: ``task`` and the metrics."""
+        """Return one row per episode: ``task, query`` and the metrics."""
         columns = {name: values.tolist() for name, values in self.metrics.items()}
-        return pd.DataFrame({"task": [self.tasks[i] for i in self.labels.tolist()], **columns})
+        tasks = [self.tasks[i] for i in self.labels.tolist()]
+        return pd.DataFrame({"task": tasks, "query": self.queries.tolist(), **columns})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -159,7 +181,7 @@ class Scores(Shown):
         extra = "".join(f", {name} {self.mean(name):.3f}" for name in self.extra)
         return (
             f"Scores(accuracy {self.accuracy:.3f}, {LOSS_LABELS[self.loss_kind]} "
-            f"{self.mean_loss:.3f}{extra}, {len(self)} episodes; {per_task})"
+            f"{self.mean_loss:.3f}{extra}, {self.size}; {per_task})"
         )
 
 
@@ -171,14 +193,26 @@ def stack(scores: Sequence[Scores]) -> dict[str, Shaped[Tensor, "variant example
 def mean_by_task(
     values: Shaped[Tensor, "*many example"], scores: Scores
 ) -> Float[Tensor, "*many task"]:
-    """Return the mean over each task's episodes, in float64.
+    """Return the mean over each task's distinct queries, in float64.
 
     Args:
         values: One value per episode.
-        scores: Scores of the same episodes, which name their tasks.
+        scores: Scores of the same episodes, which name their tasks and queries.
+    """
+    return torch.stack([own.mean(dim=-1) for own in queries_by_task(values, scores)], dim=-1)
+
+
+def queries_by_task(
+    values: Shaped[Tensor, "*many example"], scores: Scores
+) -> list[Float[Tensor, "*many query"]]:
+    """Return each task's means over the episodes of each distinct query, in float64.
+
+    Args:
+        values: One value per episode.
+        scores: Scores of the same episodes, which name their tasks and queries.
     """
     own = [scores.labels == index for index in range(len(scores.tasks))]
-    return torch.stack([values[..., rows].double().mean(dim=-1) for rows in own], dim=-1)
+    return [means_by_query(values[..., rows], scores.queries[rows]) for rows in own]
 
 
 def evaluate(
@@ -274,6 +308,7 @@ def evaluate_many(
     """Return the scores under many variants, each a list of interventions, in few passes.
 
     Interventions at ``position=-1`` share the pass over the prompt; others run one at a time.
+    Prompts that occur several times run once, unless a variant has a function of the caller's own.
 
     Args:
         model: Any model with TransformerLens' hook API.
@@ -335,25 +370,28 @@ def evaluate_many(
     ):
         for rows, variants_here in groups:
             some = [[*carried, *variant] for variant in variants_here]
-            own = rows.tolist()
-            some_episodes, some_prompts = [episodes[i] for i in own], [prompts[i] for i in own]
+            alike = _alike(rows.tolist(), episodes, prompts, some)
+            some_episodes = [episodes[copies[0]] for copies in alike]
+            some_prompts = [prompts[copies[0]] for copies in alike]
             for chunk, measured in parts_of(
                 model, some_episodes, some_prompts, some, measures, stop, **options
             ):
-                at = rows[list(chunk.rows)]
+                at = [copy for row in chunk.rows for copy in alike[row]]
+                of = [place for place, row in enumerate(chunk.rows) for _ in alike[row]]
                 for name, one in measured.items():
                     if name not in found:
                         found[name] = one.new_zeros(n_variants, len(episodes))
                     for column, variant in enumerate(chunk.variants):
-                        found[name][variant, at] = one[:, column]
+                        found[name][variant, at] = one[of, column]
                 if chunk.observed is not None:
                     if values is None:
                         values = chunk.observed.new_empty(len(episodes), *chunk.observed.shape[1:])
-                    values[at] = chunk.observed
-                bar.update(len(chunk.rows) * len(chunk.variants))
-    kind = "squared_error" if numbers else "nll"
+                    values[at] = chunk.observed[of]
+                bar.update(len(at) * len(chunk.variants))
+    queries = torch.tensor([episode.query_id for episode in episodes])
+    given = (labels, tasks, queries, "squared_error" if numbers else "nll", stop, bos)
     scores = [
-        Scores({name: of[index] for name, of in found.items()}, labels, tasks, kind, stop, bos)
+        Scores({name: many[index] for name, many in found.items()}, *given)
         for index in range(n_variants)
     ]
     if observe is None or values is None:
@@ -417,3 +455,28 @@ def _groups(
     if 0 in sizes:
         raise ValueError("variants is empty; [[]] is the model without interventions")
     return groups
+
+
+def _alike(
+    rows: Sequence[int],
+    episodes: Sequence[AnyEpisode],
+    prompts: Sequence[Any],
+    variants: Sequence[Variant],
+) -> list[list[int]]:
+    """Return the rows in lists whose episodes get the same scores, so that one of them will do.
+
+    Every row stands alone if prompts are vectors, or if a function of the caller's may tell them
+    apart.
+    """
+    known = all(
+        isinstance(hook, Intervention) and isinstance(hook.mode, str)
+        for variant in variants
+        for hook in variant
+    )
+    if not known or isinstance(prompts[0], Tensor):
+        return [[row] for row in rows]
+    alike: dict[Any, list[int]] = {}
+    for row in rows:
+        key = (*prompts[row],), episodes[row].answer, episodes[row].template
+        alike.setdefault(key, []).append(row)
+    return list(alike.values())

@@ -133,6 +133,7 @@ for task in vectors.tasks:
             "95 % from": low,
             "to": high,
             f"{N_SHOTS}-shot": tv.evaluate(model, few_shot).accuracy,
+            "queries": injected.n_distinct,
         }
     )
 pd.DataFrame(rows).round(2)

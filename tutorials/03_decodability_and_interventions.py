@@ -103,7 +103,7 @@ tv.explore_embedding(four_shot.activations, method="pca")
 # ## Does TD predict accuracy?
 #
 # One colour per task, one marker per number of demonstrations. The brackets hold the interval of
-# R squared over resampled points.
+# R squared over resampled tasks.
 
 # %%
 tv.plot_td_vs_accuracy(study.fit);
@@ -148,9 +148,9 @@ tv.analysis.decodability_sensitivity(four_shot.activations, ks=(5, 10)).round(2)
 
 # %% [markdown]
 # An injected vector, too, should do what no other vector of its size does. `control_vectors` makes such
-# vectors, the sweep injects each in place of the task vector, and `compare` compares them episode by
-# episode: mean differences with paired bootstrap intervals, McNemar's exact test, and Holm's correction
-# over all comparisons.
+# vectors, the sweep injects each in place of the task vector, and `compare` compares them query by
+# query: mean differences with score intervals for paired shares, McNemar's exact test, and Holm's
+# correction over all comparisons.
 
 # %%
 operators = tv.bitwise_tasks(null=False)

@@ -2,56 +2,153 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
-def bootstrap_interval(
-    values: Float[Tensor, "*row point"],
-    confidence: float = 0.95,
-    n_resamples: int = 2_000,
-    seed: int = 0,
-) -> Float[Tensor, "*row 2"]:
-    """Return the percentile interval of the mean over points; all rows share the resamples.
+def means_by_query(
+    values: Shaped[Tensor, "*row example"], queries: Int[Tensor, " example"]
+) -> Float[Tensor, "*row query"]:
+    """Return the mean of each distinct query, in float64, in order of first appearance.
+
+    Every average, interval and test of the library goes through this: episodes of one query are
+    not independent of each other.
 
     Args:
-        values: The values, averaged over the last axis.
-        confidence: The coverage.
-        n_resamples: The number of resamples.
-        seed: Seed of the resampling.
+        values: One value per episode.
+        queries: The episodes' queries, as integers.
+
+    Example:
+        >>> means_by_query(torch.tensor([1, 0, 0, 1]), torch.tensor([7, 7, 3, 7])).round(decimals=2)
+        tensor([0.6700, 0.0000], dtype=torch.float64)
     """
-    n = values.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n, (n_resamples, n), generator=generator)
-    counts = torch.zeros(n_resamples, n).scatter_add_(1, drawn, torch.ones(drawn.shape))
-    means = einsum(values.float(), counts, "... point, resample point -> ... resample") / n
-    tail = (1 - confidence) / 2
-    ends = torch.quantile(means, torch.tensor([tail, 1 - tail]), dim=-1)
-    return rearrange(ends, "end ... -> ... end")
+    places: dict[int, int] = {}
+    at = torch.tensor(
+        [places.setdefault(one, len(places)) for one in queries.tolist()], dtype=torch.long
+    )
+    totals = torch.zeros(*values.shape[:-1], len(places), dtype=torch.float64)
+    return totals.index_add(-1, at, values.double().cpu()) / at.bincount()
 
 
 def wilson_interval(
     share: Float[Tensor, "*cell"], n: Tensor | int, confidence: float = 0.95
 ) -> tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]:
-    """Return the ends of Wilson's interval of shares (Wilson 1927), by scipy.
+    """Return the ends of Wilson's score interval of shares (Wilson 1927).
+
+    A share may be a mean of fractions between 0 and 1, as where a query has several episodes. Their
+    variance is at most that of as many zeros and ones, so that the interval is then too wide
+    rather than too narrow.
 
     Args:
         share: Shares of successes.
         n: The numbers of trials, or one number for all.
         confidence: The coverage.
     """
-    from scipy.stats import binomtest  # half a second to import
+    p, square = share.double(), _quantile(confidence) ** 2
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = (square * (p * (1 - p) / n + square / (4 * n**2))).sqrt() / (1 + square / n)
+    return (centre - half).clamp(min=0).minimum(p), (centre + half).clamp(max=1).maximum(p)
 
-    counts = torch.as_tensor(n).expand(share.shape)
-    successes = (share.double() * counts).round().long()
-    found = [
-        binomtest(s, m).proportion_ci(confidence_level=confidence, method="wilson")
-        for s, m in zip(successes.flatten().tolist(), counts.flatten().tolist(), strict=True)
-    ]
-    low, high = torch.tensor([[one.low, one.high] for one in found], dtype=torch.float64).T
-    return low.view(share.shape), high.view(share.shape)
+
+def paired_interval(
+    differences: Float[Tensor, " query"], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return the ends of Tango's score interval of a difference of paired shares (Tango 1998).
+
+    It is the interval of the differences that the score test does not reject. At 20 of 20 queries
+    gained it still has a width. A query may count as a fraction, as where it has several episodes;
+    as in :func:`wilson_interval`, the interval is then too wide rather than too narrow.
+
+    Args:
+        differences: Each query's difference, between -1 and 1.
+        confidence: The coverage.
+    """
+    n, z = len(differences), float(_quantile(confidence))
+    gained, lost = (float((sign * differences).clamp(min=0).sum()) for sign in (1, -1))
+
+    def score(delta: float) -> float:
+        linear = (2 * n - gained + lost) * delta - gained - lost
+        root = math.sqrt(max(linear**2 + 8 * n * lost * delta * (1 - delta), 0))
+        variance = n * ((root - linear) / (2 * n) + delta * (1 - delta))
+        return (gained - lost - n * delta) / math.sqrt(max(variance, 1e-300))
+
+    def bound(outside: float, sign: int) -> float:
+        inside = (gained - lost) / n
+        for _ in range(60):
+            middle = (outside + inside) / 2
+            if sign * score(middle) > z:
+                outside = middle
+            else:
+                inside = middle
+        return inside
+
+    return bound(-1, 1), bound(1, -1)
+
+
+def mean_interval(
+    values: Float[Tensor, "*row query"], confidence: float = 0.95
+) -> Float[Tensor, "*row 2"]:
+    """Return Student's interval of the mean over queries, corrected for skewness (Hall 1992).
+
+    Losses are skewed, and of 10 of them the percentile bootstrap covers the mean 80 to 90 times in
+    a hundred at a nominal 95. Hall's cubic transformation of the statistic needs no resampling and
+    covers it about as often as a studentised bootstrap. Values that do not vary give an interval
+    without width, and a single value gives NaN.
+
+    Args:
+        values: The values, averaged over the last axis.
+        confidence: The coverage.
+    """
+    from scipy.stats import t  # half a second to import
+
+    n = values.shape[-1]
+    if n < 2:
+        return torch.full((*values.shape[:-1], 2), torch.nan)
+    values = values.double()
+    mean = values.mean(dim=-1, keepdim=True)
+    apart = values - mean
+    skewness = apart.pow(3).mean(-1, True) / apart.square().mean(-1, True).pow(1.5)
+    skewness = skewness.nan_to_num(0) * math.sqrt(n * (n - 1)) / max(n - 2, 1)
+    skewness = torch.where(skewness.abs() < 1e-6, 1e-6, skewness)
+    ends = torch.tensor([1.0, -1.0]) * float(t.ppf((1 + confidence) / 2, n - 1)) / math.sqrt(n)
+    cube = 1 + skewness * (ends - skewness / (6 * n))
+    studentised = 3 * (cube.sign() * cube.abs().pow(1 / 3) - 1) / skewness
+    return (mean - values.std(dim=-1, keepdim=True) * studentised).float()
+
+
+def bca_interval(
+    estimate: float,
+    resampled: Float[Tensor, " resample"],
+    left_out: Float[Tensor, " unit"],
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Return the bias-corrected and accelerated bootstrap interval (Efron 1987).
+
+    Args:
+        estimate: The statistic of the sample.
+        resampled: The statistic of each resample; those that are NaN are left out.
+        left_out: The statistic with each unit of the sample left out.
+        confidence: The coverage.
+
+    Returns:
+        Its ends; NaN if the statistic is NaN of every resample.
+    """
+    known = resampled[resampled.isfinite()].double()
+    if not len(known):
+        return math.nan, math.nan
+    equal = known.isclose(known.new_tensor(estimate))  # up to rounding, in another order
+    below = (~equal & (known < estimate)).sum() + equal.sum() / 2
+    bias = torch.special.ndtri(below.double().clamp(0.5, len(known) - 0.5) / len(known))
+    apart = left_out[left_out.isfinite()].double()
+    apart = apart.mean() - apart
+    acceleration = (apart.pow(3).sum() / (6 * apart.square().sum().pow(1.5))).nan_to_num(0)
+    shifted = bias + _quantile(confidence) * torch.tensor([-1.0, 1.0]).double()
+    share = torch.special.ndtr(bias + shifted / (1 - acceleration * shifted))
+    low, high = torch.quantile(known, share).tolist()
+    return low, high
 
 
 def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
@@ -98,3 +195,10 @@ def cross_fitted_best(
     ).mean(dim=1)  # [half, layer]
     best = by_half.argmax(dim=1)
     return (by_half[1, best[0]] + by_half[0, best[1]]) / 2
+
+
+def _quantile(confidence: float) -> Float[Tensor, ""]:
+    """Return the standard normal quantile of a two-sided interval."""
+    upper = torch.tensor((1 + confidence) / 2, dtype=torch.float64)
+    found: Tensor = torch.special.ndtri(upper)
+    return found

@@ -1,4 +1,7 @@
-"""Paired comparisons of accuracy under several conditions on the same episodes."""
+"""Paired comparisons of accuracy under several conditions on the same queries.
+
+The unit is the distinct query. Where a query has several episodes, its value is their mean.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,22 @@ import pandas as pd
 import torch
 
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import bootstrap_interval, holm
+from transformer_lens_taskvec._utils.statistics import holm, means_by_query, paired_interval
 from transformer_lens_taskvec.scoring import Scores
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Shown):
-    """Differences in accuracy on the same episodes, one row per task and other condition.
+    """Differences in accuracy on the same queries, one row per task and other condition.
 
     Attributes:
-        differences: ``task, against, accuracy, other, difference, low, high, p, p_holm, n`` and
-            ``accuracy_low``, ``accuracy_high``, ``other_low``, ``other_high``: both accuracies with
-            Wilson's 95 % intervals; their difference with its 95 % interval by a bootstrap over
-            episodes; the p-value of McNemar's exact test, without and with Holm's correction over
-            all rows. Further metrics that both have follow, each as ``NAME`` and ``NAME_other``.
+        differences: ``task, against, accuracy, other, difference, low, high, p, p_holm, n``,
+            ``n_distinct`` and ``accuracy_low``, ``accuracy_high``, ``other_low``, ``other_high``:
+            both accuracies with Wilson's 95 % intervals; their difference with Tango's 95 %
+            interval for paired shares; the p-value of McNemar's exact test, the sign test on the
+            queries' differences, without and with Holm's correction over all rows; the number of
+            episodes and of distinct queries, which is what intervals and tests count. Further
+            metrics that both have follow, each as ``NAME`` and ``NAME_other``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -43,14 +48,18 @@ class Comparison(Shown):
         return self.differences
 
     def table(self) -> pd.DataFrame:
-        """Return accuracies with their intervals: a row per task, a column per condition."""
-        columns: dict[str, dict[str, str]] = {"accuracy": {}}
+        """Return accuracies with their intervals: a row per task, a column per condition.
+
+        The last column, ``n_distinct``, is the number of distinct queries.
+        """
+        columns: dict[str, dict[str, Any]] = {"accuracy": {}}
+        sizes = dict(zip(self.differences.task, self.differences.n_distinct, strict=True))
         for row in self.differences.to_dict("records"):
             for name, kind in (("accuracy", "accuracy"), (row["against"], "other")):
                 low, high = row[f"{kind}_low"], row[f"{kind}_high"]
                 cell = f"{row[kind]:.2f} [{low:.2f}, {high:.2f}]"
                 columns.setdefault(name, {})[row["task"]] = cell
-        return pd.DataFrame(columns).rename_axis("task")
+        return pd.DataFrame({**columns, "n_distinct": sizes}).rename_axis("task")
 
     def hardest(self) -> pd.DataFrame:
         """Return, for each task, the row of the other condition with the highest accuracy."""
@@ -69,21 +78,16 @@ class Comparison(Shown):
 def compare(
     scores: Scores,
     against: Scores | Mapping[str, Scores],
-    *,
-    n_resamples: int = 10_000,
-    seed: int = 0,
 ) -> Comparison:
     """Return paired differences in accuracy by task, with intervals and corrected p-values.
 
     Args:
         scores: The scores of interest.
-        against: Other scores of the same episodes, or a mapping of them by name, such as those of
-            controls.
-        n_resamples: Resamples of the bootstrap over episodes.
-        seed: Seed of the bootstrap.
+        against: Other scores of the same queries in the same order, or a mapping of them by name,
+            such as those of controls. The demonstrations may differ.
 
     Raises:
-        ValueError: If the episodes differ, or nothing is given to compare with.
+        ValueError: If the queries or ``stop`` differ, or nothing is given to compare with.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -107,9 +111,16 @@ def compare(
         raise ValueError("nothing to compare with; give at least one other Scores")
     rows = []
     for name, other in others.items():
-        if other.tasks != scores.tasks or not torch.equal(other.labels, scores.labels):
+        same = other.tasks == scores.tasks and torch.equal(other.labels, scores.labels)
+        if not (same and torch.equal(other.queries, scores.queries)):
             raise ValueError(
-                f"the scores of {name!r} are of other episodes; evaluate the same ones"
+                f"the scores of {name!r} are of other queries; evaluate the same ones, in the same "
+                "order"
+            )
+        if other.stop != scores.stop:
+            raise ValueError(
+                f"the scores of {name!r} have stop={other.stop!r}, and those they are compared "
+                f"with stop={scores.stop!r}; evaluate both with the same"
             )
         for task in scores.tasks:
             own, their = scores.of(task), other.of(task)
@@ -117,13 +128,12 @@ def compare(
             for kind, of in (("accuracy", own), ("other", their)):
                 row[kind] = of.accuracy
                 row[f"{kind}_low"], row[f"{kind}_high"] = of.interval()
-            gain = own.correct.float() - their.correct.float()
+            gain = means_by_query(own.correct.double() - their.correct.double(), own.queries)
             row["difference"] = float(gain.mean())
-            interval = bootstrap_interval(gain, n_resamples=n_resamples, seed=seed)
-            row["low"], row["high"] = interval.tolist()
+            row["low"], row["high"] = paired_interval(gain)
             better, worse = int((gain > 0).sum()), int((gain < 0).sum())
             row["p"] = binomtest(better, better + worse).pvalue if better + worse else 1.0
-            row["n"] = len(own)
+            row["n"], row["n_distinct"] = len(own), own.n_distinct
             for metric in scores.extra:
                 if metric in other.metrics:
                     row[metric], row[f"{metric}_other"] = own.mean(metric), their.mean(metric)

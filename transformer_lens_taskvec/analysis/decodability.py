@@ -21,7 +21,11 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import bootstrap_interval, cross_fitted_best
+from transformer_lens_taskvec._utils.statistics import (
+    cross_fitted_best,
+    mean_interval,
+    wilson_interval,
+)
 from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
 from transformer_lens_taskvec.analysis.classifiers import (
     WITH_NEIGHBOURS,
@@ -158,16 +162,17 @@ class Decodability(Shown):
             means.append(shares.mean(dim=0).to(self.hits.device))
         return DecodabilityNull(self.mean, torch.stack(means, dim=1), self.layers)
 
-    def interval(
-        self, layer: int, confidence: float = 0.95, n_resamples: int = 2_000, seed: int = 0
-    ) -> Float[Tensor, "task 2"]:
-        """Return each task's interval at a layer, by a bootstrap over its points' scores.
+    def interval(self, layer: int, confidence: float = 0.95) -> Float[Tensor, "task 2"]:
+        """Return each task's interval at a layer, over its points.
+
+        It is Wilson's; for a method whose scores are not all 0 or 1, Student's with a correction
+        for skewness.
 
         Raises:
             ValueError: If the layer was not collected.
         """
         at = layer_index(self.layers, layer)
-        return self._intervals(confidence, n_resamples, seed)[at]
+        return self._intervals(confidence)[at]
 
     def at(self, layer: int) -> Float[Tensor, " task"]:
         """Return the scores at one layer."""
@@ -184,11 +189,10 @@ class Decodability(Shown):
         labels = self.activations.labels
         return [self.hits[:, labels == task] for task in range(len(self.tasks))]
 
-    def _intervals(
-        self, confidence: float = 0.95, n_resamples: int = 2_000, seed: int = 0
-    ) -> Float[Tensor, "layer task 2"]:
-        found = [bootstrap_interval(own, confidence, n_resamples, seed) for own in self._by_task()]
-        return torch.stack(found, dim=1)
+    def _intervals(self, confidence: float = 0.95) -> Float[Tensor, "layer task 2"]:
+        if bool(((self.hits == 0) | (self.hits == 1)).all()):
+            return torch.stack(wilson_interval(self.scores, self.n, confidence), dim=-1).float()
+        return torch.stack([mean_interval(own, confidence) for own in self._by_task()], dim=1)
 
     def _of_permuted(
         self, points: Float[Tensor, "point d"], permuted: Int[Tensor, "permutation point"]

@@ -15,11 +15,18 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import bootstrap_interval
+from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.scoring import LOSS_LABELS, Scores, evaluate_many, mean_by_task, stack
+from transformer_lens_taskvec.scoring import (
+    LOSS_LABELS,
+    Scores,
+    evaluate_many,
+    mean_by_task,
+    queries_by_task,
+    stack,
+)
 from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
 
 
@@ -30,7 +37,8 @@ class PerturbationMatrix(Shown):
     Attributes:
         deltas: For each metric ``[source, target]``, its mean change in the source task's episodes
             when the target task's vector is injected: ``correct``, ``loss``, and those asked for.
-        loss_interval: ``[source, target, 2]``, the 95 % interval of ``delta_loss`` by a bootstrap.
+        loss_interval: ``[source, target, 2]``, the 95 % interval of ``delta_loss`` over queries,
+            Student's with a correction for skewness; NaN of a single query.
         sources: The tasks of the episodes.
         targets: The tasks of the vectors.
         layer: The layer of the injection.
@@ -75,15 +83,19 @@ class PerturbationMatrix(Shown):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per source and target: ``source, target, delta_loss, low, high`` ...
 
-        ``low`` and ``high`` are ``loss_interval``. Then ``delta_accuracy``, and ``delta_NAME`` for
-        each metric asked for.
+        ``low`` and ``high`` are ``loss_interval``. Then ``delta_accuracy``, ``delta_NAME`` for each
+        metric asked for, and the numbers of episodes and of distinct queries, ``n`` and
+        ``n_distinct``.
         """
+        own = [self.baseline.of(task) for task in self.sources]
         columns = {
             "delta_loss": self.delta_loss,
             "low": self.loss_interval[..., 0],
             "high": self.loss_interval[..., 1],
             "delta_accuracy": self.delta_accuracy,
             **{f"delta_{name}": self.deltas[name] for name in self.baseline.extra},
+            "n": torch.tensor([[len(one)] for one in own]),
+            "n_distinct": torch.tensor([[one.n_distinct] for one in own]),
         }
         return grid_frame({"source": self.sources, "target": self.targets}, columns)
 
@@ -168,13 +180,12 @@ def matrix_of_edits(
         name: values.double() - before.metrics[name].double()
         for name, values in stack(after).items()
     }
-    own = [before.labels == index for index in range(len(before.tasks))]
     return PerturbationMatrix(
         {
             name: rearrange(mean_by_task(values, before), "target source -> source target")
             for name, values in changes.items()
         },
-        torch.stack([bootstrap_interval(changes["loss"][:, rows]) for rows in own]),
+        torch.stack([mean_interval(own) for own in queries_by_task(changes["loss"], before)]),
         before.tasks,
         tuple(edits),
         layer,

@@ -46,7 +46,7 @@ class SteeringEffect(Shown):
         return self.unperturbed.tasks
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per task: ``task, unperturbed, positive, negative, n``.
+        """Return one row per task: ``task, unperturbed, positive, negative, n, n_distinct``.
 
         Each accuracy is followed by ``..._low`` and ``..._high``, Wilson's 95 % interval, and
         ``..._NAME`` for each metric asked for.
@@ -59,7 +59,7 @@ class SteeringEffect(Shown):
                 row[kind] = scores.accuracy
                 row[f"{kind}_low"], row[f"{kind}_high"] = scores.interval()
                 row |= {f"{kind}_{name}": scores.mean(name) for name in scores.extra}
-                row["n"] = len(scores)
+                row["n"], row["n_distinct"] = len(scores), scores.n_distinct
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -24,7 +24,13 @@ from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
-from transformer_lens_taskvec.scoring import Scores, evaluate_many, mean_by_task, stack
+from transformer_lens_taskvec.scoring import (
+    Scores,
+    evaluate_many,
+    mean_by_task,
+    queries_by_task,
+    stack,
+)
 from transformer_lens_taskvec.vectors.base import Injectable, check_tasks, check_vectors
 
 
@@ -134,12 +140,14 @@ class LayerSweep(Shown):
 
     @property
     def held_out(self) -> float:
-        """The mean accuracy at the best layer of the first scale, on other episodes.
+        """The mean accuracy at the best layer of the first scale, on other queries.
 
-        Half the episodes of each task choose the layer and accuracy is measured on the other half;
+        Half the queries of each task choose the layer and accuracy is measured on the other half;
         then the halves swap.
         """
-        return float(cross_fitted_best(self.correct[0].float(), self.baseline.labels))
+        own = queries_by_task(self.correct[0], self.baseline)
+        labels = torch.tensor([task for task, some in enumerate(own) for _ in range(some.shape[1])])
+        return float(cross_fitted_best(torch.cat(own, dim=1), labels))
 
     def at(self, layer: int | None) -> Float[Tensor, " task"]:
         """Return the accuracy of each task at one layer and the first scale.
@@ -153,10 +161,11 @@ class LayerSweep(Shown):
         """Return one row per scale, layer and task, next to the score without intervention.
 
         A column holds the mean of each metric, and ``baseline_NAME`` its baseline; ``low`` and
-        ``high`` are Wilson's 95 % interval of the accuracy, and ``control: NAME`` is the accuracy
-        of each control.
+        ``high`` are Wilson's 95 % interval of the accuracy, ``control: NAME`` is the accuracy of
+        each control, ``n`` the number of episodes, and ``n_distinct`` of distinct queries.
         """
         sizes = torch.bincount(self.baseline.labels, minlength=len(self.tasks))
+        distinct = torch.tensor([self.baseline.of(task).n_distinct for task in self.tasks])
         named = {("accuracy" if name == "correct" else name): name for name in self.metrics}
         before = {
             column: mean_by_task(self.baseline.metrics[name], self.baseline)
@@ -166,7 +175,7 @@ class LayerSweep(Shown):
             column: mean_by_task(self.metrics[name], self.baseline)
             for column, name in named.items()
         }
-        low, high = wilson_interval(means["accuracy"], sizes)
+        low, high = wilson_interval(means["accuracy"], distinct)
         columns = {
             **means,
             "low": low,
@@ -174,6 +183,7 @@ class LayerSweep(Shown):
             **{f"control: {kind}": control.accuracy for kind, control in self.controls.items()},
             **{f"baseline_{name}": values for name, values in before.items()},
             "n": sizes,
+            "n_distinct": distinct,
         }
         axes = {"scale": self.scales, "layer": self.layers, "task": self.tasks}
         return grid_frame(axes, columns)
@@ -186,7 +196,7 @@ class LayerSweep(Shown):
             lines.append(f"{task} {before:.2f} -> {after:.2f} (layer {layer})")
         return (
             f"LayerSweep({len(self.layers)} layers; {'; '.join(lines)}; mean at the best layer, on "
-            f"episodes it was not chosen on: {self.held_out:.2f})"
+            f"queries it was not chosen on: {self.held_out:.2f}; {self.baseline.size})"
         )
 
 

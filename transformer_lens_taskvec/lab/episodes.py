@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.text import stable_hash
 from transformer_lens_taskvec.lab.model import interleave
 from transformer_lens_taskvec.lab.problems.base import Mixture, balanced_labels
 from transformer_lens_taskvec.prompts import PromptTemplate
@@ -55,6 +56,11 @@ class RegressionEpisode:
     def n_shots(self) -> int:
         """The number of demonstrations."""
         return len(self.ys)
+
+    @property
+    def query_id(self) -> int:
+        """A hash of the task, the query's input and the answer."""
+        return stable_hash(self.task, self.xs[-1].cpu().numpy().tobytes(), repr(self.answer))
 
     def is_right(self, prediction: float) -> bool:
         """Whether a prediction counts as right, by the mixture's rule."""

@@ -115,7 +115,7 @@ def _saved(file: Path) -> pd.DataFrame:
     saved = read_json(file, problem)
     with reading(file, problem):
         frame = pd.DataFrame([dict(row) for row in saved["results"]])
-        frame[["td", "accuracy"]].astype(float)
+        frame[["td", "accuracy", "n", "n_distinct"]].astype(float)
         if not {"task", "shots"} <= set(frame) or "checkpoint" in frame:
             raise ValueError(f"its columns are {list(frame)}")
     return frame

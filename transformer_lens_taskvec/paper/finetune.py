@@ -164,7 +164,8 @@ class FinetuningStudy(Shown):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per setting: mean and standard deviation of TD and accuracy over tasks.
 
-        As in Table 1, then the means of metrics that were asked for; Null is left out.
+        As in Table 1, then the means of metrics that were asked for, and the numbers of episodes
+        and distinct queries of the task with the fewest; Null is left out.
         """
         pretrained = self.studies["pretrained"]
         extra = pretrained.scores[pretrained.shots[0]].extra
@@ -176,6 +177,8 @@ class FinetuningStudy(Shown):
             accuracy=("accuracy", "mean"),
             accuracy_std=("accuracy", "std"),
             **{name: (name, "mean") for name in extra},
+            n=("n", "min"),
+            n_distinct=("n_distinct", "min"),
         )
         return table.assign(unchanged_outside=pd.Series(self.unchanged)).reset_index()
 

@@ -80,7 +80,8 @@ class InstructionStudy(Shown):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per condition: ``condition, layer, td, td_at_input, ..., accuracy``.
 
-        The values are means over tasks; accuracy leaves out Null.
+        The values are means over tasks; accuracy leaves out Null, as do ``n`` and ``n_distinct``,
+        the numbers of all episodes and distinct queries.
         """
         rows = []
         for condition, found in self.decodability.items():
@@ -98,6 +99,8 @@ class InstructionStudy(Shown):
                     "td_of_instruction": of_instruction,
                     "accuracy": mean(own.accuracy for own in real),
                     **{name: mean(own.mean(name) for own in real) for name in scores.extra},
+                    "n": sum(map(len, real)),
+                    "n_distinct": sum(own.n_distinct for own in real),
                 }
             )
         return pd.DataFrame(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from transformer_lens_taskvec._utils.text import spelled_size
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
     GREY,
@@ -56,7 +57,9 @@ def plot_checkpoints(
     for index, (task, own) in enumerate(frame.groupby("task", sort=False)):
         above.plot(places, own.td.tolist(), label=task, **task_style(index))
         below.plot(places, own.accuracy.tolist(), **task_style(index))
-    above.set(ylabel="task decodability", ylim=(-0.03, 1.03), title=f"{found.name} over training")
+    size = spelled_size(frame.n_distinct.tolist(), frame.n.tolist())
+    title = f"{found.name} over training\n{size}"
+    above.set(ylabel="task decodability", ylim=(-0.03, 1.03), title=title)
     below.set(xlabel="checkpoint", ylabel="exact-match accuracy", ylim=(-0.03, 1.03))
     below.set_xticks(places, [str(c) for c in found.checkpoints], rotation=30, ha="right")
     return legend_beside(above), below
@@ -93,5 +96,6 @@ def plot_prompting(study: InstructionStudy, ax: Axes | None = None) -> Axes:
     chance = study.decodability["plain"].chance
     ax.axhline(chance, color=GREY, linestyle="--", linewidth=1, label="chance")
     ax.set_xticks(range(len(frame)), [f"{name}\ninstructions" for name in ("no", "own", "random")])
-    ax.set(ylim=(0, 1.03), title="What naming the task in the prompt does")
+    size = study.scores["plain"].size
+    ax.set(ylim=(0, 1.03), xlabel=size, title="What naming the task in the prompt does")
     return legend_beside(ax)

@@ -84,14 +84,15 @@ class ShotStudy(Shown):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per task and number of shots.
 
-        Columns: ``task, shots, layer, td, td_low, td_high, accuracy, low, high`` (95 % intervals,
-        Wilson's for the accuracy), and ``positive, negative`` where there are interventions.
+        Columns: ``task, shots, layer, td, td_low, td_high, accuracy, low, high`` (Wilson's 95 %
+        intervals), the metrics asked for, ``positive, negative`` where there are interventions,
+        and the numbers of episodes and of distinct queries, ``n`` and ``n_distinct``.
         """
         frames = []
         for shots, scores in self.scores.items():
-            td = self.decodability[shots]
+            td, own = self.decodability[shots], [scores.of(task) for task in self.tasks]
             td_low, td_high = rearrange(td.interval(self.layer), "task end -> end task").tolist()
-            low, high = zip(*(scores.of(task).interval() for task in self.tasks), strict=True)
+            low, high = zip(*(one.interval() for one in own), strict=True)
             frame = pd.DataFrame({"task": self.tasks, "shots": shots, "layer": self.layer})
             columns = {
                 "td": td.at(self.layer).tolist(),
@@ -106,6 +107,8 @@ class ShotStudy(Shown):
                 steered = self.steering[shots]
                 columns["positive"] = [*steered.positive.by_task().values()]
                 columns["negative"] = [*steered.negative.by_task().values()]
+            columns["n"] = [len(one) for one in own]
+            columns["n_distinct"] = [one.n_distinct for one in own]
             frames.append(frame.assign(**columns))
         return pd.concat(frames, ignore_index=True)
 

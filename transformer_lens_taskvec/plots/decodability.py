@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from einops import rearrange
 
+from transformer_lens_taskvec._utils.text import spelled_size
 from transformer_lens_taskvec.analysis.decodability import Decodability
 from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit
 from transformer_lens_taskvec.plots.style import (
@@ -59,7 +60,10 @@ def plot_td_vs_accuracy(fit: AccuracyFit, ax: Axes | None = None) -> Axes:
     ax.set(
         xlabel="task decodability",
         ylabel="exact-match accuracy",
-        title=f"R$^2$ = {fit.r2:.2f} [{low:.2f}, {high:.2f}], Spearman {fit.spearman:.2f}",
+        title=(
+            f"R$^2$ = {fit.r2:.2f} [{low:.2f}, {high:.2f}], Spearman {fit.spearman:.2f}\n"
+            f"{spelled_size(points.n_distinct.tolist(), points.n.tolist())}"
+        ),
     )
     return legend_beside(ax)
 

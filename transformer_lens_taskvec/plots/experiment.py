@@ -27,7 +27,7 @@ def experiment_figures(experiment: Experiment) -> dict[str, Figure]:
         >>> import matplotlib.pyplot as plt
         >>> import transformer_lens_taskvec as tv
         >>> tasks = tv.bitwise_tasks(null=False)
-        >>> found = tv.run_experiment(tv.load_model("toy"), tasks, n_shots=4, n=4)
+        >>> found = tv.run_experiment(tv.load_model("toy"), tasks, n_shots=4, n=6)
         >>> list(tv.plots.experiment_figures(found))
         ['layer_sweep', 'decodability', 'embedding']
         >>> plt.close("all")

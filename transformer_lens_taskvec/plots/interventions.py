@@ -40,7 +40,7 @@ def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model, tasks = tv.load_model("toy"), tv.bitwise_tasks(null=False)
-        >>> sweep = tv.run_experiment(model, tasks, n_shots=4, n=4).sweep
+        >>> sweep = tv.run_experiment(model, tasks, n_shots=4, n=6).sweep
         >>> tv.plot_layer_sweep(sweep).get_ylabel()
         'exact-match accuracy'
     """
@@ -62,7 +62,7 @@ def plot_layer_sweep(sweep: LayerSweep, ax: Axes | None = None) -> Axes:
         xlabel="layer of injection (from 0)",
         ylabel="exact-match accuracy",
         ylim=(-0.03, 1.03),
-        title="Task vectors injected (dotted: nothing injected)",
+        title=f"Task vectors injected (dotted: nothing injected)\n{sweep.baseline.size}",
     )
     whole_numbers(ax)
     return legend_beside(ax)
@@ -99,6 +99,7 @@ def plot_steering(effect: SteeringEffect, ax: Axes | None = None) -> Axes:
     names = frame.task.tolist()
     ax.set_xticks(range(len(frame)), names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set(
+        xlabel=effect.unperturbed.size,
         ylabel="exact-match accuracy",
         ylim=(0, 1.03),
         title=f"Null's or the right task's vector injected, layer {effect.layer}",

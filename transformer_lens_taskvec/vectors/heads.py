@@ -22,12 +22,19 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import bootstrap_interval
+from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.activations import check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
-from transformer_lens_taskvec.scoring import LOSS_LABELS, Scores, evaluate_many, mean_by_task, stack
+from transformer_lens_taskvec.scoring import (
+    LOSS_LABELS,
+    Scores,
+    evaluate_many,
+    mean_by_task,
+    queries_by_task,
+    stack,
+)
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 
@@ -40,7 +47,8 @@ class HeadEffects(Shown):
             ``log_probability`` (nats) and the metrics asked for; where answers are numbers,
             ``loss`` in place of the two probabilities.
         interval: ``[task, layer, head, 2]``, the 95 % interval of the change in log-probability, or
-            in loss where answers are numbers, by a bootstrap over episodes.
+            in loss where answers are numbers: Student's over distinct queries, with a correction
+            for skewness; NaN of a single query.
         baseline: Scores of the same prompts with no head changed.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: ``"zero"`` or ``"mean"``; None if means were patched into shuffled prompts.
@@ -111,8 +119,15 @@ class HeadEffects(Shown):
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per task, layer and head: the effects, ``low`` and ``high``."""
-        columns = {**self.by_task, "low": self.interval[..., 0], "high": self.interval[..., 1]}
+        """Return one row per task, layer and head: the effects, ``low, high, n, n_distinct``."""
+        own = [self.baseline.of(task) for task in self.tasks]
+        columns = {
+            **self.by_task,
+            "low": self.interval[..., 0],
+            "high": self.interval[..., 1],
+            "n": torch.tensor([[[len(one)]] for one in own]),
+            "n_distinct": torch.tensor([[[one.n_distinct]] for one in own]),
+        }
         layers, heads = self.means.shape[1:3]
         return grid_frame(
             {"task": self.tasks, "layer": range(layers), "head": range(heads)}, columns
@@ -151,9 +166,9 @@ def head_effects(
     Args:
         model: A model with attention heads (``attn.hook_z``).
         episodes: Clean few-shot episodes that the means are taken from.
-        on: Clean episodes of the same tasks to measure on; by default the second half of each
-            task's ``episodes``, with the means taken from the first half, so that no answer
-            leaks into its own measurement.
+        on: Clean episodes of the same tasks to measure on; by default those of the second half of
+            each task's queries, with the means taken from the first half, so that no answer leaks
+            into its own measurement.
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
             None changes it at every token. Means always come from the last prompt token.
@@ -168,8 +183,8 @@ def head_effects(
         ablation harms has a negative effect on probability.
 
     Raises:
-        ValueError: If ``ablation`` is unknown, a task has only one episode and there is no ``on``,
-            an episode has too few demonstrations to shuffle (without ablation), a task of ``on``
+        ValueError: If ``ablation`` is unknown, a task has only one query and there is no ``on``, an
+            episode has too few demonstrations to shuffle (without ablation), a task of ``on``
             has no clean episodes, or as for :func:`collect` and :func:`evaluate`.
 
     Example:
@@ -220,8 +235,7 @@ def head_effects(
     change = {name: after[name] - before[name] for name in after}
     axes = "(layer head) task ... -> task layer head ..."
     loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
-    own = [baseline.labels == index for index in range(len(baseline.tasks))]
-    intervals = torch.stack([bootstrap_interval(loss[:, rows]) for rows in own], dim=1)
+    intervals = torch.stack([mean_interval(own) for own in queries_by_task(loss, baseline)], dim=1)
     return HeadEffects(
         {
             name: rearrange(mean_by_task(values, baseline).float(), axes, head=n_heads)
@@ -312,16 +326,17 @@ def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant ex
 
 
 def _halves(episodes: Sequence[AnyEpisode]) -> tuple[list[AnyEpisode], list[AnyEpisode]]:
-    """Return the first and the second half of each task's episodes."""
-    by_task: dict[str, list[AnyEpisode]] = {}
+    """Return the episodes of the first and of the second half of each task's distinct queries."""
+    by_task: dict[str, dict[int, list[AnyEpisode]]] = {}
     for episode in episodes:
-        by_task.setdefault(episode.task, []).append(episode)
-    for task, own in by_task.items():
-        if len(own) < 2:
+        by_task.setdefault(episode.task, {}).setdefault(episode.query_id, []).append(episode)
+    halves: tuple[list[AnyEpisode], list[AnyEpisode]] = [], []
+    for task, queries in by_task.items():
+        if len(queries) < 2:
             raise ValueError(
-                f"task {task!r} has one episode; give two or more, for the means and for the "
-                "measurement, or give on=..."
+                f"task {task!r} has one distinct query; give two or more, for the means and for "
+                "the measurement, or give on=..."
             )
-    first = [episode for own in by_task.values() for episode in own[: (len(own) + 1) // 2]]
-    second = [episode for own in by_task.values() for episode in own[(len(own) + 1) // 2 :]]
-    return first, second
+        for place, some in enumerate(queries.values()):
+            halves[place >= (len(queries) + 1) // 2].extend(some)
+    return halves
