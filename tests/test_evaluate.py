@@ -328,6 +328,7 @@ def test_a_query_is_the_same_with_other_demonstrations_and_another_template() ->
 
 @pytest.mark.model
 @pytest.mark.filterwarnings("ignore:.*carries hooks of yours")
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 def test_a_prompt_that_occurs_again_is_not_run_again(model: Any, vectors: tv.TaskVectors) -> None:
     bare = tv.zero_shot(repeated())
     variants = [[], vectors.inject("en_fr", 1), [tv.ablate(1, hook="mlp_out", position=0)]]
