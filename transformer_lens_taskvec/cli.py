@@ -103,6 +103,9 @@ Shots = Annotated[int, typer.Option(min=0, help="Demonstrations in a few-shot pr
 Count = Annotated[
     int, typer.Option(min=1, help="Episodes per task in each of the train, dev and test sets.")
 ]
+TestCount = Annotated[
+    int | None, typer.Option(min=1, help="Episodes per task in the test set; by default as --n.")
+]
 Seed = Annotated[
     int,
     typer.Option(min=0, max=2**32 - 1, help="Seed; the same seed gives the same results."),
@@ -127,12 +130,12 @@ def main(
 
 
 @app.command()
-def demo(out: Out = Path("taskvec-demo"), seed: Seed = 0) -> None:
+def demo(out: Out = Path("taskvec-demo"), n_test: TestCount = None, seed: Seed = 0) -> None:
     """Measure eight task vectors in SmolLM2-135M-Instruct.
 
     Example: taskvec demo --out demo
     """
-    run(",".join(DEMO_TASKS), seed=seed, out=out)
+    run(",".join(DEMO_TASKS), n_test=n_test, seed=seed, out=out)
 
 
 @app.command()
@@ -147,6 +150,7 @@ def run(
     model: Model = "smollm2",
     shots: Shots = 8,
     n: Count = 40,
+    n_test: TestCount = None,
     seed: Seed = 0,
     bos: Bos = None,
     out: Out = Path("taskvec-run"),
@@ -166,6 +170,7 @@ def run(
         chosen,
         n_shots=shots,
         n=n,
+        n_test=n_test,
         seed=seed,
         template=_template(bos),
         progress=True,

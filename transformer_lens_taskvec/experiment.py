@@ -168,6 +168,7 @@ def run_experiment(
     *,
     n_shots: int = 8,
     n: int = 40,
+    n_test: int | None = None,
     seed: int = 0,
     template: PromptTemplate = EXAMPLE_ARROW,
     metrics: Iterable[str | Metric] = (),
@@ -182,6 +183,7 @@ def run_experiment(
         tasks: At least two tasks.
         n_shots: Demonstrations in few-shot prompts.
         n: Episodes per task in each of the train, dev and test sets.
+        n_test: Episodes per task in the test set, if there shall be others than ``n``.
         seed: Seed of the sampling and the controls; the same seed gives the same results.
         template: How the episodes become text.
         metrics: Further metrics, as for :func:`evaluate_many`.
@@ -215,7 +217,11 @@ def run_experiment(
         )
     check_layers(model, None)
     sets = sample_splits(
-        chosen, {"train": n, "dev": n, "test": n}, n_shots, seed, template=template
+        chosen,
+        {"train": n, "dev": n, "test": n if n_test is None else n_test},
+        n_shots,
+        seed,
+        template=template,
     )
     activations = collect(model, sets["train"], progress=progress)
     vectors = task_vectors(activations)
@@ -248,6 +254,7 @@ def run_experiment(
         settings={
             "n_shots": n_shots,
             "n": n,
+            "n_test": n if n_test is None else n_test,
             "seed": seed,
             "template": asdict(template),
             "stop": stop,
