@@ -337,12 +337,7 @@ def _as_added(
     def read(hook: str) -> Float[Tensor, "example layer d"]:
         return collect(model, episodes, hook=hook, layers=found.layers).values
 
-    def has(hook: str) -> bool:
-        return all(hook_name(hook, layer) in model.hook_dict for layer in found.layers)
-
-    z, norm, dtype = found.values, "ln1_post.hook_scale", mask_dtype(model)
-    scale = read(norm) if has(norm) else z.new_ones(1, 1, 1)
-    z = z / rearrange(scale, "row layer 1 -> row layer 1 1")
+    z, dtype = found.values, mask_dtype(model)
     attention = [model.blocks[layer].attn for layer in found.layers]
     try:
         weights = torch.stack([one.W_O.detach().to("cpu", torch.float32) for one in attention])
@@ -352,18 +347,22 @@ def _as_added(
     zero = weights.new_zeros(weights.shape[-1])
     bias = torch.stack([zero if one is None else one.detach().to(zero) for one in biases])
     through = einsum(z, weights, "row layer head d, layer head d d_model -> row layer d_model")
-    through, added = through + bias / scale, read("attn_out")
-    # A norm has a weight per dimension; a multiplier is one number.
-    axes = (0,) if has(norm) else (0, 2)
-    square = through.square().sum(dim=axes, keepdim=True)
-    factors = torch.where(square > 0, (through * added).sum(dim=axes, keepdim=True) / square, 1.0)
+    through, added = through + bias, read("attn_out")
     allowed = (1e-3 if dtype == torch.float32 else 0.05) * added.norm(dim=(0, 2))
-    fits = (factors * through - added).norm(dim=(0, 2)) <= allowed
-    if has("resid_mid"):
+    if all(hook_name("resid_mid", layer) in model.hook_dict for layer in found.layers):
         before, after = read("resid_pre"), read("resid_mid")
         rounding = 4 * torch.finfo(dtype).eps * after.norm(dim=(0, 2))
-        fits &= (before + added - after).norm(dim=(0, 2)) <= allowed + rounding
-    return z, factors[0].expand_as(bias) if bool(fits.all()) else None
+        if ((before + added - after).norm(dim=(0, 2)) > allowed + rounding).any():
+            return z, None
+    # A multiplier is one number; a norm divides by the root mean square, and has weights.
+    power = through.square().mean(dim=2, keepdim=True) + float(getattr(model.cfg, "eps", 1e-6))
+    for scale, axes in ((z.new_ones(1, 1, 1), (0, 2)), (power.sqrt(), (0,))):
+        unit = through / scale
+        square = unit.square().sum(dim=axes, keepdim=True)
+        factors = torch.where(square > 0, (unit * added).sum(dim=axes, keepdim=True) / square, 1.0)
+        if ((factors * unit - added).norm(dim=(0, 2)) <= allowed).all():
+            return z / scale[..., None], factors[0].expand_as(bias)
+    return z, None
 
 
 def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:
