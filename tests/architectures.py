@@ -3,8 +3,9 @@
 The reference is the plain model of ``transformers``, one unpadded prompt at a time, edited by torch
 hooks on its decoder blocks: nothing of TransformerLens or of this library takes part in it.
 
-python tests/architectures.py --table         # the table of the reference pages, as Markdown
-python tests/architectures.py gpt_neo llama4  # some rows
+python tests/architectures.py gpt_neo mamba  # some rows
+python tests/architectures.py --table        # all, as Markdown
+python tests/architectures.py --write        # into tutorials/pages/architectures.md
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import os
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +35,7 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 
 import transformer_lens_taskvec as tv
 
+PAGE = Path(__file__).parents[1] / "tutorials" / "pages" / "architectures.md"
 VOCABULARY, WIDTH, LAYERS = 512, 64, 4
 WINDOW = 16
 """Of sliding and local attention, and of chunks."""
@@ -200,6 +206,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "original_max_position_embeddings": SWITCH,
             "sliding_window": None,
         },
+    ),
+    "llama, rope dynamic, no switch": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "dynamic", **ROPES["dynamic"]}},
     ),
     "mistral, no window": ("MistralForCausalLM", {"sliding_window": None}),
     **{
@@ -551,12 +561,23 @@ def compare(name: str) -> Row:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
 def table(found: Mapping[str, Row]) -> str:
-    """Return the rows as Markdown."""
+    """Return the rows as Markdown, with the versions that they hold for."""
+    counts = Counter(row.word for row in found.values())
+    own = [name for name in SUPPORTED_ARCHITECTURES if hasattr(transformers, name)]
+    kinds = sum(is_row(name) for name in own)
     lines = [
+        f"{versions()}: {', '.join(f'{n} {word}' for word, n in counts.most_common())}.",
+        "",
+        f"TransformerLens names {len(SUPPORTED_ARCHITECTURES)} classes. {kinds} of them are "
+        "decoder-only language models of `transformers` and have rows, some of them several. "
+        f"Not built: {len(own) - kinds} that are not decoder-only language models, and "
+        f"{len(SUPPORTED_ARCHITECTURES) - len(own)} without a class of that name in "
+        "`transformers`.",
+        "",
         "| Model | Class | Outcome | Largest difference (nats) | Why |",
         "|---|---|---|---|---|",
     ]
@@ -564,15 +585,27 @@ def table(found: Mapping[str, Row]) -> str:
         reason = re.search(r"at a time: (.*)\. Results", row.why)
         why = (reason.group(1) if reason else row.why).replace("|", "\\|")
         size = f"{row.error:.0e}" if row.word in ("agrees", "falls back", "differs") else ""
-        outcome = row.word + (f", bridge differs by {row.bridge:.1g}" if row.bridge_differs else "")
-        lines.append(f"| {name} | `{rows()[name][0]}` | {outcome} | {size} | {why} |")
+        lines.append(f"| {name} | `{rows()[name][0]}` | {row.outcome} | {size} | {why} |")
     return "\n".join(lines)
+
+
+def versions() -> str:
+    """Return what the table holds for."""
+    return f"TransformerLens {version('transformer-lens')}, transformers {transformers.__version__}"
+
+
+def committed() -> dict[str, str]:
+    """Return the outcomes in the page, none of them if it was made with other versions."""
+    text = PAGE.read_text()
+    found = dict(re.findall(r"^\| ([^|]+?) \| `\w+` \| ([^|]+?) \|", text, re.MULTILINE))
+    return found if versions() in text else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", help="names of rows; all by default")
     parser.add_argument("--table", action="store_true", help="print Markdown")
+    parser.add_argument("--write", action="store_true", help="write all rows into the page")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     found = {}
@@ -582,6 +615,9 @@ def main() -> None:
             print(f"{name:26} {row.outcome:12} {row.error:.0e} {row.why}", flush=True)
     if arguments.table:
         print(table(found))
+    if arguments.write and not arguments.rows:
+        head = PAGE.read_text().partition("\nTransformerLens ")[0]
+        PAGE.write_text(f"{head}\n{table(found)}\n")
 
 
 if __name__ == "__main__":
