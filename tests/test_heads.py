@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import architectures
 import pytest
 import torch
 import zoo
@@ -126,6 +128,163 @@ def test_heads_write_through_their_part_of_w_o_in_every_architecture(
     weights = torch.stack([model.blocks[layer].attn.W_O.detach() for layer in range(3)])
     summed = torch.einsum("elhd,lhdm->elm", z, weights) + bias
     torch.testing.assert_close(summed, out, atol=1e-4, rtol=1e-4)
+
+
+# By model: the projection of the heads' outputs, and the module that reads the residual stream
+# after attention, or None where attention and MLP run in parallel and attention's output is added.
+PARTS = {
+    "llama": ("self_attn.o_proj", "post_attention_layernorm"),
+    "gpt2": ("attn.c_proj", "ln_2"),
+    "gemma2": ("self_attn.o_proj", "pre_feedforward_layernorm"),
+    "gemma3_text": ("self_attn.o_proj", "pre_feedforward_layernorm"),
+    "olmo2": ("self_attn.o_proj", "mlp"),
+    "granite, multipliers": ("self_attn.o_proj", "post_attention_layernorm"),
+    "deepseek_v3": ("self_attn.o_proj", "post_attention_layernorm"),
+    "bloom": ("self_attention.dense", "post_attention_layernorm"),
+    "gpt_neox": ("attention.dense", None),
+    "gptj": ("attn.out_proj", None),
+    "cohere": ("self_attn.o_proj", None),
+}
+
+
+class Plain:
+    """A model of ``transformers`` whose heads are read and edited by torch hooks."""
+
+    def __init__(self, name: str) -> None:
+        self.model = architectures.hf_model(*architectures.rows()[name])
+        self.blocks = architectures.blocks_of(self.model)
+        self.projection, self.after = PARTS[name]
+
+    def run(
+        self, episode: tv.Episode, edit: tuple[int, int, torch.Tensor] | None = None
+    ) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The answer's log-probability; of each layer z, its projection and what was added."""
+        prompt, answer = (
+            [int(word[1:-1]) for word in text.split()] for text in (episode.prompt, episode.answer)
+        )
+        at, kept = len(prompt) - 1, {name: [] for name in ("z", "projected", "before", "after")}
+
+        def project(layer: int, module: Any, args: Any) -> Any:
+            z = args[0].clone()
+            if edit is not None and edit[0] == layer:
+                z.unflatten(-1, (4, -1))[0, at, edit[1]] = edit[2]
+            kept["z"].append(z[0, at].unflatten(-1, (4, -1)))
+            return (z, *args[1:])
+
+        def projected(module: Any, args: Any, output: Any) -> None:
+            kept["projected"].append(output[0, at])
+
+        def stream(name: str, module: Any, args: Any, kwargs: Any) -> None:
+            kept[name].append((args[0] if args else kwargs["hidden_states"])[0, at])
+
+        handles = []
+        for layer, block in enumerate(self.blocks):
+            projection = block.get_submodule(self.projection)
+            handles.append(projection.register_forward_pre_hook(partial(project, layer)))
+            handles.append(projection.register_forward_hook(projected))
+            for name, module in (("before", block), ("after", self.after)):
+                if isinstance(module, str):
+                    module = block.get_submodule(module)
+                if module is not None:
+                    hook = partial(stream, name)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with torch.no_grad():
+            logits = self.model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+        for handle in handles:
+            handle.remove()
+        logp = logits[at:-1].log_softmax(-1)[range(len(answer)), answer].sum()
+        z, projected_, before, *after = (torch.stack(kept[name]) for name in kept if kept[name])
+        return float(logp), z, projected_, after[0] - before if after else projected_
+
+    def added(self, episode: tv.Episode) -> torch.Tensor:
+        """What each head adds to the residual stream, ``[layer, head, d_model]``."""
+        _, z, projected, total = self.run(episode)
+        parts = []
+        for layer, block in enumerate(self.blocks):
+            weight = block.get_submodule(self.projection).weight
+            weight = weight if self.projection == "attn.c_proj" else weight.T  # GPT-2's Conv1D
+            bias = block.get_submodule(self.projection).bias
+            share = torch.einsum("hd,hdm->hm", z[layer], weight.unflatten(0, (4, -1)))
+            # Multiplied by what a norm or a multiplier makes of the sum.
+            factor = total[layer] / projected[layer]
+            parts.append(share * factor)
+            whole = parts[-1].sum(0) + (0 if bias is None else bias * factor)
+            torch.testing.assert_close(whole, total[layer], atol=1e-4, rtol=1e-3)
+        return torch.stack(parts).detach()
+
+
+def in_numbers(shots: int = 3, n: int = 4) -> list[tv.Episode]:
+    """Episodes of two tasks in the words of the small models."""
+    words = iter(
+        torch.randint(3, 512, (1000,), generator=torch.Generator().manual_seed(5)).tolist()
+    )
+    template = tv.PromptTemplate("{x} {y}", bos=False)
+
+    def example(answer: str) -> tv.Example:
+        return tv.Example(f"<{next(words)}> <{next(words)}>", answer)
+
+    return [
+        tv.Episode(
+            task,
+            tuple(example(f"<{20 + 7 * shot}>") for shot in range(shots + index % 2)),
+            example(f"<{next(words)}>"),
+            template,
+        )
+        for task in ("a", "b")
+        for index in range(n)
+    ]
+
+
+def bridged(name: str) -> Any:
+    hf_model = architectures.hf_model(*architectures.rows()[name])
+    return tv.bridge_from_hf(hf_model, architectures.tokenizer(), device="cpu")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_function_vector_is_what_its_heads_add_to_the_residual_stream(name: str) -> None:
+    plain, model, episodes = Plain(name), bridged(name), in_numbers()
+    added = torch.stack([plain.added(episode) for episode in episodes])
+    effects = tv.head_effects(model, episodes, on=episodes)
+    for n_heads in (3, 16):
+        vectors = tv.function_vectors(model, episodes, n_heads, effects=effects)
+        for index, task in enumerate(vectors.tasks):
+            own = added[4 * index : 4 * index + 4].mean(dim=0)
+            wanted = sum(own[place] for place in vectors.source.heads)
+            torch.testing.assert_close(vectors[task, 0], wanted, atol=1e-4, rtol=1e-3)
+    question = architectures.questions()[1]
+    tokens = torch.tensor([question.prompt + question.answer])
+    edit, at = ("add", 1, vectors["b", 1]), len(question.prompt) - 1
+    with torch.no_grad():
+        logits, _ = architectures.run_plain(plain.model, tokens, edit, at)
+    logp = logits[0, at:-1].log_softmax(-1)[range(len(question.answer)), question.answer].sum()
+    found = tv.evaluate(model, [question.episode()], vectors.inject("b", 1))
+    assert float(found.loss) == pytest.approx(-float(logp), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_head_effects_are_those_of_the_plain_model(name: str) -> None:
+    plain, model, episodes = Plain(name), bridged(name), in_numbers()
+    effects = tv.head_effects(model, episodes, seed=3)
+    clean = [*episodes[:2], *episodes[4:6]]
+    shuffled = shuffle_labels([*episodes[2:4], *episodes[6:8]], seed=3)
+    for index in range(2):
+        z = torch.stack([plain.run(episode)[1] for episode in clean[2 * index : 2 * index + 2]])
+        for layer, head in ((0, 1), (2, 3)):
+            mean = z.mean(dim=0)[layer, head]
+            changes = [
+                plain.run(episode, (layer, head, mean))[0] - plain.run(episode)[0]
+                for episode in shuffled[2 * index : 2 * index + 2]
+            ]
+            found = effects.by_task["log_probability"][index, layer, head]
+            assert float(found) == pytest.approx(sum(changes) / 2, abs=1e-3)
+
+
+def test_there_are_no_function_vectors_where_attention_is_not_the_sum_of_its_heads() -> None:
+    # Falcon H1 adds a state space's output together with attention's.
+    model, episodes = bridged("falcon_h1"), in_numbers()
+    effects = tv.head_effects(model, episodes)
+    with pytest.raises(ValueError, match="FalconH1ForCausalLM is not the sum of its heads"):
+        tv.function_vectors(model, episodes, 3, effects=effects)
 
 
 def test_the_top_heads_have_the_largest_effects(model: Any, few_shot: list[tv.Episode]) -> None:

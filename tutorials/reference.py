@@ -71,6 +71,7 @@ MODULES = {
 """Modules in the order of the pages, with the pages' titles."""
 PAGES = (
     "your-model",
+    "architectures",
     "methods",
     "results",
     "controls",

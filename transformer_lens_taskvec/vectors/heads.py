@@ -2,9 +2,13 @@
 
 In prompts with shuffled labels, a head's output at the last prompt token is replaced by its mean
 over clean few-shot prompts; the change in the answer's probability is the head's average indirect
-effect (AIE). The sum of the top heads' mean outputs, each through its own part of ``W_O``, is the
-task's *function vector*: added to the residual stream of a zero-shot prompt, it makes the model do
-the task (Todd et al. 2023).
+effect (AIE). The sum of what the top heads add to the residual stream, in the mean over the clean
+prompts, is the task's *function vector*: added to the residual stream of a zero-shot prompt, it
+makes the model do the task (Todd et al. 2023).
+
+A head adds its output through its own part of ``W_O``. In some models a norm follows (Gemma 2 and
+3, OLMo 2 and 3), or a multiplier (Granite): then what attention adds is ``factors * (z / scale @
+W_O)``, with the norm's scale in the unedited pass of each prompt, and the heads still sum to it.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import mean_interval
-from transformer_lens_taskvec.activations import check_finite, collect, source_of
+from transformer_lens_taskvec.activations import Activations, check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.models.forward import mask_dtype
+from transformer_lens_taskvec.models.protocol import hook_name, model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
 from transformer_lens_taskvec.scoring import (
     LOSS_LABELS,
@@ -52,6 +58,10 @@ class HeadEffects(Shown):
         baseline: Scores of the same prompts with no head changed.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: ``"zero"`` or ``"mean"``; None if means were patched into shuffled prompts.
+        scaled: ``[task, layer, head, d_head]``, the same over the scale of the norm that follows
+            attention; ``means`` where none follows.
+        factors: ``[layer, d_model]``, what ``scaled @ W_O`` is multiplied by before it is added to
+            the residual stream; None under ablation, or if that is not the sum of the heads.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -65,6 +75,8 @@ class HeadEffects(Shown):
     baseline: Scores
     means: Float[Tensor, "task layer head d_head"]
     ablation: str | None
+    scaled: Float[Tensor, "task layer head d_head"]
+    factors: Float[Tensor, "layer d_model"] | None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -204,8 +216,10 @@ def head_effects(
         measured = shuffle_labels(measured, seed)
     found = collect(model, clean, hook="z", progress=progress)
     check_finite(found)
-    means = torch.stack(
-        [found.values[found.labels == index].mean(dim=0) for index in range(len(found.tasks))]
+    scaled, factors = (found.values, None) if ablation else _as_added(model, clean, found)
+    means, scaled = (
+        torch.stack([z[found.labels == index].mean(dim=0) for index in range(len(found.tasks))])
+        for z in (found.values, scaled)
     )
     mean = reduce(means, "task layer head d -> layer head d", "mean")
     n_heads = means.shape[2]
@@ -245,6 +259,8 @@ def head_effects(
         baseline,
         means[order],
         ablation,
+        scaled[order],
+        factors,
     )
 
 
@@ -258,10 +274,11 @@ def function_vectors(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> TaskVectors:
-    """Return each task's function vector: the sum of the top heads' mean outputs through ``W_O``.
+    """Return each task's function vector: what the top heads add to the residual stream.
 
-    The vector is the same at every layer. It is added to the residual stream of zero-shot prompts
-    about a third of the way up: ``vectors.inject("antonyms", layer)`` (Todd et al. 2023).
+    It is a mean over the clean prompts, and the same at every layer. It is added to the residual
+    stream of zero-shot prompts about a third of the way up: ``vectors.inject("antonyms", layer)``
+    (Todd et al. 2023).
 
     Args:
         model: A model with attention heads and ``blocks[l].attn.W_O``.
@@ -279,7 +296,8 @@ def function_vectors(
         mode ``"add"``.
 
     Raises:
-        ValueError: If the model has fewer heads, or as for :func:`head_effects`.
+        ValueError: If the model has fewer heads, what attention adds to its residual stream is not
+            the sum of the heads' outputs, or as for :func:`head_effects`.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -301,12 +319,19 @@ def function_vectors(
             f"these are effects of {effects.ablation} ablation; a function vector sums heads whose "
             "means help in shuffled prompts, so use head_effects(..., ablation=None)"
         )
+    if effects.factors is None:
+        raise ValueError(
+            f"what attention adds to the residual stream of {model_name(model)} is not the sum of "
+            "its heads' outputs through W_O, so it has no function vectors; use task_vectors"
+        )
     heads = effects.top(n_heads)
     total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
     for layer, head in heads:
         weights = model.blocks[layer].attn.W_O.detach()[head].to("cpu", torch.float32)
-        mean = effects.means[:, layer, head]
-        total += einsum(mean, weights, "task d_head, d_head d_model -> task d_model")
+        through = einsum(
+            effects.scaled[:, layer, head], weights, "task d_head, d_head d_model -> task d_model"
+        )
+        total += effects.factors[layer] * through
     n_layers = int(model.cfg.n_layers)
     everywhere = repeat(total, "task d_model -> task layer d_model", layer=n_layers)
     bos = effects.baseline.bos
@@ -314,6 +339,45 @@ def function_vectors(
         model, episodes, hook="resid_post", position=-1, bos=bos, mode="add", heads=heads
     )
     return TaskVectors(everywhere, effects.tasks, tuple(range(n_layers)), source)
+
+
+def _as_added(
+    model: Any, episodes: Sequence[AnyEpisode], found: Activations
+) -> tuple[Float[Tensor, "example layer head d_head"], Float[Tensor, "layer d_model"] | None]:
+    """Return the heads' outputs over the scale of the norm that follows, and the sum's factors.
+
+    The factors are fitted to what attention adds to the residual stream; None if they do not fit.
+    """
+
+    def read(hook: str) -> Float[Tensor, "example layer d"]:
+        return collect(model, episodes, hook=hook, layers=found.layers).values
+
+    z, dtype = found.values, mask_dtype(model)
+    attention = [model.blocks[layer].attn for layer in found.layers]
+    try:
+        weights = torch.stack([one.W_O.detach().to("cpu", torch.float32) for one in attention])
+        biases = [getattr(one, "b_O", None) for one in attention]
+    except (AttributeError, NotImplementedError):
+        return z, None
+    zero = weights.new_zeros(weights.shape[-1])
+    bias = torch.stack([zero if one is None else one.detach().to(zero) for one in biases])
+    through = einsum(z, weights, "row layer head d, layer head d d_model -> row layer d_model")
+    through, added = through + bias, read("attn_out")
+    allowed = (1e-3 if dtype == torch.float32 else 0.05) * added.norm(dim=(0, 2))
+    if all(hook_name("resid_mid", layer) in model.hook_dict for layer in found.layers):
+        before, after = read("resid_pre"), read("resid_mid")
+        rounding = 4 * torch.finfo(dtype).eps * after.norm(dim=(0, 2))
+        if ((before + added - after).norm(dim=(0, 2)) > allowed + rounding).any():
+            return z, None
+    # A multiplier is one number; a norm divides by the root mean square, and has weights.
+    power = through.square().mean(dim=2, keepdim=True) + float(getattr(model.cfg, "eps", 1e-6))
+    for scale, axes in ((z.new_ones(1, 1, 1), (0, 2)), (power.sqrt(), (0,))):
+        unit = through / scale
+        square = unit.square().sum(dim=axes, keepdim=True)
+        factors = torch.where(square > 0, (unit * added).sum(dim=axes, keepdim=True) / square, 1.0)
+        if ((factors * unit - added).norm(dim=(0, 2)) <= allowed).all():
+            return z / scale[..., None], factors[0].expand_as(bias)
+    return z, None
 
 
 def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:
