@@ -35,6 +35,9 @@ class Fault:
 ENGINE = "tests/test_engine_properties.py tests/test_evaluate.py"
 EDITS = "tests/test_interventions.py tests/test_properties.py"
 TD = "tests/test_decodability.py"
+CARRIED = "tests/test_carried_hooks.py"
+LENGTHS = "tests/test_lengths.py tests/test_architectures.py"
+HOOK_POINTS = "tests/test_hook_points.py"
 STATISTICS = "tests/test_statistics.py tests/test_comparison.py"
 QUERIES = "tests/test_evaluate.py"
 FAULTS = [
@@ -174,6 +177,39 @@ FAULTS = [
         " - before.metrics[name].double()",
         "",
         "tests/test_analyses.py",
+    ),
+    Fault("interventions/packed.py", "- 1 > can.apart)", "- 1 > 3 * can.apart)", LENGTHS),
+    Fault("models/limits.py", "yield name, size, kind is None", "yield name, size, False", LENGTHS),
+    Fault(
+        "interventions/packed.py",
+        "edits.setdefault(id(points[hook.name])",
+        "edits.setdefault(hook.name",
+        "tests/test_evaluate.py",
+    ),
+    Fault("interventions/packed.py", "steps=can.hooked", "steps=False", CARRIED),
+    Fault("models/carried.py", "in sorted(found)]", "in sorted(found)[::-1]]", CARRIED),
+    Fault(
+        "models/protocol.py", "with lock, _evaluating(model):", "with _evaluating(model):", CARRIED
+    ),
+    Fault("models/layouts.py", "if first != set(_TRIALS) or", "if", HOOK_POINTS),
+    Fault("interventions/packed.py", "if head >= shape[0]:", "if head > shape[0]:", HOOK_POINTS),
+    Fault(
+        "interventions/packed.py",
+        "if bool(logits[..., 0].isnan().any()):",
+        "if False:",
+        HOOK_POINTS,
+    ),
+    Fault(
+        "interventions/intervention.py",
+        "= self.vector.clone()",
+        "= self.vector",
+        "tests/test_interventions.py",
+    ),
+    Fault(
+        "vectors/heads.py",
+        "effects.factors[layer] * through",
+        "through",
+        "tests/test_heads.py",
     ),
 ]
 

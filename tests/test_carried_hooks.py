@@ -56,6 +56,13 @@ def test_interventions_on_the_model_act_as_if_they_were_given(
     for one, same in zip(carried, given, strict=True):
         torch.testing.assert_close(one.loss, same.loss, atol=1e-5, rtol=1e-5)
         assert torch.equal(one.correct, same.correct)
+    then = tv.inject(vectors["upper_case", 1], 1, mode="add")
+    orders = [[edit, then], [then, edit]]
+    given = tv.evaluate_many(model, episodes, orders)
+    for order, expected in zip(orders, given, strict=True):
+        with model.hooks(fwd_hooks=order):
+            torch.testing.assert_close(tv.evaluate(model, episodes).loss, expected.loss)
+    assert not torch.allclose(given[0].loss, given[1].loss, atol=1e-3)
     after = {name: list(point._forward_hooks) for name, point in model.hook_dict.items()}
     assert after == before
 
