@@ -165,7 +165,7 @@ def test_intervals_hold_the_scores() -> None:
 def test_a_frame_carries_intervals() -> None:
     found = tv.task_decodability(activations(120, 3, spread=0.7))
     frame = found.to_frame()
-    assert list(frame) == ["layer", "task", "td", "low", "high", "n", "k"]
+    assert list(frame) == ["layer", "task", "td", "low", "high", "n", "n_distinct", "k"]
     assert ((frame.low <= frame.td) & (frame.td <= frame.high)).all()
 
 
@@ -349,3 +349,19 @@ def test_a_task_with_too_few_points_for_a_majority_is_warned_about(
     tv.task_decodability(six, 9)  # five others are a majority of nine
     tv.task_decodability(six, 10, method="centroid")
     assert not recwarn.list
+
+
+def test_intervals_of_decodability_count_distinct_queries() -> None:
+    found = activations(120, tasks=3)
+    plain = tv.task_decodability(found)
+    assert plain.n.tolist() == plain.n_distinct.tolist() == [40, 40, 40]
+    queries = torch.arange(120) // 15  # eight of each task, in five prompts each
+    again = tv.task_decodability(dataclasses.replace(found, queries=queries))
+    assert again.n_distinct.tolist() == [8, 8, 8]
+    torch.testing.assert_close(again.scores, plain.scores)
+    low, high = again.interval(0)[0].tolist()
+    share = float(again.scores[0, 0])
+    assert (low, high) == pytest.approx(proportion_confint(share * 8, 8, method="wilson"), abs=1e-4)
+    assert (again.to_frame().n_distinct == 8).all()
+    with pytest.warns(UserWarning, match="distinct queries; p-values"):
+        again.null(9)

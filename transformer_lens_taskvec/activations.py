@@ -120,6 +120,7 @@ class Activations:
         tasks: The tasks' names, in order of first appearance.
         layers: The layers of the second axis, counted from 0.
         source: Where the activations come from.
+        queries: ``[example]``, equal where episodes ask the same query; None if all differ.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -134,6 +135,7 @@ class Activations:
     tasks: tuple[str, ...]
     layers: tuple[int, ...]
     source: Source
+    queries: Int[Tensor, " example"] | None = None
 
     @property
     def hook(self) -> str:
@@ -245,7 +247,8 @@ def labelled(
     """Return activations together with their tasks and source."""
     tasks, labels = label(episodes)
     source = source_of(model, episodes, hook=hook, position=position, bos=bos)
-    return Activations(values, labels, tasks, tuple(layers), source)
+    queries = torch.tensor([episode.query_id for episode in episodes])
+    return Activations(values, labels, tasks, tuple(layers), source, queries)
 
 
 def read_prompts(

@@ -24,6 +24,7 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import (
     cross_fitted_best,
     mean_interval,
+    means_by_query,
     wilson_interval,
 )
 from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
@@ -81,8 +82,16 @@ class Decodability(Shown):
 
     @property
     def scores(self) -> Float[Tensor, "layer task"]:
-        """``[layer, task]``, the share of the task's points classified correctly."""
+        """``[layer, task]``, the share of the task's points classified correctly.
+
+        It is a mean over distinct queries, of each query's mean.
+        """
         return torch.stack([own.mean(dim=1) for own in self._by_task()], dim=1)
+
+    @property
+    def n_distinct(self) -> Int[Tensor, " task"]:
+        """``[task]``, the number of distinct queries of each task."""
+        return torch.tensor([own.shape[1] for own in self._by_task()])
 
     @property
     def mean(self) -> Float[Tensor, " layer"]:
@@ -104,10 +113,12 @@ class Decodability(Shown):
     def held_out(self) -> float:
         """The mean TD at the best layer, on points that the layer was not chosen on.
 
-        The highest TD of many layers is biased upwards. Here half the points of each task choose
+        The highest TD of many layers is biased upwards. Here half the queries of each task choose
         the layer and TD is measured on the other half; then the halves swap.
         """
-        return float(cross_fitted_best(self.hits, self.activations.labels))
+        own = self._by_task()
+        labels = torch.arange(len(own)).repeat_interleave(self.n_distinct)
+        return float(cross_fitted_best(torch.cat(own, dim=1), labels))
 
     @property
     def chance(self) -> float:
@@ -149,7 +160,18 @@ class Decodability(Shown):
 
         Returns:
             The null distribution, with p-values.
+
+        Warns:
+            UserWarning: If queries repeat: a query's prompts are near each other whatever the
+                task, so that p-values are then too small.
         """
+        if bool((self.n_distinct < self.n).any()):
+            warnings.warn(
+                f"the {int(self.n.sum())} prompts have {int(self.n_distinct.sum())} distinct "
+                "queries; p-values take prompts of one query to be independent, and are too small. "
+                "Sample no more episodes than a task has inputs",
+                stacklevel=2,
+            )
         generator = torch.Generator().manual_seed(seed)
         small = torch.int8 if len(self.tasks) < 128 else torch.int64
         labels = self.activations.labels.to(small)
@@ -160,10 +182,12 @@ class Decodability(Shown):
             points = _flat(self.activations.values[:, index])
             shares = torch.cat([*self._of_permuted(points, permuted.to(points.device))], dim=1)
             means.append(shares.mean(dim=0).to(self.hits.device))
-        return DecodabilityNull(self.mean, torch.stack(means, dim=1), self.layers)
+        own = [self.hits[:, self.activations.labels == task] for task in range(len(self.tasks))]
+        observed = torch.stack([hits.mean(dim=1) for hits in own]).mean(dim=0)
+        return DecodabilityNull(observed, torch.stack(means, dim=1), self.layers)
 
     def interval(self, layer: int, confidence: float = 0.95) -> Float[Tensor, "task 2"]:
-        """Return each task's interval at a layer, over its points.
+        """Return each task's interval at a layer, over its distinct queries.
 
         It is Wilson's; for a method whose scores are not all 0 or 1, Student's with a correction
         for skewness.
@@ -179,19 +203,27 @@ class Decodability(Shown):
         return self.scores[layer_index(self.layers, layer)]
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per layer and task: ``layer, task, td, low, high`` (95 %), ``n, k``."""
+        """Return one row per layer and task.
+
+        The columns are ``layer, task, td, low, high`` (95 %), ``n, n_distinct, k``.
+        """
         low, high = rearrange(self._intervals(), "layer task end -> end layer task")
-        columns = {"td": self.scores, "low": low, "high": high, "n": self.n}
+        sizes = {"n": self.n, "n_distinct": self.n_distinct}
+        columns = {"td": self.scores, "low": low, "high": high, **sizes}
         frame = grid_frame({"layer": self.layers, "task": self.tasks}, columns)
         return frame.assign(k=self.k)
 
-    def _by_task(self) -> list[Float[Tensor, "layer point"]]:
-        labels = self.activations.labels
-        return [self.hits[:, labels == task] for task in range(len(self.tasks))]
+    def _by_task(self) -> list[Float[Tensor, "layer query"]]:
+        labels, queries = self.activations.labels, self.activations.queries
+        queries = torch.arange(len(labels)) if queries is None else queries
+        rows = [labels == task for task in range(len(self.tasks))]
+        return [means_by_query(self.hits[:, own], queries[own]).float() for own in rows]
 
     def _intervals(self, confidence: float = 0.95) -> Float[Tensor, "layer task 2"]:
         if bool(((self.hits == 0) | (self.hits == 1)).all()):
-            return torch.stack(wilson_interval(self.scores, self.n, confidence), dim=-1).float()
+            return torch.stack(
+                wilson_interval(self.scores, self.n_distinct, confidence), dim=-1
+            ).float()
         return torch.stack([mean_interval(own, confidence) for own in self._by_task()], dim=1)
 
     def _of_permuted(
@@ -407,7 +439,9 @@ def _drawn(activations: Activations, layer: int, n: int, seed: int) -> Activatio
         [order[activations.labels[order] == task][:n] for task in range(len(activations.tasks))]
     )
     values = rearrange(activations.at(layer)[rows], "point ... -> point 1 ...")
-    return replace(activations, values=values, labels=activations.labels[rows], layers=(layer,))
+    queries = None if activations.queries is None else activations.queries[rows]
+    labels = activations.labels[rows]
+    return replace(activations, values=values, labels=labels, layers=(layer,), queries=queries)
 
 
 def _check_k(k: int, n_points: int) -> None:
