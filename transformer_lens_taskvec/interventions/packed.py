@@ -133,7 +133,7 @@ def answer_logits(
     size = max(1, budget // longest)
     together, apart = _portions(prompts, answers, can)
     if apart and not can.hooked:
-        _warn_plain(model, f"prompts with their answers are longer than {can.why_apart}")
+        _warn_plain(model, f"some prompts, with their answers, are longer than {can.why_apart}")
     for rows in [together, *apart]:
         packed = packs if can.packs and rows is together else []
         plain = sorted(set(range(len(variants))) - set(packed))
