@@ -144,7 +144,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _padded(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    padded = torch.cat([torch.zeros_like(tokens[:, :2]), tokens], dim=1)
+    padded = torch.cat([tokens.new_zeros(1, 2), tokens], dim=1)
     mask = torch.ones_like(padded, dtype=torch.bool)
     mask[:, :2] = False
     return padded, mask
