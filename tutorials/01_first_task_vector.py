@@ -63,6 +63,9 @@ model = tv.load_model(MODEL)
 # answer; it renders to a prompt. We need three sets of episodes whose queries never overlap: vectors
 # come from *train*, the layer to inject them at is chosen on *dev*, and what we report is counted on
 # *test*.
+#
+# The warning below is meant: the alphabet gives `next_letter` 25 inputs in all, so its queries repeat.
+# Accuracies and intervals count distinct queries; the tables say how many there are.
 
 # %%
 tasks = tv.find_tasks(["upper_case", "singular_plural", "next_letter", "present_past", "antonyms"])

@@ -101,7 +101,8 @@ tv.evaluate(model, counting).accuracy
 # `mode` says what happens to the activation: `"replace"`, `"add"`, or any function of the rows
 # (`[row, d_model]`, the activations at the chosen position, one per prompt) and the vector
 # (`[d_model]`). This one turns the activation halfway towards the vector and keeps its length. It
-# runs like the built-in modes, all layers in one pass.
+# runs like the built-in modes, all layers in one pass. (The warning is meant: `next_letter` has 25 inputs,
+# and what is reported counts each of them once.)
 
 # %%
 def turn(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

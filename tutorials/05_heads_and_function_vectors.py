@@ -17,7 +17,8 @@
 # mean output over clean prompts, put it into prompts with shuffled labels, one head at a time, and see
 # how far it brings the right answer back: this is the head's *average indirect effect* (AIE). The sum of
 # what the best heads write is a *function vector*. Added to a prompt without examples, it makes the
-# model perform the task (Todd et al. 2024).
+# model perform the task (Todd et al. 2024). `next_letter` has 25 inputs in all, so its queries repeat,
+# which a warning says; accuracies count distinct queries.
 
 # %%
 # In Colab: upload the package's wheel, or write the address of its git repository here.
