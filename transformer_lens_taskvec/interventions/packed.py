@@ -149,7 +149,9 @@ def answer_logits(
             alone = plain
             room = None if can.indexed is None else can.indexed - batch.tokens.shape[1] + 1
             if packed and (room is None or room >= 2 * ids.shape[1]):
-                yield from _packed(model, batch, ids, mask, variants, packed, budget, room, observe)
+                yield from _packed(
+                    model, batch, ids, mask, variants, packed, budget, room, observe, can
+                )
             else:
                 alone = list(range(len(variants)))
             to_read = observe if set(packed) <= set(alone) else ()
@@ -318,11 +320,12 @@ def _packed(
     budget: int,
     room: int | None,
     observe: Sequence[str],
+    can: Capabilities,
 ) -> Iterator[Chunk]:
     """Run the prompts once, then the chosen variants of prompts with similar answers."""
     cache = run_prefix(model, batch.tokens[:, :-1], batch.mask[:, :-1])
-    early = capabilities(model).shares_layers
-    moved = {i: _early(model, variants[i]) if early else variants[i] for i in chosen}
+    shares = can.shares_layers
+    moved = {i: _early(model, variants[i]) if shares else variants[i] for i in chosen}
     plain = tuple(index for index in chosen if not moved[index])
     edited = sorted((i for i in chosen if moved[i]), key=lambda index: _first(moved[index]))
     for group in _alike(mask, len(chosen)):
@@ -341,7 +344,7 @@ def _packed(
                 some = tuple(edited[start : start + branches])
                 edits = [moved[index] for index in some]
                 reader = Reader(observe if start == 0 else (), 0)
-                logits = _suffix(model, branch, prefix, kept, edits, reader)
+                logits = _suffix(model, branch, prefix, kept, edits, reader, shares)
                 if bool(logits[..., 0].isnan().any()):
                     # A masked key weighs 0, and 0 times infinity in one branch is NaN in all.
                     _warn_plain(model, "an intervention makes activations infinite or NaN")
@@ -369,6 +372,7 @@ def _suffix(
     cache: Any,
     variants: Sequence[Variant],
     reader: Reader,
+    shares: bool,
 ) -> Float[Tensor, "row branch answer_pos vocab"]:
     """Return the logits of the unedited branch and of one branch per variant, by first edit."""
     length = branch.shape[1]
@@ -383,7 +387,7 @@ def _suffix(
         branch_positions(prefix, n_branches=n_branches, branch_length=length),
         cache,
         [*reader.hooks, *_branch_hooks(model, [(), *variants], length)],
-        active=active if capabilities(model).shares_layers else None,
+        active=active if shares else None,
     )
     return rearrange(logits, "row (branch pos) vocab -> row branch pos vocab", branch=n_branches)
 

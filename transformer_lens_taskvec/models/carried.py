@@ -75,15 +75,17 @@ def taking_along(model: Any, kind: type) -> Iterator[list[Any]]:
 
 def _functions(model: Any) -> Iterator[Callable[..., Any]]:
     for module in model.modules() if hasattr(model, "modules") else ():
-        # TransformerLens wraps the hooks of a hook point and keeps the originals.
-        handles = [*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ())]
-        by_number = {handle.hook.id: handle.user_hook for handle in handles}
         active = {
             **module._forward_hooks,
             **module._forward_pre_hooks,
             **module._backward_hooks,
             **module._backward_pre_hooks,
         }
+        if not active:
+            continue
+        # TransformerLens wraps the hooks of a hook point and keeps the originals.
+        handles = [*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ())]
+        by_number = {handle.hook.id: handle.user_hook for handle in handles}
         yield from (by_number.get(number) or function for number, function in active.items())
 
 
