@@ -118,7 +118,7 @@ def _tried(measure: Callable[[Any], float], model: Any) -> tuple[bool, str]:
     try:
         error = measure(model)
     except Exception as problem:  # a model may raise anything
-        return False, f"{type(problem).__name__}: {problem}"
+        return False, f"trying it raised {type(problem).__name__}: {problem}"
     return error < _tolerance(model), f"logits differ by {error:.1e} standard deviations"
 
 
