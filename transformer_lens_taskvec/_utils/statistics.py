@@ -165,8 +165,24 @@ def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
     return adjusted
 
 
+def halves(labels: Int[Tensor, " point"]) -> Int[Tensor, " point"]:
+    """Return 0 and 1 in turn for the points of each task.
+
+    Example:
+        >>> halves(torch.tensor([5, 5, 9, 5, 9]))
+        tensor([0, 1, 0, 0, 1])
+    """
+    turn = torch.zeros_like(labels)
+    for task in labels.unique():
+        own = labels == task
+        turn[own] = torch.arange(int(own.sum())) % 2
+    return turn
+
+
 def cross_fitted_best(
-    values: Float[Tensor, "layer point"], labels: Int[Tensor, " point"]
+    values: Float[Tensor, "layer point"],
+    labels: Int[Tensor, " point"],
+    choosing: Float[Tensor, "2 layer"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the best layer's mean over tasks, on points that did not choose the layer.
 
@@ -176,15 +192,13 @@ def cross_fitted_best(
     Args:
         values: The score of each point at each layer.
         labels: The points' tasks.
+        choosing: The score of each layer on each of the :func:`halves` alone, where the score of
+            one point depends on other points; by default the mean of ``values``.
 
     Returns:
         The mean of the two halves; NaN if a task has only one point.
     """
-    turn = torch.zeros_like(labels)
-    tasks = labels.unique()
-    for task in tasks:
-        own = labels == task
-        turn[own] = torch.arange(int(own.sum())) % 2
+    turn, tasks = halves(labels), labels.unique()
     by_half = torch.stack(
         [
             torch.stack(
@@ -193,7 +207,7 @@ def cross_fitted_best(
             for half in (0, 1)
         ]
     ).mean(dim=1)  # [half, layer]
-    best = by_half.argmax(dim=1)
+    best = (by_half if choosing is None else choosing).argmax(dim=1)
     return (by_half[1, best[0]] + by_half[0, best[1]]) / 2
 
 
