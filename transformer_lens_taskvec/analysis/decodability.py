@@ -106,7 +106,7 @@ class Decodability(Shown):
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} here; there are: {', '.join(self.tasks)}")
         scores = self.mean if task is None else self.scores[:, self.tasks.index(task)]
-        return self.layers[int(scores.argmax())]
+        return self.layers[int((scores >= scores.max() - _ROUNDING).int().argmax())]
 
     @cached_property
     def held_out(self) -> float:
