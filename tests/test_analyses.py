@@ -50,6 +50,28 @@ def test_the_best_layer_has_the_highest_accuracy_and_then_the_lowest_loss() -> N
         sweep.best_layer("u")
 
 
+def test_layers_whose_means_differ_by_rounding_are_tied_and_a_loss_of_nan_is_the_worst() -> None:
+    rights = [[1, 2, 3], [3, 1, 2], [2, 3, 1], [2, 3, 1]]  # of ten, for each task
+    correct = torch.tensor([[[i < n for n in row for i in range(10)] for row in rights]])
+    loss = torch.tensor([3.0, 2.0, 1.0, torch.nan])[None, :, None].expand(1, 4, 30)
+    labels = torch.arange(3).repeat_interleave(10)
+    metrics = {"correct": correct[0, 0], "loss": loss[0, 0]}
+    baseline = tv.Scores(metrics, labels, ("a", "b", "c"), torch.arange(30))
+    sweep = tv.LayerSweep({"correct": correct, "loss": loss}, baseline, (0, 1, 2, 3), (1.0,))
+    assert sweep.best_layer() == 2
+
+
+def test_controls_stand_only_next_to_the_scale_they_were_injected_at(
+    model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
+) -> None:
+    sweep = tv.layer_sweep(model, episodes, vectors, scales=(1.0, 0.5), controls=True)
+    frame = sweep.to_frame()
+    assert frame[frame.scale == 1.0]["control: random"].notna().all()
+    assert frame[frame.scale == 0.5]["control: random"].isna().all()
+    assert not sweep.at_scale(0.5).controls
+    assert list(sweep.at_scale(1.0).controls) == list(sweep.controls)
+
+
 def test_a_perturbation_matrix_is_one_evaluation_a_vector(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:

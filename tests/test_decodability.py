@@ -242,11 +242,11 @@ def test_sensitivity_in_one_call() -> None:
 
 def from_all_distances(points: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest neighbours by one matrix of all distances and one of noise for ties."""
-    centred = (points - points.mean(dim=0)).double()
+    centred = points.double() - points.median(dim=0).values.double()
     squares = centred.square().sum(dim=1)
     squared = (squares[:, None] + squares - 2 * centred @ centred.T).clamp(min=0)
     noise = torch.rand(squared.shape, generator=torch.Generator().manual_seed(0)).double()
-    apart = squared.sqrt() + noise * (1e-7 * squares.mean().sqrt() + 1e-30)
+    apart = squared.sqrt() + noise * (1e-7 * squares.sqrt() + 1e-30)[:, None]
     nearest = apart.fill_diagonal_(float("inf")).topk(k, largest=False)
     return nearest.values, nearest.indices
 
@@ -348,6 +348,65 @@ def test_a_task_with_too_few_points_for_a_majority_is_warned_about(
     recwarn.clear()
     tv.task_decodability(six, 9)  # five others are a majority of nine
     tv.task_decodability(six, 10, method="centroid")
+    assert not [one for one in recwarn.list if "majority" in str(one.message)]
+
+
+def labelled_points(points: torch.Tensor, labels: torch.Tensor) -> tv.Activations:
+    names = tuple(f"task{i}" for i in range(int(labels.max()) + 1))
+    return tv.Activations(points[:, None], labels, names, (0,), SOURCE)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3_000.0, 30_000.0])
+def test_the_nearest_mean_is_found_far_from_the_origin(offset: float) -> None:
+    found = activations(90, 3, layers=1, offset=offset)
+    hits = tv.task_decodability(found, method="centroid").hits[0]
+    points, labels = found.values[:, 0].double(), found.labels
+    for row in range(90):
+        rest = torch.arange(90) != row
+        means = torch.stack([points[rest & (labels == task)].mean(dim=0) for task in range(3)])
+        assert bool(hits[row]) == (int((means - points[row]).norm(dim=1).argmin()) == labels[row])
+
+
+@pytest.mark.parametrize("value", [0.1, 1.0])
+def test_means_of_equal_points_tell_nothing(value: float) -> None:
+    found = labelled_points(torch.full((240, 6), value), torch.arange(240) % 3)
+    assert tv.task_decodability(found, method="centroid").scores.max() < 0.6
+
+
+def test_directions_of_tiny_activations_are_told_apart() -> None:
+    found = activations(90, 3, layers=1)
+    tiny = dataclasses.replace(found, values=found.values * 1e-21)
+    hits, small = (tv.task_decodability(of, 5, method="cosine").hits for of in (found, tiny))
+    assert (hits == small).float().mean() > 0.97
+
+
+def test_an_outlier_does_not_order_the_neighbours_of_others() -> None:
+    found = activations(90, 3, layers=1)
+    far = found.values.clone()
+    far[0] += 1e7
+    _, alone = classifiers.neighbours(found.values[1:, 0], 5)
+    _, beside = classifiers.neighbours(far[:, 0], 5)
+    assert torch.equal(beside[1:] - 1, alone)
+
+
+def test_divergence_is_nothing_where_unequal_tasks_are_not_told_apart() -> None:
+    points = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
+    labels = (torch.arange(600) % 4 == 0).long()
+    scores = tv.task_decodability(labelled_points(points, labels), 10, method="divergence").scores
+    assert scores.max() < 0.1  # three quarters of the votes would be 0.58 of a bit
+
+
+@pytest.mark.parametrize("method", ["knn", "cosine", "linear"])
+def test_unequal_tasks_are_warned_about_where_votes_favour_the_larger(
+    method: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    points = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    labels = (torch.arange(100) < 12).long()
+    with pytest.warns(UserWarning, match="88 of 'task0', 12 of 'task1'.*more points are decoded"):
+        tv.task_decodability(labelled_points(points, labels), method=method)
+    recwarn.clear()
+    tv.task_decodability(labelled_points(points, labels), method="divergence")
+    tv.task_decodability(labelled_points(points, (torch.arange(100) < 34).long()), method=method)
     assert not recwarn.list
 
 
@@ -365,3 +424,27 @@ def test_intervals_of_decodability_count_distinct_queries() -> None:
     assert (again.to_frame().n_distinct == 8).all()
     with pytest.warns(UserWarning, match="distinct queries; p-values"):
         again.null(9)
+
+
+def test_the_chosen_layer_is_no_better_than_chance_on_the_points_that_did_not_choose_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gains = []
+    for _ in range(200):
+        values = torch.randn(20, 24, 32, generator=generator)
+        labels = torch.arange(20) % 2
+        noise = tv.Activations(values, labels, ("a", "b"), tuple(range(24)), SOURCE)
+        found = tv.task_decodability(noise, 5)
+        gains.append(found.held_out - float(found.mean.mean()))  # above any one layer's
+    assert abs(sum(gains) / len(gains)) < 0.035
+
+
+@pytest.mark.parametrize("method", ["knn", "centroid", "divergence"])
+def test_a_permutation_that_changes_nothing_scores_as_high(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in range(9, 60):
+        points = torch.randn(n, 5, generator=generator)
+        found = tv.task_decodability(labelled_points(points, torch.arange(n) % 3), 4, method=method)
+        same = found.activations.labels[None]
+        again = torch.cat([*found._of_permuted(points, same)], dim=1).mean(dim=0)
+        null = tv.analysis.decodability.DecodabilityNull(found.mean, again[None], (0,))
+        assert null.p_value == 1.0 and float(null.p_values) == 1.0

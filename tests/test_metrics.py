@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec._utils.metrics import METRICS, Answered
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 NAMED = ["rank", "probability", "entropy", "margin"]
@@ -131,3 +132,22 @@ def test_a_metric_needs_a_name(metric: Any, message: str) -> None:
     episodes = tv.sample_episodes(tv.bitwise_tasks(), 1, 1, seed=0)
     with pytest.raises(ValueError, match=message):
         tv.evaluate(toy, episodes, metrics=[metric])
+
+
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*hooks? of yours")
+def test_answers_of_logits_that_are_nan_are_wrong_have_no_rank_and_are_warned_about(
+    model: Any, episodes: list[tv.Episode]
+) -> None:
+    first = model.tokenizer.decode([0])  # the argmax of NaN is the first token
+    given = [*episodes, tv.Episode("first", (), tv.Example("a", first))]
+    edit = ("blocks.1.hook_resid_post", lambda activation, hook: activation * torch.nan)
+    with pytest.warns(UserWarning, match=rf"NaN in {len(given)} of {len(given)} answers"):
+        scores = tv.evaluate(model, given, [edit], metrics=["rank", "margin", "entropy"])
+    assert scores.accuracy == 0.0 and scores.metrics["rank"].isnan().all()
+
+
+def test_entropy_is_known_where_a_token_cannot_follow() -> None:
+    logits = torch.tensor([[[[0.0, 0.0, -torch.inf]]]])
+    answered = Answered(logits, torch.tensor([[1]]), torch.tensor([[True]]))
+    assert float(METRICS["entropy"](answered)) == pytest.approx(0.6931, abs=1e-4)

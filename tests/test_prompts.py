@@ -161,3 +161,17 @@ def test_a_task_that_repeats_its_inputs_is_refused_with_both_numbers() -> None:
 def test_built_in_tasks_give_the_shots_asked_for(name: str) -> None:
     for episode in tv.sample_episodes(tv.find_tasks([name]), n=6, n_shots=4, seed=0):
         assert len({episode.query.x, *(demo.x for demo in episode.demos)}) == 5
+
+
+@pytest.mark.parametrize("same", [1, 2, 4, 5, 8])
+def test_shuffled_answers_do_not_stay_where_an_equal_one_was(same: int) -> None:
+    ys = ["yes"] * same + [f"no{i}" for i in range(8 - same)]
+    for seed in range(30):
+        order = random.Random(seed).sample(ys, 8)
+        demos = tuple(tv.Example(str(i), y) for i, y in enumerate(order))
+        episode = tv.Episode("t", demos, tv.Example("q", "a"))
+        [shuffled] = tv.shuffle_labels([episode], seed)
+        found = [demo.y for demo in shuffled.demos]
+        assert sorted(found) == sorted(order)
+        kept = sum(one == other for one, other in zip(found, order, strict=True))
+        assert kept == max(0, 2 * same - 8)  # no more than must stay

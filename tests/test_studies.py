@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -20,8 +21,14 @@ import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.cli import app
+from transformer_lens_taskvec.models.tokens import note_bos_habit
+from transformer_lens_taskvec.paper import finetune
 from transformer_lens_taskvec.paper.finetune import same_outside
-from transformer_lens_taskvec.paper.runner import write_instruction_study, write_shot_study
+from transformer_lens_taskvec.paper.runner import (
+    write_checkpoint_study,
+    write_instruction_study,
+    write_shot_study,
+)
 from transformer_lens_taskvec.paper.shots import _peak
 
 TASKS = {name: task for name, task in tv.bitwise_tasks().items() if name in ("AND", "OR", "Null")}
@@ -228,6 +235,22 @@ def test_checkpoints_are_studied_once_each(model: Any, tmp_path: Path) -> None:
         tv.paper.over_checkpoints("m", [1, 1], study, load=load)
 
 
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
+def test_results_with_other_options_are_not_reused(model: Any, tmp_path: Path) -> None:
+    loaded: list[Any] = []
+
+    def load(checkpoint: Any) -> Any:
+        loaded.append(checkpoint)
+        return model
+
+    options: dict[str, Any] = {"seed": 0, "template": tv.PromptTemplate(), "progress": False}
+    given = {**options, **SMALL}
+    for changed in ({}, {"shots": (1, 3)}, {"k": 2}, {"template": tv.PromptTemplate("{x}: {y}")}):
+        for _ in range(2):
+            write_checkpoint_study("m", [1], tmp_path, load=load, **{**given, **changed})
+    assert len(loaded) == 4
+
+
 SETTINGS = tv.paper.LoraSettings(
     n_samples=24, n_shots=1, batch_size=4, accumulate=2, learning_rate=5e-3
 )
@@ -249,6 +272,34 @@ def test_only_the_layers_asked_for_change(tokenizer: Any) -> None:
     assert nll[1] < nll[0]
     with pytest.raises(ValueError, match="name some of 0 to 2"):
         tv.paper.finetune_layers(hf_model, tokenizer, TASKS, [3])
+
+
+@pytest.mark.parametrize("accumulate", [4, 100])
+def test_batches_left_over_are_trained_on_too(
+    tokenizer: Any, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(SETTINGS, accumulate=accumulate)  # six batches
+    collated, seen = finetune._collated, []
+    monkeypatch.setattr(
+        finetune, "_collated", lambda rows, of: [seen.append(len(rows)), collated(rows, of)][1]
+    )
+    before = zoo.hf_model("llama")
+    tuned = tv.paper.finetune_layers(before, tokenizer, TASKS, [0], settings=settings)
+    assert sum(seen) == 24 and not same_outside(before, tuned, [])
+
+
+@pytest.mark.parametrize("bos", [True, False, None])
+@pytest.mark.parametrize("habit", [True, False])
+def test_finetuning_prompts_begin_as_those_that_are_evaluated(
+    tokenizer: Any, bos: bool | None, habit: bool
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    note_bos_habit(own, habit)
+    settings = dataclasses.replace(SETTINGS, template=tv.PromptTemplate(bos=bos))
+    [ids, n_prompt] = finetune._batches(own, TASKS, settings, 0)[0][0]
+    asked = habit if bos is None else bos
+    assert (ids[0] == own.bos_token_id) == asked
+    assert own.decode(ids[asked:n_prompt]).endswith(" ->")
 
 
 def test_finetuning_resumes_to_the_same_bits(

@@ -493,6 +493,9 @@ def _share_out(
 def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode]:
     """Return the episodes with their demonstrations' answers shuffled, none in its own place.
 
+    Where answers are equal, none stays where an equal one was, unless more than half of a prompt's
+    answers are the same.
+
     Args:
         episodes: Episodes with at least two demonstrations.
         seed: Seed of the shuffling.
@@ -522,8 +525,19 @@ def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode
         for last in range(n - 1, 0, -1):  # Sattolo's shuffle: one cycle, nothing keeps its place
             other = rng.randrange(last)
             order[last], order[other] = order[other], order[last]
-        shuffled.append(episode.with_answers(order))
+        answers = [demo.y for demo in getattr(episode, "demos", ())]
+        shuffled.append(episode.with_answers(_without_equals(order, answers)))
     return shuffled
+
+
+def _without_equals(order: list[int], answers: Sequence[str]) -> list[int]:
+    """Return the order with swaps such that no place gets its own answer back, if possible."""
+    for place, own in enumerate(answers):
+        if answers[order[place]] == own:
+            others = (at for at, of in enumerate(order) if own not in (answers[of], answers[at]))
+            other = next(others, place)
+            order[place], order[other] = order[other], order[place]
+    return order
 
 
 def with_instructions(

@@ -14,6 +14,7 @@ for the same answer to the same query are one observation of the task.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -331,7 +332,8 @@ def evaluate_many(
             numbers of them, or a metric is not defined for answers that are numbers.
 
     Warns:
-        UserWarning: If the model cannot share the pass; results are the same, only slower.
+        UserWarning: If the model cannot share the pass; results are the same, only slower. If a
+            loss is NaN.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -388,6 +390,14 @@ def evaluate_many(
                         values = chunk.observed.new_empty(len(episodes), *chunk.observed.shape[1:])
                     values[at] = chunk.observed[of]
                 bar.update(len(at) * len(chunk.variants))
+    unknown = found["loss"].isnan()
+    if bool(unknown.any()):
+        warnings.warn(
+            f"the loss is NaN in {int(unknown.sum())} of {unknown.numel()} answers, so the logits "
+            "are, and these answers count as wrong. Check the model's dtype and the scale of the "
+            "interventions.",
+            stacklevel=2,
+        )
     queries = torch.tensor([episode.query_id for episode in episodes])
     given = (labels, tasks, queries, "squared_error" if numbers else "nll", stop, bos)
     scores = [

@@ -67,20 +67,22 @@ class Answered:
 
 def _correct(answered: Answered) -> Bool[Tensor, "row variant"]:
     greedy = answered.logits.argmax(dim=-1) == answered.ids
-    return (greedy | answered.past).all(dim=-1)
+    # Of logits that are NaN the argmax is some token too.
+    return (greedy | answered.past).all(dim=-1) & ~answered.nll.isnan()
 
 
 def _rank(answered: Answered) -> Float[Tensor, "row variant"]:
     higher = answered.by_row(
         lambda logits, ids: (logits > logits.gather(-1, ids[..., None])).sum(dim=-1)
     )
-    return higher.masked_fill(answered.past, 0).amax(dim=-1).float()
+    highest = higher.masked_fill(answered.past, 0).amax(dim=-1).float()
+    return highest.masked_fill(answered.nll.isnan(), torch.nan)
 
 
 def _entropy(answered: Answered) -> Float[Tensor, "row variant"]:
     def of_row(logits: Tensor, ids: Tensor) -> Tensor:
-        log_probabilities = logits.log_softmax(dim=-1)
-        return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+        entropies: Tensor = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+        return entropies
 
     entropies = answered.by_row(of_row).masked_fill(answered.past, 0.0)
     return entropies.sum(dim=-1) / (~answered.past).sum(dim=-1)
@@ -105,13 +107,13 @@ METRICS: Mapping[str, Callable[[Answered], Tensor]] = {
 }
 """The named metrics of an answer, ``[row, variant]`` each.
 
-- ``correct``: whether greedy decoding gives exactly the answer;
+- ``correct``: whether greedy decoding gives exactly the answer; not where the loss is NaN;
 - ``loss``: the negative log-likelihood of the whole answer, in nats;
 - ``probability``: the probability of the whole answer;
-- ``rank``: the highest rank of any of its tokens, 0 if each is the most likely one;
+- ``rank``: the highest rank of any of its tokens, 0 if none has a more likely other one;
 - ``entropy``: the mean entropy of the distributions that predict its tokens, in nats;
 - ``margin``: the smallest lead of any of its tokens over the best other one, in logits; positive if
-  and only if the answer is correct.
+  the answer is correct, negative if not, and 0 where another token is just as likely.
 """
 
 

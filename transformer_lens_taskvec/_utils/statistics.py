@@ -25,12 +25,21 @@ def means_by_query(
         >>> means_by_query(torch.tensor([1, 0, 0, 1]), torch.tensor([7, 7, 3, 7])).round(decimals=2)
         tensor([0.6700, 0.0000], dtype=torch.float64)
     """
-    places: dict[int, int] = {}
-    at = torch.tensor(
-        [places.setdefault(one, len(places)) for one in queries.tolist()], dtype=torch.long
-    )
-    totals = torch.zeros(*values.shape[:-1], len(places), dtype=torch.float64)
+    at = numbered(queries)
+    totals = torch.zeros(*values.shape[:-1], at.unique().numel(), dtype=torch.float64)
     return totals.index_add(-1, at, values.double().cpu()) / at.bincount()
+
+
+def numbered(queries: Int[Tensor, " example"]) -> Int[Tensor, " example"]:
+    """Return the number of each query, by first appearance.
+
+    Example:
+        >>> numbered(torch.tensor([7, 7, 3, 7]))
+        tensor([0, 0, 1, 0])
+    """
+    places: dict[int, int] = {}
+    numbers = [places.setdefault(one, len(places)) for one in queries.tolist()]
+    return torch.tensor(numbers, dtype=torch.long)
 
 
 def wilson_interval(
@@ -165,8 +174,24 @@ def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
     return adjusted
 
 
+def halves(labels: Int[Tensor, " point"]) -> Int[Tensor, " point"]:
+    """Return 0 and 1 in turn for the points of each task.
+
+    Example:
+        >>> halves(torch.tensor([5, 5, 9, 5, 9]))
+        tensor([0, 1, 0, 0, 1])
+    """
+    turn = torch.zeros_like(labels)
+    for task in labels.unique():
+        own = labels == task
+        turn[own] = torch.arange(int(own.sum())) % 2
+    return turn
+
+
 def cross_fitted_best(
-    values: Float[Tensor, "layer point"], labels: Int[Tensor, " point"]
+    values: Float[Tensor, "layer point"],
+    labels: Int[Tensor, " point"],
+    choosing: Float[Tensor, "2 layer"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the best layer's mean over tasks, on points that did not choose the layer.
 
@@ -176,15 +201,13 @@ def cross_fitted_best(
     Args:
         values: The score of each point at each layer.
         labels: The points' tasks.
+        choosing: The score of each layer on each of the :func:`halves` alone, where the score of
+            one point depends on other points; by default the mean of ``values``.
 
     Returns:
         The mean of the two halves; NaN if a task has only one point.
     """
-    turn = torch.zeros_like(labels)
-    tasks = labels.unique()
-    for task in tasks:
-        own = labels == task
-        turn[own] = torch.arange(int(own.sum())) % 2
+    turn, tasks = halves(labels), labels.unique()
     by_half = torch.stack(
         [
             torch.stack(
@@ -193,7 +216,7 @@ def cross_fitted_best(
             for half in (0, 1)
         ]
     ).mean(dim=1)  # [half, layer]
-    best = by_half.argmax(dim=1)
+    best = (by_half if choosing is None else choosing).argmax(dim=1)
     return (by_half[1, best[0]] + by_half[0, best[1]]) / 2
 
 

@@ -38,22 +38,30 @@ def _knn(k: int) -> Method:
 
 def _cosine(k: int) -> Method:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
-        return _knn(k)(torch.nn.functional.normalize(points, dim=1), labels)
+        # In float64, since the squares of small numbers are zero in float32.
+        return _knn(k)(torch.nn.functional.normalize(points.double(), dim=1, eps=1e-300), labels)
 
     return hits
 
 
 def _centroid(_: int) -> Method:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
+        points = points.double()
         own = torch.nn.functional.one_hot(labels).to(points.dtype)
         counts = reduce(own, "point task -> task", "sum")
         totals = einsum(own, points, "point task, point d -> task d")
-        distances = torch.cdist(points, totals / rearrange(counts, "task -> task 1"))
+        means = totals / rearrange(counts, "task -> task 1")
+        # Far from the origin |a|^2 - 2ab + |b|^2, the default, loses the difference.
+        distances = torch.cdist(points, means, compute_mode="donot_use_mm_for_euclid_dist")
         # Without the point its own mean is n / (n - 1) times as far from it; alone, it has no mean.
         without = (counts / (counts - 1))[labels]
         rows = torch.arange(len(labels))
         distances[rows, labels] = (distances[rows, labels] * without).nan_to_num(torch.inf)
-        return distances.argmin(dim=1) == labels
+        # Equal distances, as of equal points, are ordered by chance and not by task.
+        chance = torch.rand(distances.shape, generator=torch.Generator().manual_seed(0))
+        noise = 1e-12 * points.norm(dim=1, keepdim=True) + 1e-300
+        nearest: Tensor = (distances + noise * chance.to(points.device)).argmin(dim=1)
+        return nearest == labels
 
     return hits
 
@@ -71,7 +79,8 @@ def _linear(_: int) -> Method:
 
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         probe = make_pipeline(StandardScaler(), RidgeClassifierCV([1.0, 10.0, 100.0, 1e3, 1e4]))
-        folds = StratifiedKFold(5, shuffle=True, random_state=0)
+        n_folds = max(2, min(5, int(labels.bincount().max())))
+        folds = StratifiedKFold(n_folds, shuffle=True, random_state=0)
         predicted = cross_val_predict(probe, points.numpy(), labels.numpy(), cv=folds)
         return torch.as_tensor(predicted) == labels
 
@@ -82,10 +91,12 @@ def _divergence(k: int) -> Method:
     def scores(points: Tensor, labels: Tensor) -> Tensor:
         _, others = neighbours(points, k)
         n_classes = int(labels.max()) + 1
+        # A vote counts less in a larger class, as if all were of the same size.
+        weights = len(labels) / (n_classes * labels.bincount())[labels[others]]
         same = labels[others] == rearrange(labels, "point -> point 1")
-        votes = reduce(same.long(), "point k -> point", "sum")
+        votes, whole = (reduce(of, "point k -> point", "sum") for of in (weights * same, weights))
         # One more vote, shared by all classes, keeps the logarithm finite.
-        share = (votes + 1 / n_classes) / (k + 1)
+        share = (votes + 1 / n_classes) / (whole + 1)
         return (share * n_classes).log() / math.log(n_classes)
 
     return scores
@@ -112,12 +123,15 @@ def neighbours(
 
     Distances are Euclidean and computed for some points at a time, on the points' device. Points at
     the same distance, such as equal points, would be ordered by their place in the list, that is by
-    task; random noise of a ten-millionth of the spread orders them instead, the same on any device.
+    task; random noise of a ten-millionth of the point's distance from the median orders them
+    instead, the same on any device.
     """
-    # The mean is subtracted first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
-    centred = (points - reduce(points, "point d -> d", "mean")).double()
+    # The median is subtracted first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
+    # The mean would follow a single outlier, and so would noise on the scale of all points.
+    centred = points.double() - points.median(dim=0).values.double()
     squares = reduce(centred.square(), "point d -> point", "sum")
-    noise, generator = 1e-7 * squares.mean().sqrt() + 1e-30, torch.Generator().manual_seed(0)
+    noise = rearrange(1e-7 * squares.sqrt() + 1e-30, "point -> point 1")
+    generator = torch.Generator().manual_seed(0)
     at_once = min(len(points), max(1, _DISTANCES_AT_ONCE // len(points)))
     # Tensors that are made anew for each part would fragment the memory.
     chance = torch.empty(at_once, len(points))
@@ -129,7 +143,8 @@ def neighbours(
         torch.add(rearrange(squares[start : start + at_once], "row -> row 1"), squares, out=apart)
         apart.sub_(products, alpha=2).clamp_(min=0).sqrt_()
         products.copy_(torch.rand(chance.shape, generator=generator, out=chance))
-        apart.add_(products.mul_(noise)).diagonal(start).fill_(torch.inf)  # not its own neighbour
+        products.mul_(noise[start : start + at_once])
+        apart.add_(products).diagonal(start).fill_(torch.inf)  # not its own neighbour
         found.append(apart.topk(k, dim=1, largest=False))
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import pandas as pd
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.frames import grid_frame
@@ -25,6 +26,7 @@ from transformer_lens_taskvec._utils.statistics import (
     cross_fitted_best,
     mean_interval,
     means_by_query,
+    numbered,
     wilson_interval,
 )
 from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
@@ -37,8 +39,14 @@ from transformer_lens_taskvec.analysis.classifiers import (
     vote,
 )
 
+_BY_MAJORITY = ("knn", "cosine", "linear")
+"""The methods that favour tasks with more points."""
+
 _VOTES_AT_ONCE = 500_000
 """Votes of permuted labels that are counted in one go."""
+
+_ROUNDING = 1e-6
+"""The most by which equal means of float32 numbers, summed in another order, differ."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,18 +115,25 @@ class Decodability(Shown):
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} here; there are: {', '.join(self.tasks)}")
         scores = self.mean if task is None else self.scores[:, self.tasks.index(task)]
-        return self.layers[int(scores.argmax())]
+        return self.layers[int((scores >= scores.max() - _ROUNDING).int().argmax())]
 
-    @property
+    @cached_property
     def held_out(self) -> float:
         """The mean TD at the best layer, on points that the layer was not chosen on.
 
         The highest TD of many layers is biased upwards. Here half the queries of each task choose
-        the layer and TD is measured on the other half; then the halves swap.
+        the layer and TD is measured on the other half; then the halves swap. The half that chooses
+        is classified by itself, with half the neighbours: two points that are each other's
+        neighbours are right or wrong together.
         """
         own = self._by_task()
         labels = torch.arange(len(own)).repeat_interleave(self.n_distinct)
-        return float(cross_fitted_best(torch.cat(own, dim=1), labels))
+        turn = torch.zeros_like(self.activations.labels)
+        for task in range(len(self.tasks)):
+            rows = self.activations.labels == task
+            turn[rows] = numbered(self._queries[rows]) % 2
+        choosing = torch.stack([self._alone(turn == half) for half in (0, 1)])
+        return float(cross_fitted_best(torch.cat(own, dim=1), labels, choosing))
 
     @property
     def chance(self) -> float:
@@ -213,11 +228,24 @@ class Decodability(Shown):
         frame = grid_frame({"layer": self.layers, "task": self.tasks}, columns)
         return frame.assign(k=self.k)
 
+    def _alone(self, rows: Bool[Tensor, " point"]) -> Float[Tensor, " layer"]:
+        """Return the mean TD, by layer, of some points by themselves."""
+        values, labels = self.activations.values[rows], self.activations.labels[rows]
+        method = readout(self.method, max(1, min((self.k + 1) // 2, len(labels) - 1)))
+        there, layers = labels.to(values.device), range(values.shape[1])
+        hits = torch.stack([method(_flat(values[:, layer]), there).float() for layer in layers])
+        return torch.stack([hits[:, there == one].mean(dim=1) for one in there.unique()]).mean(
+            dim=0
+        )
+
     def _by_task(self) -> list[Float[Tensor, "layer query"]]:
-        labels, queries = self.activations.labels, self.activations.queries
-        queries = torch.arange(len(labels)) if queries is None else queries
-        rows = [labels == task for task in range(len(self.tasks))]
-        return [means_by_query(self.hits[:, own], queries[own]).float() for own in rows]
+        rows = [self.activations.labels == task for task in range(len(self.tasks))]
+        return [means_by_query(self.hits[:, own], self._queries[own]).float() for own in rows]
+
+    @property
+    def _queries(self) -> Int[Tensor, " point"]:
+        queries = self.activations.queries
+        return torch.arange(len(self.activations)) if queries is None else queries
 
     def _intervals(self, confidence: float = 0.95) -> Float[Tensor, "layer task 2"]:
         if bool(((self.hits == 0) | (self.hits == 1)).all()):
@@ -280,14 +308,14 @@ class DecodabilityNull(Shown):
     @property
     def p_values(self) -> Float[Tensor, " layer"]:
         """``[layer]``, p-values without correction for the number of layers."""
-        as_high = (self.permuted >= self.observed).sum(dim=0)
+        as_high = (self.permuted >= self.observed - _ROUNDING).sum(dim=0)
         return (1 + as_high) / (1 + len(self.permuted))
 
     @property
     def p_value(self) -> float:
         """The p-value of the highest TD over layers, against each permutation's highest."""
         highest = reduce(self.permuted, "permutation layer -> permutation", "max")
-        higher = int((highest >= self.observed.max()).sum())
+        higher = int((highest >= self.observed.max() - _ROUNDING).sum())
         return (1 + higher) / (1 + len(self.permuted))
 
     def band(self, confidence: float = 0.95) -> Float[Tensor, "2 layer"]:
@@ -333,7 +361,8 @@ def task_decodability(
       number to lie between 0 and 1; a lower bound, estimated from the neighbours' labels.
     - Your own function: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for correct.
 
-    A task with too few points to win a majority of the k votes is warned about.
+    A task with too few points to win a majority of the k votes is warned about, and so are tasks
+    with unequal numbers of points where these decide.
 
     Args:
         activations: ``[example, layer, d_model]`` of at least two tasks, about 100 per task.
@@ -365,6 +394,8 @@ def task_decodability(
     of_points = readout(method, k)
     if method in WITH_NEIGHBOURS:
         _warn_of_small_tasks(activations, k)
+    if method in _BY_MAJORITY:
+        _warn_of_unequal_tasks(activations)
     n_layers, there = len(activations.layers), labels.to(activations.values.device)
     hits = [of_points(_flat(activations.values[:, index]), there) for index in range(n_layers)]
     return Decodability(torch.stack(hits).to(labels.device).float(), activations, k, method)
@@ -463,6 +494,21 @@ def _warn_of_small_tasks(activations: Activations, k: int) -> None:
             f"{sizes_of_small}, and a majority of k={k} neighbours takes {majority} others of the "
             "same task, so its decodability is too low. Use a smaller k, or at least "
             f"{majority + 1} points per task.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_unequal_tasks(activations: Activations) -> None:
+    """Warn if some tasks have more than twice as many points as others."""
+    sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
+    if max(sizes) > 2 * min(sizes):
+        by_task = ", ".join(
+            f"{n} of {task!r}" for task, n in zip(activations.tasks, sizes, strict=True)
+        )
+        warnings.warn(
+            f"the numbers of points differ: {by_task}. Tasks with more points are decoded more "
+            "often even where the activations tell nothing. Give each task as many points, or use "
+            "method='centroid' or 'divergence'.",
             stacklevel=3,
         )
 

@@ -110,7 +110,7 @@ class LayerSweep(Shown):
         return replace(self.baseline, metrics=metrics)
 
     def at_scale(self, scale: float) -> LayerSweep:
-        """Return the sweep at one scale.
+        """Return the sweep at one scale, with its controls if they have that scale.
 
         Raises:
             ValueError: If the scale is not in the sweep.
@@ -119,7 +119,8 @@ class LayerSweep(Shown):
             raise ValueError(f"scale {scale} is not among the scales {list(self.scales)}")
         at = [self.scales.index(scale)]
         metrics = {name: values[at] for name, values in self.metrics.items()}
-        return replace(self, metrics=metrics, scales=(scale,))
+        controls = self.controls if at == [0] else {}
+        return replace(self, metrics=metrics, scales=(scale,), controls=controls)
 
     def best_layer(self, task: str | None = None) -> int | None:
         """Return the layer with the highest accuracy of a task, or of the mean over tasks.
@@ -135,8 +136,10 @@ class LayerSweep(Shown):
         columns = slice(None) if task is None else [self.tasks.index(task)]
         accuracy = reduce(self.accuracy[:, columns], "layer task -> layer", "mean")
         loss = reduce(self.mean_loss[:, columns], "layer task -> layer", "mean")
-        best = accuracy == accuracy.max()
-        return self.layers[int(loss.masked_fill(~best, float("inf")).argmin())]
+        # Means of the same answers may differ by rounding; a loss that is not a number is no loss.
+        [best] = accuracy.isclose(accuracy.max()).nonzero(as_tuple=True)
+        known = loss[best].nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return self.layers[int(best[known.argmin()])]
 
     @property
     def held_out(self) -> float:
@@ -162,7 +165,8 @@ class LayerSweep(Shown):
 
         A column holds the mean of each metric, and ``baseline_NAME`` its baseline; ``low`` and
         ``high`` are Wilson's 95 % interval of the accuracy, ``control: NAME`` is the accuracy of
-        each control, ``n`` the number of episodes, and ``n_distinct`` of distinct queries.
+        each control, NaN at other scales than the first, ``n`` the number of episodes, and
+        ``n_distinct`` of distinct queries.
         """
         sizes = torch.bincount(self.baseline.labels, minlength=len(self.tasks))
         distinct = torch.tensor([self.baseline.of(task).n_distinct for task in self.tasks])
@@ -176,11 +180,15 @@ class LayerSweep(Shown):
             for column, name in named.items()
         }
         low, high = wilson_interval(means["accuracy"], distinct)
+        unknown = torch.full_like(low[1:], torch.nan)
         columns = {
             **means,
             "low": low,
             "high": high,
-            **{f"control: {kind}": control.accuracy for kind, control in self.controls.items()},
+            **{
+                f"control: {kind}": torch.cat([control.accuracy[None], unknown])
+                for kind, control in self.controls.items()
+            },
             **{f"baseline_{name}": values for name, values in before.items()},
             "n": sizes,
             "n_distinct": distinct,

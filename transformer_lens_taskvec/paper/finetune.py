@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.training_state import TrainingState
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
+from transformer_lens_taskvec.models.tokens import known_bos_habit, puts_bos
 from transformer_lens_taskvec.paper.shots import ShotStudy
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
 from transformer_lens_taskvec.tasks.base import NULL, Task
@@ -288,7 +289,9 @@ def _train(
     progress: bool,
 ) -> None:
     batches = _batches(tokenizer, tasks, settings, seed)
-    steps = len(batches) // settings.accumulate
+    size = settings.accumulate
+    groups = [batches[start : start + size] for start in range(0, len(batches), size)]
+    steps = len(groups)
     done = (state and state.load()) or 0
     every = max(1, steps // 20)
     model.train()
@@ -297,8 +300,8 @@ def _train(
             torch.manual_seed(seed * 1_000_003 + step)  # the same dropout after resuming
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
             total = 0.0
-            for batch in batches[step * settings.accumulate : (step + 1) * settings.accumulate]:
-                loss = model(**_collated(batch, tokenizer)).loss / settings.accumulate
+            for batch in groups[step]:
+                loss = model(**_collated(batch, tokenizer)).loss / len(groups[step])
                 loss.backward()
                 total += float(loss.detach())
             optimizer.step()
@@ -317,13 +320,18 @@ def _batches(
     each = max(1, settings.n_samples // len(tasks))
     episodes = sample_episodes(tasks, each, settings.n_shots, seed, template=settings.template)
     random.Random(seed).shuffle(episodes)
+    bos = settings.template.bos
+    if bos is None:  # as for prompts of the model that will be evaluated
+        known = known_bos_habit(tokenizer)
+        bos = puts_bos(tokenizer) if known is None else known
+    first = [tokenizer.bos_token_id] if bos else []
     rows = []
     for episode in episodes:
         prompt, answer, end = (
             tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (episode.prompt, episode.answer, episode.separator)
         )
-        rows.append(([*prompt, *answer, *end], len(prompt)))
+        rows.append(([*first, *prompt, *answer, *end], len(first) + len(prompt)))
     size = settings.batch_size
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 

@@ -151,7 +151,8 @@ def prompting_study(
     """
     episodes = sample_episodes(tasks, n, n_shots, seed, template=template)
     names, rng, metrics = list(tasks), random.Random(seed), list(metrics)
-    told = [rng.choice(names) for _ in episodes]
+    told = [names[index % len(names)] for index in range(len(episodes))]  # each as often
+    rng.shuffle(told)
     conditions = {
         "plain": episodes,
         "instructed": with_instructions(episodes, instructions),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformer_lens_taskvec._utils.text import stable_hash
 from transformer_lens_taskvec.models.protocol import model_name
 from transformer_lens_taskvec.paper.checkpoints import Checkpoint, over_checkpoints
 from transformer_lens_taskvec.paper.finetune import LoraSettings, finetuning_study
@@ -88,8 +89,10 @@ def write_checkpoint_study(
     def study(loaded: Any) -> ShotStudy:
         return run_study(loaded, bitwise_tasks(), shots=shots, steer_shots=(), **options)
 
-    # Results of another size, seed or prompt format must not be reused.
-    kept = Path(out) / "n{n}-seed{seed}-bos{template.bos}".format(**options)
+    # Results with other options must not be reused.
+    chosen = {**options, "shots": tuple(shots), "progress": None}
+    key = stable_hash(repr(sorted(chosen.items()))).to_bytes(8, "big", signed=True).hex()
+    kept = Path(out) / "n{n}-seed{seed}-{key}".format(key=key, **options)
     found = over_checkpoints(
         name, checkpoints, study, load=load, folder=kept, progress=bool(options["progress"])
     )
