@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,3 +377,14 @@ def test_the_same_prompt_with_another_answer_or_end_is_run_again(model: Any) -> 
         alone = tv.evaluate(model, [episode], stop="separator")
         assert loss == pytest.approx(alone.mean_loss, abs=1e-4)
     assert len(scores.loss.unique()) == 3 and scores.n_distinct == 2
+
+
+@pytest.mark.parametrize("answer", ["cat", " cat", "dog", " 1 2", "\n", " ", "b:0a", "\u00e9"])
+def test_an_answer_has_the_tokens_that_continue_its_prompt(answer: str) -> None:
+    tokenizer = zoo.sentencepiece_tokenizer()
+    model = SimpleNamespace(tokenizer=tokenizer)
+    episode = tv.Episode("t", (), tv.Example("cat", answer), tv.PromptTemplate("{x}->{y}"))
+    (prompt,) = encode(model, [episode.prompt], bos=False)
+    (ids,) = encode_answers(model, [episode], stop="separator")
+    whole = tokenizer(f"cat->{answer}\n", add_special_tokens=False)["input_ids"]
+    assert prompt + ids == whole
