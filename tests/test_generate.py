@@ -145,3 +145,14 @@ def test_a_continuation_keeps_the_space_that_it_begins_with() -> None:
     )
     texts = tv.generate(model, ["dog", "dog->"], max_new_tokens=2, stop="?")
     assert texts == [" cat cat", " cat cat"]
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("unchecked")
+def test_interventions_of_a_generator_act_in_generation(
+    model: Any, vectors: tv.TaskVectors
+) -> None:
+    edits = [tv.inject(vectors["en_fr", 1], 1, mode="add", scale=8.0), tv.ablate(0)]
+    expected = tv.generate(model, PROMPTS, edits, max_new_tokens=4)
+    assert tv.generate(model, PROMPTS, (edit for edit in edits), max_new_tokens=4) == expected
+    assert tv.generate(model, PROMPTS, max_new_tokens=4) != expected
