@@ -132,3 +132,26 @@ def test_a_chat_template_that_cannot_be_taken_apart_is_refused(smollm2: Any) -> 
         tv.PromptTemplate.chat(smollm2.tokenizer, chat_template=numbered)
     with pytest.raises(ValueError, match="repeats or omits a turn"):
         tv.PromptTemplate.chat(smollm2.tokenizer, chat_template="{{ messages[0].content }}")
+
+
+@pytest.mark.model
+def test_a_prompt_may_begin_with_the_token_that_pads(model: Any) -> None:
+    reference = zoo.hf_model("llama")
+    pad, template = model.tokenizer.pad_token, tv.PromptTemplate("{x}{y}", separator="", bos=False)
+    for text in (f"{pad}one two", pad + pad, f"{pad} a{pad}"):
+        episode = tv.Episode("copy", (), tv.Example(text, " three"), template)
+        ids = model.tokenizer.encode(text, add_special_tokens=False)
+        answer = model.tokenizer.encode(" three", add_special_tokens=False)
+        with torch.no_grad():
+            out = reference(torch.tensor([ids + answer]), output_hidden_states=True)
+        logits = out.logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        expected = -logits[range(len(answer)), answer].sum()
+        torch.testing.assert_close(tv.evaluate(model, [episode]).loss[0], expected)
+        collected = tv.collect(model, [episode], layers=[1]).values[0, 0]
+        torch.testing.assert_close(
+            collected, out.hidden_states[2][0, len(ids) - 1], atol=1e-4, rtol=1e-4
+        )
+        first = model.tokenizer.decode(
+            int(out.logits[0, len(ids) - 1].argmax()), skip_special_tokens=True
+        )
+        assert tv.generate(model, [episode], max_new_tokens=1, use_cache=False) == [first]

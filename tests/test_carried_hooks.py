@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from torch.nn.modules.module import register_module_forward_hook
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.protocol import inference
 
 MINE = "hooks of yours"
 
@@ -124,6 +127,48 @@ def test_a_hook_of_torch_counts_as_one_of_the_user(
     assert capabilities(model).packs
 
 
+def test_a_hook_on_all_modules_counts_as_one_of_the_user(
+    tokenizer: Any, episodes: list[tv.Episode]
+) -> None:
+    model = zoo.bridge("llama", tokenizer)
+    point, edit = model.blocks[1].hook_out, add_at_the_end(torch.ones(32))
+    handle = register_module_forward_hook(
+        lambda module, args, output: edit(output) if module is point else None
+    )
+    try:
+        with pytest.warns(UserWarning, match=MINE):
+            scores = tv.evaluate_many(model, episodes, [[], []])[0]
+        expected = [nll_token_by_token(model, episode)[0] for episode in episodes]
+    finally:
+        handle.remove()
+    torch.testing.assert_close(scores.loss, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.model
+def test_an_intervention_at_another_hook_point_than_its_own_acts_there(
+    model: Any, episodes: list[tv.Episode]
+) -> None:
+    edit = tv.inject(torch.ones(32), 0, mode="add")
+    with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", edit)]):
+        with pytest.warns(UserWarning, match=MINE):
+            scores = tv.evaluate_many(model, episodes, [[], []])[0]
+        expected = [nll_token_by_token(model, episode)[0] for episode in episodes]
+    torch.testing.assert_close(scores.loss, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.model
+def test_a_cache_of_the_user_holds_whole_prompts(model: Any, episodes: list[tv.Episode]) -> None:
+    if not hasattr(model, "get_caching_hooks"):
+        pytest.skip("the bridge of TransformerLens 3.x has none")
+    cache, hooks, _ = model.get_caching_hooks()
+    with model.hooks(fwd_hooks=hooks), pytest.warns(UserWarning, match=MINE):
+        tv.evaluate_many(model, episodes[:1], [[], [tv.ablate(1)]])
+    prompt = model.tokenizer.encode(episodes[0].prompt, add_special_tokens=False)
+    answer = model.tokenizer.encode(episodes[0].answer, add_special_tokens=False)
+    name = next(name for name in cache if name.endswith(("1.hook_resid_post", "1.hook_out")))
+    assert cache[name].shape[1] == len(prompt) + len(answer) - 1
+
+
 def test_a_hook_that_comes_after_an_intervention_is_refused(
     tokenizer: Any, episodes: list[tv.Episode]
 ) -> None:
@@ -176,3 +221,41 @@ def test_threads_take_turns_on_a_model(model: Any, episodes: list[tv.Episode]) -
         for loss in found[index]:
             torch.testing.assert_close(loss, expected)
     assert not model.training
+
+
+def test_bridges_around_one_model_take_turns(tokenizer: Any, episodes: list[tv.Episode]) -> None:
+    hf_model = zoo.hf_model("llama")
+    first, second = (tv.bridge_from_hf(hf_model, tokenizer, device="cpu") for _ in range(2))
+    entered = threading.Event()
+
+    def work() -> None:
+        with inference(second):
+            entered.set()
+
+    thread = threading.Thread(target=work)
+    with inference(first):
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join()
+    assert entered.is_set()
+
+
+def test_collecting_takes_no_hook_of_another_thread_for_the_users(
+    tokenizer: Any, episodes: list[tv.Episode]
+) -> None:
+    model = zoo.bridge("llama", tokenizer)
+    tv.collect(model, episodes[:1])  # tries its hook points
+    started, values = threading.Event(), []
+    thread = threading.Thread(target=lambda: values.append(tv.collect(model, episodes[:1])))
+
+    def slow(activation: torch.Tensor, hook: Any = None) -> None:
+        if not started.is_set():
+            started.set()
+            thread.start()
+            thread.join(0.2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tv.evaluate(model, episodes[:1], [("blocks.1.hook_resid_post", slow)])
+        thread.join()
+    assert len(values) == 1

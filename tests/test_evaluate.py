@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,3 +377,32 @@ def test_the_same_prompt_with_another_answer_or_end_is_run_again(model: Any) -> 
         alone = tv.evaluate(model, [episode], stop="separator")
         assert loss == pytest.approx(alone.mean_loss, abs=1e-4)
     assert len(scores.loss.unique()) == 3 and scores.n_distinct == 2
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_interventions_from_a_generator_act(model: Any, episodes: list[tv.Episode]) -> None:
+    listed = [tv.ablate(layer, hook="mlp_out") for layer in (0, 1)]
+    expected = tv.evaluate(model, episodes, listed).loss
+    once = tv.evaluate(model, episodes, (edit for edit in listed))
+    (many,) = tv.evaluate_many(model, episodes, lambda task: iter([iter(listed)]))
+    for found in (once, many):
+        torch.testing.assert_close(found.loss, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, tv.evaluate(model, episodes).loss, atol=1e-2)
+
+
+def test_an_intervention_in_a_pair_is_refused(model: Any, episodes: list[tv.Episode]) -> None:
+    edit = tv.ablate(1)
+    for name in (edit.name, "blocks.2.hook_resid_post"):
+        with pytest.raises(ValueError, match="give the intervention itself"):
+            tv.evaluate(model, episodes, [(name, edit)])
+
+
+@pytest.mark.parametrize("answer", ["cat", " cat", "dog", " 1 2", "\n", " ", "b:0a", "\u00e9"])
+def test_an_answer_has_the_tokens_that_continue_its_prompt(answer: str) -> None:
+    tokenizer = zoo.sentencepiece_tokenizer()
+    model = SimpleNamespace(tokenizer=tokenizer)
+    episode = tv.Episode("t", (), tv.Example("cat", answer), tv.PromptTemplate("{x}->{y}"))
+    (prompt,) = encode(model, [episode.prompt], bos=False)
+    (ids,) = encode_answers(model, [episode], stop="separator")
+    whole = tokenizer(f"cat->{answer}\n", add_special_tokens=False)["input_ids"]
+    assert prompt + ids == whole

@@ -133,3 +133,26 @@ def test_requests_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tv.generate(model, prompts, **{"max_new_tokens": 2, **options})
+
+
+def test_a_continuation_keeps_the_space_that_it_begins_with() -> None:
+    tokenizer = zoo.sentencepiece_tokenizer()
+    hf_model = zoo.hf_model("llama", vocab_size=len(tokenizer), num_hidden_layers=1)
+    model = tv.bridge_from_hf(hf_model, tokenizer, device="cpu")
+    space_cat = tokenizer.convert_tokens_to_ids(chr(0x2581) + "cat")
+    hf_model.lm_head.register_forward_hook(  # the model says nothing else
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor(space_cat), 1e9)
+    )
+    texts = tv.generate(model, ["dog", "dog->"], max_new_tokens=2, stop="?")
+    assert texts == [" cat cat", " cat cat"]
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("unchecked")
+def test_interventions_of_a_generator_act_in_generation(
+    model: Any, vectors: tv.TaskVectors
+) -> None:
+    edits = [tv.inject(vectors["en_fr", 1], 1, mode="add", scale=8.0), tv.ablate(0)]
+    expected = tv.generate(model, PROMPTS, edits, max_new_tokens=4)
+    assert tv.generate(model, PROMPTS, (edit for edit in edits), max_new_tokens=4) == expected
+    assert tv.generate(model, PROMPTS, max_new_tokens=4) != expected

@@ -21,7 +21,7 @@ import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.cli import app
-from transformer_lens_taskvec.models.tokens import note_bos_habit
+from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts, note_bos_habit
 from transformer_lens_taskvec.paper import finetune
 from transformer_lens_taskvec.paper.finetune import same_outside
 from transformer_lens_taskvec.paper.runner import (
@@ -302,6 +302,23 @@ def test_finetuning_prompts_begin_as_those_that_are_evaluated(
     assert own.decode(ids[asked:n_prompt]).endswith(" ->")
 
 
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_finetuning_trains_on_the_tokens_that_are_evaluated(bos: bool | None) -> None:
+    tokenizer = zoo.sentencepiece_tokenizer()
+    settings = dataclasses.replace(SETTINGS, template=tv.PromptTemplate("{x}->{y}", bos=bos))
+    trained = {
+        tuple(ids) for batch in finetune._batches(tokenizer, TASKS, settings, 0) for ids, _ in batch
+    }
+    episodes = tv.sample_episodes(
+        TASKS, settings.n_samples // len(TASKS), 1, 0, template=settings.template
+    )
+    model = tv.bridge_from_hf(zoo.hf_model("llama"), tokenizer, device="cpu")
+    prompts, _ = encode_prompts(model, episodes)
+    answers = encode_answers(model, episodes, stop="separator")
+    assert trained == {(*p, *a) for p, a in zip(prompts, answers, strict=True)}
+
+
+@pytest.mark.model
 def test_finetuning_resumes_to_the_same_bits(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

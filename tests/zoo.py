@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformer_lens.model_bridge import TransformerBridge
 
 import transformer_lens_taskvec as tv
@@ -79,6 +80,40 @@ def hf_model(kind: str, **changes: Any) -> Any:
                 if parameter.ndim > 1 and kind != "mamba":
                     parameter.mul_(4.0)
     return model.eval().to(torch.float32)
+
+
+def sentencepiece_tokenizer() -> Any:
+    """A tokenizer as Llama 2's, which puts a space before every text, and spells by bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [chr(0x2581), *map(chr, range(33, 127))]
+    merges = [(chr(0x2581), "c"), (chr(0x2581) + "c", "at"), ("a", "t"), ("c", "at")]
+    merges += [("d", "o"), ("do", "g"), (chr(0x2581), "dog"), ("-", ">")]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(chr(0x2581)), normalizers.Replace(" ", chr(0x2581))]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(chr(0x2581), " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        add_bos_token=True,  # or TransformerLens would load another of the name
+        padding_side="left",
+        name_or_path="sentencepiece",
+    )
 
 
 def with_bos(episodes: Sequence[tv.Episode], bos: bool | None) -> list[tv.Episode]:

@@ -215,9 +215,9 @@ def collect(
     longest = max(len(ids) for ids in encoded)
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
     values: Tensor | None = None
-    warn_of_hooks(model, stacklevel=2)
-    can = capabilities(model)
     with inference(model), tqdm(total=len(encoded), disable=not progress, leave=False) as bar:
+        warn_of_hooks(model, stacklevel=2)
+        can = capabilities(model)
         for batch in batches(
             encoded,
             batch_size=batch_size,

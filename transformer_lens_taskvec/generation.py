@@ -92,6 +92,7 @@ def generate(
             f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be at "
             "least 1 and 0"
         )
+    interventions = list(interventions)  # a generator can be read only once
     check_variants(model, [interventions])
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and len(texts) < len(prompts):

@@ -455,16 +455,22 @@ def _groups(
     """Return the episodes that share variants, and these variants."""
     if callable(variants):
         groups = [
-            (torch.where(labels == index)[0], variants(task)) for index, task in enumerate(tasks)
+            (torch.where(labels == index)[0], _listed(variants(task)))
+            for index, task in enumerate(tasks)
         ]
     else:
-        groups = [(torch.arange(len(labels)), variants)]
+        groups = [(torch.arange(len(labels)), _listed(variants))]
     sizes = {len(some) for _, some in groups}
     if len(sizes) > 1:
         raise ValueError(f"variants gives {sorted(sizes)} variants; give each task the same number")
     if 0 in sizes:
         raise ValueError("variants is empty; [[]] is the model without interventions")
     return groups
+
+
+def _listed(variants: Iterable[Iterable[Any]]) -> Sequence[Variant]:
+    """Return variants that can be read more than once, such as those of generators."""
+    return [list(variant) for variant in variants]
 
 
 def _alike(

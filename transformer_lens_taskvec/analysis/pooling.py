@@ -42,8 +42,8 @@ def input_embeddings(model: Any, episodes: Sequence[AnyEpisode]) -> Activations:
     values = torch.zeros(len(encoded), 1, int(model.cfg.d_model))
     name, device = hook_name("resid_pre", 0), device_of(model)
     check_lengths(model, encoded)
-    can = capabilities(model)
     with inference(model):
+        can = capabilities(model)
         for batch in batches(
             encoded,
             batch_size=32,

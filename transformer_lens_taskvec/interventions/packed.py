@@ -205,8 +205,14 @@ def check_variants(model: Any, variants: Sequence[Variant]) -> None:
                 check_layers(model, [hook.layer], hook.hook)
                 interventions.append(hook)
             else:
-                name, _ = hook
+                name, hook_function = hook
                 check_hook(model, name)
+                if isinstance(hook_function, Intervention):
+                    raise ValueError(
+                        f"{hook_function!r} is in a pair with the hook name {name!r}, where it "
+                        "would not know the prompt from the answer; give the intervention itself, "
+                        "made for that layer and hook"
+                    )
     shapes = position_shapes(model, [one.name for one in interventions])
     for one in interventions:
         check_intervention(model, one, shapes[one.name])

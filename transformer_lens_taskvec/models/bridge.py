@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from transformer_lens_taskvec.models.tokens import known_bos_habit, note_bos_habit, puts_bos
+from transformer_lens_taskvec.models.tokens import habit_of, note_bos_habit
 
 
 def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
@@ -52,8 +52,7 @@ def bridge_from_hf(hf_model: Any, tokenizer: Any, **kwargs: Any) -> Any:
         kwargs["device"] = hf_model.device
     hf_model.config._attn_implementation = "eager"  # what the bridge's attention hooks need
     name = str(getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__)
-    known = known_bos_habit(tokenizer)
-    habit = puts_bos(tokenizer) if known is None else known
+    habit = habit_of(tokenizer)
     # boot_transformers only records the device and dtype of a model that it is given.
     bridge = TransformerBridge.boot_transformers(
         name, hf_model=hf_model.eval(), tokenizer=tokenizer, **kwargs

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from torch.nn.modules import module as torch_module
+
 from transformer_lens_taskvec.models.protocol import model_name
 
 _OWN = (
@@ -42,7 +44,7 @@ def warn_of_hooks(model: Any, stacklevel: int) -> None:
 
 
 @contextmanager
-def taking_along(model: Any, kind: type) -> Iterator[list[Any]]:
+def taking_along(model: Any, kind: type[Any]) -> Iterator[list[Any]]:
     """Take the hooks of one kind off the model for a time, and give them in their order.
 
     Raises:
@@ -52,7 +54,13 @@ def taking_along(model: Any, kind: type) -> Iterator[list[Any]]:
     found: dict[int, Any] = {}
     restored = []
     for point in {id(point): point for point in model.hook_dict.values()}.values():
-        own = {h.hook.id: h.user_hook for h in point.fwd_hooks if isinstance(h.user_hook, kind)}
+        own = {
+            handle.hook.id: handle.user_hook
+            for handle in point.fwd_hooks
+            # At another hook point than its own it is a function like any other.
+            if isinstance(handle.user_hook, kind)
+            and model.hook_dict.get(handle.user_hook.name) is point
+        }
         others = [h.hook.id for h in point.fwd_hooks if h.hook.id not in own]
         if own and max(others, default=0) > min(own):
             raise ValueError(
@@ -74,6 +82,10 @@ def taking_along(model: Any, kind: type) -> Iterator[list[Any]]:
 
 
 def _functions(model: Any) -> Iterator[Callable[..., Any]]:
+    yield from torch_module._global_forward_hooks.values()
+    yield from torch_module._global_forward_pre_hooks.values()
+    yield from torch_module._global_backward_hooks.values()
+    yield from torch_module._global_backward_pre_hooks.values()
     for module in model.modules() if hasattr(model, "modules") else ():
         active = {
             **module._forward_hooks,
@@ -92,5 +104,7 @@ def _functions(model: Any) -> Iterator[Callable[..., Any]]:
 def _is_own(function: Any) -> bool:
     while isinstance(function, partial):
         function = function.func
-    named = hasattr(function, "__qualname__")  # an object, such as an intervention, is a user's
-    return named and (getattr(function, "__module__", None) or "").startswith(_OWN)
+    name = getattr(function, "__qualname__", None)
+    if name is None or "caching_hooks" in name:
+        return False  # an object, such as an intervention, or a cache that the user reads
+    return (getattr(function, "__module__", None) or "").startswith(_OWN)

@@ -28,11 +28,19 @@ def run_prompts(
     hooks: Hooks = (),
 ) -> Float[Tensor, "row pos vocab"]:
     """Return the logits of left-padded tokens."""
-    kwargs: dict[str, Any] = {}
-    if not bool(mask.all()):
-        kwargs["attention_mask"] = mask.long()
+    kwargs = _masked(model, mask)
     logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type="logits", **kwargs)
     return _as_tensor(logits)
+
+
+def _masked(model: Any, mask: Bool[Tensor, "row pos"]) -> dict[str, Any]:
+    """Return the mask as an argument, where there is padding or the model would look for it.
+
+    A ``HookedTransformer`` without a mask takes the padding tokens that a prompt begins with, such
+    as a BOS that is the padding token too, for padding.
+    """
+    needed = _takes_lens_cache(model) or not bool(mask.all())
+    return {"attention_mask": mask.long()} if needed else {}
 
 
 class _Done(Exception):
@@ -47,8 +55,7 @@ def run_until(
     def stop(activation: Tensor, hook: Any = None) -> Tensor:
         raise _Done
 
-    if not bool(mask.all()):
-        kwargs["attention_mask"] = mask.long()
+    kwargs |= _masked(model, mask)
     with suppress(_Done):
         model.run_with_hooks(tokens, fwd_hooks=[*hooks, (last, stop)], **kwargs)
 

@@ -125,10 +125,11 @@ def check_hook(model: Any, name: str) -> None:
 def inference(model: Any) -> Iterator[None]:
     """Run without gradients and in evaluation mode, and restore the modes afterwards.
 
-    One thread at a time: hooks and modes are the model's, so a second thread waits.
+    One thread at a time: hooks and modes are the model's, so a second thread waits. Two bridges
+    around one Hugging Face model count as one.
     """
     with _LOCK:
-        lock = _LOCKS.setdefault(model, threading.RLock())
+        lock = _LOCKS.setdefault(getattr(model, "original_model", model), threading.RLock())
     with lock, _evaluating(model):
         yield
 

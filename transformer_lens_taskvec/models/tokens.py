@@ -1,8 +1,10 @@
 """Prompts as padded batches of tokens.
 
 Prompts and answers are tokenised separately and without special tokens, so that no token spans the
-boundary between them. A beginning-of-sequence token (BOS) precedes a prompt if its template says
-so. Batches are left-padded: the last prompt token of each row is at index -1.
+boundary between them. Where a tokenizer marks the beginning of a text (Llama 2's puts a space
+there), an answer is tokenised as what continues a text. A beginning-of-sequence token (BOS)
+precedes a prompt if its template says so. Batches are left-padded: the last prompt token of each
+row is at index -1.
 """
 
 from __future__ import annotations
@@ -157,6 +159,12 @@ def known_bos_habit(tokenizer: Any) -> bool | None:
     return None if tokenizer is None else _HABITS.get(tokenizer)
 
 
+def habit_of(tokenizer: Any) -> bool:
+    """Return the habit of a tokenizer that is not a model's yet: as noted, or as it is now."""
+    known = known_bos_habit(tokenizer)
+    return puts_bos(tokenizer) if known is None else known
+
+
 def puts_bos(tokenizer: Any) -> bool:
     """Return whether a tokenizer adds a BOS now."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -193,7 +201,7 @@ def encode_answers(
     if stop not in (None, "separator"):
         raise ValueError(f"stop is {stop!r}; it must be None or 'separator'")
     tokenizer = _tokenizer(model)
-    answers = _token_ids(tokenizer, [episode.answer for episode in episodes])
+    answers = continuing_ids(tokenizer, [episode.answer for episode in episodes])
     for episode, ids in zip(episodes, answers, strict=True):
         if not ids:
             raise ValueError(
@@ -201,14 +209,40 @@ def encode_answers(
                 "an episode's answer must tokenise to at least one"
             )
     if stop == "separator":
-        separators = _token_ids(tokenizer, [episode.separator for episode in episodes])
+        separators = continuing_ids(tokenizer, [episode.separator for episode in episodes])
         answers = [answer + end for answer, end in zip(answers, separators, strict=True)]
     return answers
 
 
+_BEFORE = ("\n", ":", "0", "a")
+"""Texts that an answer may continue; a tokenizer may merge one of them with it, but hardly all."""
+
+
+def continuing_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts that continue another, without the mark of a beginning."""
+    found = _token_ids(tokenizer, texts)
+    (lone,) = _token_ids(tokenizer, ["a"])
+    if tokenizer.decode([*lone, *lone]) == "aa":
+        return found
+    left = set(range(len(texts)))
+    for before in _BEFORE:
+        ahead, *wholes = _token_ids(tokenizer, [before, *(before + text for text in texts)])
+        for row in list(left) if ahead else ():
+            whole, text = wholes[row], tokenizer.decode(ahead) + texts[row]
+            if whole[: len(ahead)] == ahead and tokenizer.decode(whole) == text:
+                found[row] = whole[len(ahead) :]
+                left.remove(row)
+    return found
+
+
 def decode(model: Any, ids: Sequence[int]) -> str:
-    """Return the text of token ids without special tokens."""
-    return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True))
+    """Return the text of token ids that continue a text, without special tokens."""
+    tokenizer = _tokenizer(model)
+    (first,) = _token_ids(tokenizer, ["a"])
+    before, whole = (
+        tokenizer.decode(some, skip_special_tokens=True) for some in (first, [*first, *ids])
+    )
+    return str(whole[len(before) :])
 
 
 def pad_id(model: Any) -> int:

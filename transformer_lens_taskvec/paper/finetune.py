@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.training_state import TrainingState
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
-from transformer_lens_taskvec.models.tokens import known_bos_habit, puts_bos
+from transformer_lens_taskvec.models.tokens import continuing_ids, habit_of
 from transformer_lens_taskvec.paper.shots import ShotStudy
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_episodes
 from transformer_lens_taskvec.tasks.base import NULL, Task
@@ -316,22 +316,20 @@ def _train(
 def _batches(
     tokenizer: Any, tasks: Mapping[str, Task], settings: LoraSettings, seed: int
 ) -> list[list[tuple[list[int], int]]]:
-    """Return token ids of prompt and answer with the prompt's length, in shuffled batches."""
+    """Return token ids of prompt and answer with the prompt's length, in shuffled batches.
+
+    They are those that the answers are evaluated on, with a BOS if the template says so.
+    """
     each = max(1, settings.n_samples // len(tasks))
     episodes = sample_episodes(tasks, each, settings.n_shots, seed, template=settings.template)
     random.Random(seed).shuffle(episodes)
-    bos = settings.template.bos
-    if bos is None:  # as for prompts of the model that will be evaluated
-        known = known_bos_habit(tokenizer)
-        bos = puts_bos(tokenizer) if known is None else known
+    bos = habit_of(tokenizer) if settings.template.bos is None else settings.template.bos
     first = [tokenizer.bos_token_id] if bos else []
     rows = []
     for episode in episodes:
-        prompt, answer, end = (
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (episode.prompt, episode.answer, episode.separator)
-        )
-        rows.append(([*first, *prompt, *answer, *end], len(first) + len(prompt)))
+        prompt = [*first, *tokenizer(episode.prompt, add_special_tokens=False)["input_ids"]]
+        answer, end = continuing_ids(tokenizer, [episode.answer, episode.separator])
+        rows.append(([*prompt, *answer, *end], len(prompt)))
     size = settings.batch_size
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
