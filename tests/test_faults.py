@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ import torch
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import _smollm as smollm
+from transformer_lens_taskvec._utils.atomic_io import replacing, write_text
 from transformer_lens_taskvec._utils.training_state import TrainingState
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.lab.presets import PRESETS, train
@@ -745,3 +747,22 @@ def test_a_killed_command_runs_again_to_the_same_bytes() -> None:
 @pytest.mark.slow
 def test_50_killed_commands_run_again_to_the_same_bytes() -> None:
     assert "50 kills" in kill(50, ",".join(kill_studies.COMMANDS))
+
+
+def test_threads_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
+    path, found = tmp_path / "file", []
+
+    def other() -> None:
+        write_text(path, "other")
+        found.append(path.read_text())
+
+    with replacing(path) as temporary:
+        temporary.write_text("half of one")
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert found == ["other"]
+        with temporary.open("a") as file:
+            file.write(", and the rest")
+    assert path.read_text() == "half of one, and the rest"
+    assert [*tmp_path.iterdir()] == [path]

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,13 +18,13 @@ from safetensors import SafetensorError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``, and move what is written there to ``path``.
 
-    Whatever interrupts it, ``path`` is the old file or the new one. Processes that write the same
-    file at once do not mix; the last one wins.
+    Whatever interrupts it, ``path`` is the old file or the new one. Processes or threads that write
+    the same file at once do not mix; the last one wins.
 
     Raises:
         OSError: If the file cannot be written; the message names it.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors makes files private

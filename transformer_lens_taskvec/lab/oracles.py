@@ -184,6 +184,9 @@ def least_squares(
 ) -> Float[Tensor, "batch point"]:
     """Ordinary least squares in all dimensions; the solution of least norm where there are many.
 
+    A direction in which the inputs vary less than 1e-5 times as much as in the widest counts as
+    none.
+
     Args:
         xs: Inputs, ``[batch, point, dim]``.
         ys: Outputs, ``[batch, point]``.
