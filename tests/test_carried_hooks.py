@@ -44,6 +44,7 @@ def nll_token_by_token(model: Any, episode: tv.Episode) -> tuple[torch.Tensor, b
 
 
 @pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 def test_interventions_on_the_model_act_as_if_they_were_given(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors
 ) -> None:
@@ -81,6 +82,7 @@ def test_interventions_on_the_model_act_where_activations_are_collected(
 
 
 @pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 @pytest.mark.parametrize("permanent", [False, True])
 def test_a_hook_at_the_last_position_acts_on_every_token_that_is_predicted(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors, permanent: bool
