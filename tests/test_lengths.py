@@ -51,6 +51,7 @@ def test_rotary_positions_run_beyond_the_length_they_were_made_for(tokenizer: An
     assert tv.evaluate(model, [repeated(20)]).loss.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "mamba", "gemma2"])
 def test_the_unedited_model_alone_is_evaluated_and_observed(
     tokenizer: Any, episodes: list[tv.Episode], kind: str
