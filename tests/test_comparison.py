@@ -110,3 +110,11 @@ def test_few_shot_and_zero_shot_scores_of_one_query_are_compared() -> None:
     episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 8, 4, seed=0)
     few, none = tv.evaluate(toy, episodes), tv.evaluate(toy, tv.zero_shot(episodes))
     assert (tv.compare(few, none).to_frame().difference > 0).any()
+
+
+def test_a_task_without_scores_is_named() -> None:
+    toy = tv.load_model("toy", device="cpu")
+    every = tv.evaluate(toy, tv.sample_episodes(tv.bitwise_tasks(null=False), 6, 4, seed=0))
+    some = every.select(every.labels > 0)
+    with pytest.raises(ValueError, match="no scores of task 'AND'"):
+        tv.compare(some, some)

@@ -124,6 +124,8 @@ def compare(
             )
         for task in scores.tasks:
             own, their = scores.of(task), other.of(task)
+            if not len(own):
+                raise ValueError(f"there are no scores of task {task!r}; compare its episodes too")
             row: dict[str, Any] = {"task": task, "against": name}
             for kind, of in (("accuracy", own), ("other", their)):
                 row[kind] = of.accuracy
