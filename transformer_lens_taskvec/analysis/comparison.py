@@ -87,7 +87,8 @@ def compare(
             such as those of controls. The demonstrations may differ.
 
     Raises:
-        ValueError: If the queries or ``stop`` differ, or nothing is given to compare with.
+        ValueError: If the queries or ``stop`` differ, a task has no scores, or nothing is given to
+            compare with.
 
     Example:
         >>> import transformer_lens_taskvec as tv
