@@ -448,3 +448,10 @@ def test_a_permutation_that_changes_nothing_scores_as_high(method: str) -> None:
         again = torch.cat([*found._of_permuted(points, same)], dim=1).mean(dim=0)
         null = tv.analysis.decodability.DecodabilityNull(found.mean, again[None], (0,))
         assert null.p_value == 1.0 and float(null.p_values) == 1.0
+
+
+def test_sensitivity_leaves_out_a_k_without_a_majority() -> None:
+    frame = tv.analysis.decodability_sensitivity(
+        activations(120, tasks=3), ks=(15, 20), ns=(10, 40), methods=("knn",), layer=1
+    )
+    assert list(zip(frame.n, frame.k, strict=True)) == [(10, 15), (40, 15), (40, 20)]

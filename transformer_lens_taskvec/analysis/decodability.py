@@ -421,7 +421,8 @@ def decodability_sensitivity(
         seed: Seed of the draws.
 
     Returns:
-        One row per method, k and n: ``method, k, n, layer, td, chance``.
+        One row per method, k and n: ``method, k, n, layer, td, chance``. Left out is every k of
+        which n points cannot have a majority.
 
     Raises:
         ValueError: As for :func:`task_decodability`, or if a task has fewer points than asked for.
@@ -446,7 +447,7 @@ def decodability_sensitivity(
         for method in methods:
             has_k = method in WITH_NEIGHBOURS
             for k in ks if has_k else ks[:1]:
-                if k >= len(some):
+                if has_k and n <= _majority(k):
                     continue
                 found = task_decodability(some, k, method=method)
                 rows.append(
@@ -483,9 +484,13 @@ def _check_k(k: int, n_points: int) -> None:
         )
 
 
+def _majority(k: int) -> int:
+    return k // 2 + 1
+
+
 def _warn_of_small_tasks(activations: Activations, k: int) -> None:
     """Warn of tasks whose points cannot have a majority of their own task among k neighbours."""
-    majority = k // 2 + 1
+    majority = _majority(k)
     sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
     small = {task: n for task, n in zip(activations.tasks, sizes, strict=True) if n <= majority}
     if small:
