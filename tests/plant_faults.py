@@ -192,7 +192,7 @@ FAULTS = [
         "models/protocol.py", "with lock, _evaluating(model):", "with _evaluating(model):", CARRIED
     ),
     Fault("models/layouts.py", "if first != set(_TRIALS) or", "if", HOOK_POINTS),
-    Fault("interventions/packed.py", "if head >= shape[0]:", "if head > shape[0]:", HOOK_POINTS),
+    Fault("interventions/checks.py", "if head >= shape[0]:", "if head > shape[0]:", HOOK_POINTS),
     Fault(
         "interventions/packed.py",
         "if bool(logits[..., 0].isnan().any()):",

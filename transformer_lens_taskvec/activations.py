@@ -216,8 +216,9 @@ def collect(
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
     values: Tensor | None = None
     with inference(model), tqdm(total=len(encoded), disable=not progress, leave=False) as bar:
-        warn_of_hooks(model, stacklevel=2)
         can = capabilities(model)
+        if can.hooked:
+            warn_of_hooks(model, stacklevel=2)
         for batch in batches(
             encoded,
             batch_size=batch_size,

@@ -10,10 +10,10 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import (
     Variant,
-    check_variants,
     default_max_tokens,
 )
 from transformer_lens_taskvec.models.capabilities import capabilities
@@ -103,8 +103,9 @@ def generate(
     continuations = [""] * len(prompts)
     generator = torch.Generator().manual_seed(seed)
     with inference(model), taking_along(model, Intervention) as carried:
-        warn_of_hooks(model, stacklevel=2)
         can = capabilities(model)
+        if can.hooked:
+            warn_of_hooks(model, stacklevel=2)
         # The length from which on a prompt's numbers may depend on others in its batch.
         apart = None if can.apart is None else can.apart - max_new_tokens + 1
         cached = can.caches and (apart is None or max(map(len, encoded)) <= apart)

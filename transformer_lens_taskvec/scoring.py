@@ -31,6 +31,7 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import means_by_query, wilson_interval
 from transformer_lens_taskvec._utils.text import spelled_size
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
+from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import (
     Chunk,
@@ -38,7 +39,6 @@ from transformer_lens_taskvec.interventions.packed import (
     Variant,
     answer_logits,
     answer_numbers,
-    check_variants,
 )
 from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.layouts import check_readable

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformer_lens_taskvec.activations import Activations, labelled
 from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
@@ -44,6 +45,8 @@ def input_embeddings(model: Any, episodes: Sequence[AnyEpisode]) -> Activations:
     check_lengths(model, encoded)
     with inference(model):
         can = capabilities(model)
+        if can.hooked:
+            warn_of_hooks(model, stacklevel=2)
         for batch in batches(
             encoded,
             batch_size=32,

@@ -8,7 +8,7 @@ are taken along instead.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,14 +33,13 @@ def carries_hooks(model: Any) -> bool:
 
 
 def warn_of_hooks(model: Any, stacklevel: int) -> None:
-    """Say that the model has hooks, and what follows, if it has any."""
-    if carries_hooks(model):
-        warnings.warn(
-            f"{model_name(model)} carries hooks of yours, which act in every pass; prompts run "
-            "plainly, one length at a time. Without them the results would be others; "
-            "model.reset_hooks(including_permanent=True) removes TransformerLens' hooks.",
-            stacklevel=stacklevel + 1,
-        )
+    """Say that the model has hooks, and what follows."""
+    warnings.warn(
+        f"{model_name(model)} carries hooks of yours, which act in every pass; prompts run "
+        "plainly, one length at a time. Without them the results would be others; "
+        "model.reset_hooks(including_permanent=True) removes TransformerLens' hooks.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 @contextmanager
@@ -52,7 +51,6 @@ def taking_along(model: Any, kind: type[Any]) -> Iterator[list[Any]]:
             that their order could not be kept.
     """
     found: dict[int, Any] = {}
-    restored = []
     for point in {id(point): point for point in model.hook_dict.values()}.values():
         own = {
             handle.hook.id: handle.user_hook
@@ -67,16 +65,23 @@ def taking_along(model: Any, kind: type[Any]) -> Iterator[list[Any]]:
                 f"{model_name(model)} carries a hook that comes after an intervention at the same "
                 "hook point; pass the intervention to the function instead of hooking it"
             )
-        if own:
-            found.update(own)
-            restored.append((point._forward_hooks, dict(point._forward_hooks)))
-    for hooks, before in restored:
-        for number in before.keys() & found.keys():
+        found.update(own)
+    with without_hooks(model, found.keys()):
+        yield [found[number] for number in sorted(found)]
+
+
+@contextmanager
+def without_hooks(model: Any, numbers: Set[int]) -> Iterator[None]:
+    """Take hooks off a model's hook points for a time, by the numbers of their handles."""
+    of_points = {id(point): point._forward_hooks for point in model.hook_dict.values()}
+    kept = [(hooks, dict(hooks)) for hooks in of_points.values() if hooks.keys() & numbers]
+    for hooks, before in kept:
+        for number in before.keys() & numbers:
             del hooks[number]
     try:
-        yield [found[number] for number in sorted(found)]
+        yield
     finally:
-        for hooks, before in restored:
+        for hooks, before in kept:
             hooks.clear()
             hooks.update(before)
 

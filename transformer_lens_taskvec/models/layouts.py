@@ -9,14 +9,14 @@ kind in Llama and another in DeepSeek.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from transformer_lens_taskvec.models.carried import without_hooks
 from transformer_lens_taskvec.models.protocol import (
     check_layers,
     device_of,
@@ -83,7 +83,11 @@ def position_shapes(model: Any, names: Sequence[str]) -> dict[str, tuple[int, ..
         hooks = {name.split(".", 2)[-1] for name in names}  # in all layers: a sweep asks for each
         blocks = [name for name in model.hook_dict if name.startswith("blocks.")]
         new = [name for name in blocks if name.split(".", 2)[-1] in hooks]
-        with inference(model), _without_hooks(model):
+        # Temporary hooks may not suit prompts this short; TransformerLens connects some points by
+        # permanent ones.
+        handles = [handle for point in model.hook_dict.values() for handle in point.fwd_hooks]
+        temporary = {handle.hook.id for handle in handles if not handle.is_permanent}
+        with inference(model), without_hooks(model, temporary):
             trials = [_shapes_seen(model, new, *trial) for trial in _TRIALS]
         for name in new:
             if all(seen[name] for seen in trials):
@@ -134,20 +138,3 @@ def _at_position(model: Any, name: str, trials: Sequence[set[tuple[int, ...]]]) 
             "edit it with a hook function of your own"
         )
     return rest.pop()
-
-
-@contextmanager
-def _without_hooks(model: Any) -> Iterator[None]:
-    """Set temporary hooks aside, which may not suit prompts this short."""
-    points = list({id(point): point for point in model.hook_dict.values()}.values())
-    kept = [(point._forward_hooks, dict(point._forward_hooks)) for point in points]
-    for point in points:
-        for handle in point.fwd_hooks:
-            if not handle.is_permanent:  # TransformerLens connects some points by permanent ones
-                point._forward_hooks.pop(handle.hook.id, None)
-    try:
-        yield
-    finally:
-        for hooks, before in kept:
-            hooks.clear()
-            hooks.update(before)
