@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -174,48 +175,29 @@ def holm(p_values: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
     return adjusted
 
 
-def halves(labels: Int[Tensor, " point"]) -> Int[Tensor, " point"]:
-    """Return 0 and 1 in turn for the points of each task.
-
-    Example:
-        >>> halves(torch.tensor([5, 5, 9, 5, 9]))
-        tensor([0, 1, 0, 0, 1])
-    """
-    turn = torch.zeros_like(labels)
-    for task in labels.unique():
-        own = labels == task
-        turn[own] = torch.arange(int(own.sum())) % 2
-    return turn
-
-
 def cross_fitted_best(
-    values: Float[Tensor, "layer point"],
-    labels: Int[Tensor, " point"],
+    by_task: Sequence[Float[Tensor, "layer query"]],
     choosing: Float[Tensor, "2 layer"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return the best layer's mean over tasks, on points that did not choose the layer.
+    """Return the best layer's mean over tasks, on queries that did not choose the layer.
 
-    Every other point of each task chooses the layer, and the rest are averaged there; then the
+    Every other query of each task chooses the layer, and the rest are averaged there; then the
     halves swap roles. Unlike the highest of many layers' means, this is not biased upwards.
 
     Args:
-        values: The score of each point at each layer.
-        labels: The points' tasks.
-        choosing: The score of each layer on each of the :func:`halves` alone, where the score of
-            one point depends on other points; by default the mean of ``values``.
+        by_task: For each task the score of each query at each layer.
+        choosing: The score of each layer on each half alone, the even queries' and the odd ones',
+            where the score of one query depends on others; by default the mean.
 
     Returns:
-        The mean of the two halves; NaN if a task has only one point.
+        The mean of the two halves; NaN if a task has only one query.
     """
-    turn, tasks = halves(labels), labels.unique()
     by_half = torch.stack(
         [
-            torch.stack(
-                [values[:, (labels == task) & (turn == half)].mean(dim=1) for task in tasks]
-            )
+            torch.stack([own[:, half::2].mean(dim=1) for own in by_task]).mean(dim=0)
             for half in (0, 1)
         ]
-    ).mean(dim=1)  # [half, layer]
+    )
     best = (by_half if choosing is None else choosing).argmax(dim=1)
     return (by_half[1, best[0]] + by_half[0, best[1]]) / 2
 

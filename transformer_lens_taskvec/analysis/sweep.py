@@ -148,9 +148,7 @@ class LayerSweep(Shown):
         Half the queries of each task choose the layer and accuracy is measured on the other half;
         then the halves swap.
         """
-        own = queries_by_task(self.correct[0], self.baseline)
-        labels = torch.tensor([task for task, some in enumerate(own) for _ in range(some.shape[1])])
-        return float(cross_fitted_best(torch.cat(own, dim=1), labels))
+        return float(cross_fitted_best(queries_by_task(self.correct[0], self.baseline)))
 
     def at(self, layer: int | None) -> Float[Tensor, " task"]:
         """Return the accuracy of each task at one layer and the first scale.
