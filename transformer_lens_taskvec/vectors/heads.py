@@ -341,7 +341,7 @@ def function_vectors(
     return TaskVectors(everywhere, effects.tasks, tuple(range(n_layers)), source)
 
 
-_FITTED = 16
+_FITTED = 4
 """Prompts that the factors of attention are fitted to: they are the model's, the same for all."""
 
 
@@ -354,8 +354,9 @@ def _as_added(
     """
 
     def read(hook: str) -> Float[Tensor, "example layer d"]:
-        return collect(model, episodes[:_FITTED], hook=hook, layers=found.layers).values
+        return collect(model, episodes[some], hook=hook, layers=found.layers).values
 
+    some = slice(None, None, -(-len(episodes) // _FITTED))
     z, dtype = found.values, mask_dtype(model)
     attention = [model.blocks[layer].attn for layer in found.layers]
     try:
@@ -367,7 +368,6 @@ def _as_added(
     bias = torch.stack([zero if one is None else one.detach().to(zero) for one in biases])
     through = einsum(z, weights, "row layer head d, layer head d d_model -> row layer d_model")
     through, added = through + bias, read("attn_out")
-    some = through[:_FITTED]
     allowed = (1e-3 if dtype == torch.float32 else 0.05) * added.norm(dim=(0, 2))
     if all(hook_name("resid_mid", layer) in model.hook_dict for layer in found.layers):
         before, after = read("resid_pre"), read("resid_mid")
@@ -377,7 +377,7 @@ def _as_added(
     # A multiplier is one number; a norm divides by the root mean square, and has weights.
     power = through.square().mean(dim=2, keepdim=True) + float(getattr(model.cfg, "eps", 1e-6))
     for scale, axes in ((z.new_ones(1, 1, 1), (0, 2)), (power.sqrt(), (0,))):
-        unit = some / scale[:_FITTED]
+        unit = (through / scale)[some]
         square = unit.square().sum(dim=axes, keepdim=True)
         factors = torch.where(square > 0, (unit * added).sum(dim=axes, keepdim=True) / square, 1.0)
         if ((factors * unit - added).norm(dim=(0, 2)) <= allowed).all():
