@@ -88,9 +88,8 @@ def test_a_hook_that_raises_leaves_the_model_as_it_was(
     def fail(activation: torch.Tensor, hook: Any) -> None:
         raise KeyboardInterrupt
 
-    mask = torch.ones_like(tokens, dtype=torch.bool)
     with pytest.raises(KeyboardInterrupt):
-        run_until(model, tokens, mask, [("blocks.0.hook_resid_post", fail)], "ln_final.hook_scale")
+        run_until(model, tokens, None, [("blocks.0.hook_resid_post", fail)], "ln_final.hook_scale")
     assert hooks_on(model) == 0
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), before)

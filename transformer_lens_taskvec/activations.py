@@ -19,8 +19,9 @@ from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.layouts import check_readable
 from transformer_lens_taskvec.models.limits import check_lengths
+from transformer_lens_taskvec.models.past import Past
+from transformer_lens_taskvec.models.prefixes import fewest_saved, in_steps, steps
 from transformer_lens_taskvec.models.protocol import (
-    device_of,
     fingerprint,
     inference,
     model_name,
@@ -29,9 +30,7 @@ from transformer_lens_taskvec.models.protocol import (
 from transformer_lens_taskvec.models.tokens import (
     Batch,
     as_position,
-    batches,
     encode_prompts,
-    pad_id,
     row_indices,
 )
 from transformer_lens_taskvec.prompts import AnyEpisode
@@ -212,24 +211,29 @@ def collect(
     chosen, names = check_readable(model, layers, hook)
     encoded, bos = encode_prompts(model, episodes)
     check_lengths(model, encoded)
-    longest = max(len(ids) for ids in encoded)
-    batch_size = batch_size or max(1, _TOKENS_PER_BATCH // longest)
+    lengths = list(map(len, encoded))
+    longest = max(lengths)
+    row_indices(at, lengths, longest)  # or there is no such position
+    from_end = [at if at < 0 else at - length for length in lengths]
     values: Tensor | None = None
     with inference(model), tqdm(total=len(encoded), disable=not progress, leave=False) as bar:
         can = capabilities(model)
         if can.hooked:
             warn_of_hooks(model, stacklevel=2)
-        for batch in batches(
+        plan = steps(
             encoded,
-            batch_size=batch_size,
-            pad=pad_id(model),
-            same_length=not can.pads,
-            apart=can.apart,
-        ):
-            kept = read_prompts(model, batch, names, at)
+            budget=(batch_size or max(1, _TOKENS_PER_BATCH // longest)) * longest,
+            can=can,
+            own=[-one for one in from_end],
+            fewest=fewest_saved(model),
+            most_rows=batch_size,
+        )
+        for batch, past in in_steps(model, plan):
+            ends = [from_end[row] for row in batch.rows]
+            kept = read_prompts(model, batch, names, ends, past=past)
             if values is None:
                 values = torch.empty(len(encoded), *kept.shape[1:])
-            values[list(batch.rows)] = kept
+            values[list(batch.rows)] = kept.to("cpu", torch.float32)
             bar.update(len(batch.rows))
     assert values is not None
     return labelled(model, episodes, values, hook=hook, layers=chosen, position=at, bos=bos)
@@ -253,23 +257,32 @@ def labelled(
 
 
 def read_prompts(
-    model: Any, batch: Batch, names: Sequence[str], position: int = -1
+    model: Any,
+    batch: Batch,
+    names: Sequence[str],
+    ends: int | Sequence[int] = -1,
+    *,
+    past: Past | None = None,
 ) -> Float[Tensor, "row layer ..."]:
-    """Return a batch's activations at a position of its prompts, float32 on the CPU.
+    """Return a batch's activations at one position of each prompt.
 
     Args:
         model: Any model with TransformerLens' hook API.
-        batch: Prompts without their answers.
+        batch: Prompts without their answers, on the model's device.
         names: Full names of hook points, in the order of the second axis.
-        position: As for :func:`collect`.
+        ends: The positions, counted from the prompts' ends: -1 is the last token.
+        past: What stands before the batch's tokens.
     """
-    at = row_indices(position, batch.mask)[:, 0]
-    reader = Reader(names, at)
+    width = batch.tokens.shape[1]
+    several = {ends} if isinstance(ends, int) else set(ends)
+    at = width + several.pop() if len(several) == 1 else width + torch.tensor(ends)
+    reader = Reader(names, at if isinstance(at, int) else at.to(batch.tokens.device))
     layers = [int(name.split(".")[1]) for name in names]
     deepest = names[max(range(len(names)), key=layers.__getitem__)]
-    device = device_of(model)
-    run_until(model, batch.tokens.to(device), batch.mask.to(device), reader.hooks, deepest)
-    return reader.take()
+    run_until(model, batch.tokens, batch.padding, reader.hooks, deepest, past=past)
+    found = reader.take()
+    assert found is not None
+    return found
 
 
 class Reader:
@@ -286,13 +299,18 @@ class Reader:
         """Pairs for ``fwd_hooks``."""
         return [(name, partial(self._keep, name)) for name in self._names]
 
-    def take(self) -> Float[Tensor, "row layer ..."]:
-        """Return the activations by hook point, float32 on the CPU."""
+    def take(self) -> Float[Tensor, "row layer ..."] | None:
+        """Return the activations by hook point, where the model is; None if there are none."""
+        if not self._names:
+            return None
         return torch.stack([self._kept[name] for name in self._names], dim=1)
 
     def _keep(self, name: str, activation: Tensor, hook: Any = None) -> None:
-        rows = torch.arange(len(activation))
-        self._kept[name] = activation[rows, self._at].detach().to("cpu", torch.float32)
+        if isinstance(self._at, int):
+            kept = activation[:, self._at]
+        else:
+            kept = activation[torch.arange(len(activation), device=activation.device), self._at]
+        self._kept[name] = kept.detach().clone()
 
 
 def label(episodes: Sequence[AnyEpisode]) -> tuple[tuple[str, ...], Int[Tensor, " example"]]:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import (
     Variant,
+    acts_at_end,
     default_max_tokens,
+    placed,
 )
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.carried import taking_along, warn_of_hooks
 from transformer_lens_taskvec.models.forward import new_cache, run_cached, run_prompts
 from transformer_lens_taskvec.models.limits import check_lengths
+from transformer_lens_taskvec.models.past import Past
+from transformer_lens_taskvec.models.prefixes import fewest_saved, in_steps, steps
 from transformer_lens_taskvec.models.protocol import device_of, inference
 from transformer_lens_taskvec.models.tokens import (
     Batch,
-    batches,
     decode,
     encode,
     encode_prompts,
-    pad_id,
-    row_indices,
     token_id,
 )
 from transformer_lens_taskvec.prompts import AnyEpisode
@@ -101,7 +104,7 @@ def generate(
     check_lengths(model, encoded, max_new_tokens)
     longest = max(map(len, encoded)) + max_new_tokens
     continuations = [""] * len(prompts)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
     with inference(model), taking_along(model, Intervention) as carried:
         can = capabilities(model)
         if can.hooked:
@@ -112,22 +115,27 @@ def generate(
         if use_cache and not cached:
             reason = can.reason or f"prompts with {max_new_tokens} tokens exceed {can.why_apart}"
             raise ValueError(f"use_cache is True, but {reason}; leave it out")
-        for batch in batches(
+        edits = [placed(hook, device_of(model)) for hook in (*carried, *interventions)]
+        caching = cached if use_cache is None else use_cache
+        at_end = all(acts_at_end(hook) for hook in edits)
+        plan = steps(
             encoded,
-            batch_size=max(1, default_max_tokens(model) // longest),
-            pad=pad_id(model),
-            same_length=not can.pads,
-            apart=apart,
-        ):
+            budget=max(default_max_tokens(model), longest),
+            can=replace(can, apart=apart),
+            # Padding between tokens counts where attention does by index.
+            fewest=fewest_saved(model) if caching and at_end and can.apart is None else None,
+        )
+        for batch, past in in_steps(model, plan):
             continued = _continue(
                 model,
-                batch.to(device_of(model)),
-                [*carried, *interventions],
+                batch,
+                past,
+                edits,
                 max_new_tokens=max_new_tokens,
                 every_token=every_token,
                 stop=stop,
-                choose=lambda logits: _choose(logits, temperature, generator),
-                use_cache=cached if use_cache is None else use_cache,
+                choose=partial(_choose, temperature=temperature, generator=generator),
+                use_cache=caching,
             )
             for row, text in zip(batch.rows, continued, strict=True):
                 continuations[row] = text
@@ -137,6 +145,7 @@ def generate(
 def _continue(
     model: Any,
     batch: Batch,
+    past: Past | None,
     interventions: Variant,
     *,
     max_new_tokens: int,
@@ -145,30 +154,36 @@ def _continue(
     choose: Callable[[Tensor], Tensor],
     use_cache: bool,
 ) -> list[str]:
-    tokens, mask = batch.tokens, batch.mask
     end = token_id(model, "eos")
-    cache = new_cache(model, len(tokens)) if use_cache else None
-    seen = 0
+    cache = new_cache(model, len(batch.rows), past) if use_cache else None
+    tokens, seen = batch.tokens, 0
+    mask = batch.mask if past is None else torch.cat([past.mask, batch.mask], dim=1)
+    added: list[list[int]] = [[] for _ in batch.rows]
+    going = dict(enumerate(added))
     for _ in range(max_new_tokens):
-        hooks = [_from(hook, batch.mask, seen, every_token) for hook in interventions]
+        hooks = [_from(hook, batch, seen, every_token) for hook in interventions]
         active = [hook for hook in hooks if hook is not None]
         if cache is None:
-            logits = run_prompts(model, tokens, mask, active)
+            padding = None if batch.padding is None else mask
+            logits = run_prompts(model, tokens, padding, active)
         else:
             logits = run_cached(model, tokens[:, seen:], mask, cache, active)
             seen = tokens.shape[1]
         chosen = choose(logits[:, -1])
         tokens = torch.cat([tokens, rearrange(chosen, "row -> row 1")], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        new = tokens[:, batch.tokens.shape[1] :]
-        texts = [_text(model, ids, end, stop) for ids in new.tolist()]
-        if all(finished for _, finished in texts):
+        new = chosen.tolist()
+        for row, ids in list(going.items()):
+            ids.append(new[row])
+            if _is_finished(model, ids, end, stop):
+                del going[row]
+        if not going:
             break
-    return [text for text, _ in texts]
+    return [_text(model, ids, end, stop) for ids in added]
 
 
 def _from(
-    hook: Any, prompt_mask: Bool[Tensor, "row pos"], seen: int, every_token: bool
+    hook: Any, prompts: Batch, seen: int, every_token: bool
 ) -> tuple[str, Callable[..., Any]] | None:
     """Return the hook for a pass over the positions from ``seen`` on, None if it does not act."""
     if not isinstance(hook, Intervention):
@@ -178,15 +193,15 @@ def _from(
         return None
 
     intervention = hook
+    columns = None if seen else prompts.columns(intervention.position)
 
     def act(activation: Tensor, hook: Any = None) -> Tensor:
         n_rows, n_new = activation.shape[:2]
-        inside: list[Tensor] = []
-        if not seen:
-            inside.append(row_indices(intervention.position, prompt_mask))
+        inside = [] if columns is None else [columns]
         if every_token:
-            first = max(prompt_mask.shape[1] - seen, 0)
-            inside.append(repeat(torch.arange(first, n_new), "at -> row at", row=n_rows))
+            first = max(prompts.tokens.shape[1] - seen, 0)
+            after = torch.arange(first, n_new, device=activation.device)
+            inside.append(repeat(after, "at -> row at", row=n_rows))
         return intervention.edit_at(activation, torch.cat(inside, dim=1))
 
     return intervention.name, act
@@ -197,14 +212,21 @@ def _choose(
 ) -> Int[Tensor, " row"]:
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def _text(model: Any, ids: Sequence[int], end: int | None, stop: str | None) -> tuple[str, bool]:
-    """Return the continuation so far, and whether it is finished."""
-    finished = end is not None and end in ids
-    text = decode(model, ids[: ids.index(end)] if finished and end is not None else ids)
-    if stop is not None and stop in text:
-        return text[: text.index(stop)], True
-    return text, finished
+def _is_finished(model: Any, ids: Sequence[int], end: int | None, stop: str | None) -> bool:
+    """Return whether the last token ends a continuation."""
+    if ids[-1] == end:
+        return True
+    # A character has up to four tokens; only these can have completed the text.
+    return stop is not None and all(
+        stop in decode(model, some) for some in (ids[-4 * len(stop) - 8 :], ids)
+    )
+
+
+def _text(model: Any, ids: Sequence[int], end: int | None, stop: str | None) -> str:
+    """Return a continuation up to its end."""
+    text = decode(model, ids[:-1] if ids[-1] == end else ids)
+    return text if stop is None else text.partition(stop)[0]

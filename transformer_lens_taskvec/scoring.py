@@ -380,16 +380,18 @@ def evaluate_many(
             ):
                 at = [copy for row in chunk.rows for copy in alike[row]]
                 of = [place for place, row in enumerate(chunk.rows) for _ in alike[row]]
+                grid = torch.tensor(chunk.variants, dtype=torch.long)[:, None], torch.tensor(at)
                 for name, one in measured.items():
                     if name not in found:
                         found[name] = one.new_zeros(n_variants, len(episodes))
-                    for column, variant in enumerate(chunk.variants):
-                        found[name][variant, at] = one[of, column]
+                    found[name][grid] = one[of].T
                 if chunk.observed is not None:
+                    kept = chunk.observed.to("cpu", torch.float32)
                     if values is None:
-                        values = chunk.observed.new_empty(len(episodes), *chunk.observed.shape[1:])
-                    values[at] = chunk.observed[of]
+                        values = kept.new_empty(len(episodes), *kept.shape[1:])
+                    values[at] = kept[of]
                 bar.update(len(at) * len(chunk.variants))
+        found = {name: many.cpu() for name, many in found.items()}
     unknown = found["loss"].isnan()
     if bool(unknown.any()):
         warnings.warn(
@@ -420,7 +422,7 @@ def _text_parts(
 ) -> Iterator[tuple[Chunk, dict[str, Tensor]]]:
     answers = encode_answers(model, episodes, stop=stop)
     for chunk in answer_logits(model, prompts, answers, variants, **options):
-        yield chunk, {name: measure(chunk).cpu() for name, measure in measures.items()}
+        yield chunk, {name: measure(chunk) for name, measure in measures.items()}
 
 
 def _number_parts(

@@ -59,7 +59,8 @@ def input_embeddings(model: Any, episodes: Sequence[AnyEpisode]) -> Activations:
             def keep(activation: Tensor, hook: Any = None, kept: list[Tensor] = kept) -> None:
                 kept.append(activation.to("cpu", torch.float32))
 
-            run_until(model, batch.tokens.to(device), batch.mask.to(device), [(name, keep)], name)
+            there = batch.to(device)
+            run_until(model, there.tokens, there.padding, [(name, keep)], name)
             values[list(batch.rows), 0] = _mean_of_real(kept[0], batch.mask)
     return labelled(model, episodes, values, hook="resid_pre", layers=(0,), bos=bos)
 

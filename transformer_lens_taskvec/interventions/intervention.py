@@ -123,15 +123,16 @@ class Intervention:
                 f"the activation at {self.name} has shape {tuple(activation.shape)}, and "
                 "[batch, pos, d] or [batch, pos, head, d] is needed; choose another hook"
             )
-        everywhere = torch.ones(activation.shape[:2], dtype=torch.bool)
-        return self.edit_at(activation, row_indices(self.position, everywhere))
+        n_rows, width = activation.shape[:2]
+        indices = row_indices(self.position, (width,) * n_rows, width)
+        return self.edit_at(activation, indices.to(activation.device))
 
     def edit_at(
         self, activation: Float[Tensor, "batch pos *rest"], indices: Int[Tensor, "batch at"]
     ) -> Float[Tensor, "batch pos *rest"]:
         """Return a copy of the activation with the given positions of each row edited."""
         edited = activation.clone()
-        rows = torch.arange(len(indices))
+        rows = torch.arange(len(indices), device=indices.device)
         for at in indices.unbind(dim=1):
             edited[rows, at] = self.edit(activation[rows, at])
         return edited

@@ -1,12 +1,13 @@
-"""The packed engine: many interventions on the same prompts in one forward pass.
+"""The packed engine: many interventions on many prompts in few forward passes.
 
 Interventions on the last prompt token share everything before it. So the prompt without its last
-token runs once, and its KV cache is kept. Then one suffix runs in which every variant is a
-*branch*: the last prompt token and the answer's tokens, at the positions they would have alone,
-under a 4-D mask that lets a branch see only the prompt and its own past. A hook acts on the first
-token of its own branch. The work falls from ``variants x (prompt + answer)`` tokens to ``prompt +
-variants x answer``. Before the first layer in which a branch is edited, it equals the unedited one:
-if the model allows it, blocks run only on the branches that differ by then.
+token runs once, what several prompts begin with even once for all of them, and the keys and values
+are kept. Then one suffix runs in which every variant is a *branch*: the last prompt token and the
+answer's tokens, at the positions they would have alone, under a 4-D mask that lets a branch see
+only the prompt and its own past. A hook acts on the first token of its own branch. The work falls
+from ``variants x (prompt + answer)`` tokens to ``prompt + variants x answer``. Before the first
+layer in which a branch is edited, it equals the unedited one: if the model allows it, blocks run
+only on the branches that differ by then.
 
 Where a model or an intervention rules this out, variants run one at a time on whole sequences, with
 the same results.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,21 +29,22 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.metrics import Answered
 from transformer_lens_taskvec.activations import Reader, read_prompts
+from transformer_lens_taskvec.interventions.branches import branch_hooks
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import (
-    branch_mask,
-    branch_positions,
-    mask_dtype,
-    rows_of_cache,
     run_branches,
     run_prefix,
     run_prompts,
+    run_until,
 )
 from transformer_lens_taskvec.models.limits import check_lengths
+from transformer_lens_taskvec.models.past import Past
+from transformer_lens_taskvec.models.prefixes import Step, fewest_saved, in_steps, steps
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, model_name
-from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id, row_indices
+from transformer_lens_taskvec.models.readout import ENTERS, Keep
+from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id
 
 Hook = Intervention | tuple[str, Callable[..., Any]]
 """An intervention, or any pair of a hook name and a hook function."""
@@ -51,6 +54,9 @@ Variant = Sequence[Hook]
 
 _BRANCH_TOKENS = 256
 """The most suffix tokens per prompt: attention among them grows with their square."""
+
+_LOGITS = 1 << 24
+"""The most logits that are made at a time, where that is up to the library."""
 
 _VECTORS = 1 << 15
 """Vectors per pass of a model of the lab."""
@@ -115,44 +121,95 @@ def answer_logits(
     """
     check_lengths(model, prompts, answers)
     can = capabilities(model)
-    packs = [index for index, variant in enumerate(variants) if all(map(_packs, variant))]
+    every = range(len(variants))
+    packable = [index for index in every if all(map(acts_at_end, variants[index]))]
     if can.hooked:
         warn_of_hooks(model, stacklevel=4)
-    elif len(packs) > 1 and not can.packs:
+    elif not can.packs and len(packable) > 1:
         _warn_plain(model, can.reason)
-    budget = max_tokens or default_max_tokens(model)
-    device = device_of(model)
-    longest = max(map(len, prompts)) + max(map(len, answers))
-    size = max(1, budget // longest)
     together, apart = _portions(prompts, answers, can)
     if apart and not can.hooked:
         _warn_plain(model, f"some prompts, with their answers, are longer than {can.why_apart}")
-    for rows in [together, *apart]:
-        packed = packs if can.packs and rows is together else []
-        plain = sorted(set(range(len(variants))) - set(packed))
-        for batch in batches(
-            [prompts[row] for row in rows],
-            # A prefix pass makes no logits, so more tokens fit.
-            batch_size=4 * size if packed else size,
-            pad=pad_id(model),
-            same_length=not can.pads,
-        ):
-            batch = replace(batch.to(device), rows=tuple(rows[row] for row in batch.rows))
-            ids, mask = _pad_right([answers[row] for row in batch.rows], device)
-            alone = plain
-            room = None if can.indexed is None else can.indexed - batch.tokens.shape[1] + 1
-            if packed and (room is None or room >= 2 * ids.shape[1]):
-                yield from _packed(
-                    model, batch, ids, mask, variants, packed, budget, room, observe, can
-                )
-            else:
-                alone = list(range(len(variants)))
-            to_read = observe if set(packed) <= set(alone) else ()
-            for start in range(0, len(batch.rows) if alone else 0, size):
-                some, end = batch.part(start, start + size), start + size
-                of_answers = ids[start:end], mask[start:end]
-                yield from _one_by_one(
-                    model, some, *of_answers, variants, alone, to_read, steps=can.hooked
+    device = device_of(model)
+    there = [[placed(hook, device) for hook in variant] for variant in variants]
+    budget = max_tokens or default_max_tokens(model)
+    work = _Work(model, can, prompts, answers, there, observe, budget)
+    packed = packable if can.packs and together else []
+    if packed:
+        for batch, past in in_steps(model, work.plan(together)):
+            rows = tuple(together[row] for row in batch.rows)
+            yield from _packed(work, replace(batch, rows=rows), past, packed)
+    alone = [index for index in every if index not in packed]
+    yield from _plainly(work, together, alone, () if packed else observe)
+    for group in apart:
+        yield from _plainly(work, group, every, observe)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What :func:`answer_logits` was asked for."""
+
+    model: Any
+    can: Capabilities
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    variants: Sequence[Variant]
+    observe: Sequence[str]
+    budget: int
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and an answer."""
+        return max(map(len, self.prompts)) + max(map(len, self.answers))
+
+    def plan(self, rows: Sequence[int]) -> list[Step]:
+        """Return the steps in which some prompts run before they branch."""
+        prompts = [self.prompts[row] for row in rows]
+        # A pass that makes no logits takes more tokens.
+        budget = 4 * max(self.budget, self.longest)
+        return steps(prompts, budget=budget, can=self.can, fewest=fewest_saved(self.model))
+
+    def answers_of(
+        self, rows: Sequence[int]
+    ) -> tuple[Int[Tensor, "row answer_pos"], Bool[Tensor, "row answer_pos"]]:
+        """Return the right-padded answers of some prompts, and where they are real."""
+        return _pad_right([self.answers[row] for row in rows], device_of(self.model))
+
+    def chunks(
+        self,
+        values: Float[Tensor, "row variant answer_pos d"],
+        rows: tuple[int, ...],
+        variants: tuple[int, ...],
+        observed: Float[Tensor, "row layer ..."] | None = None,
+    ) -> Iterator[Chunk]:
+        """Yield the logits of some prompts and variants, of a few tokens at a time.
+
+        Args:
+            values: Logits, or what enters the unembedding if the model has a ``readout``.
+            rows: The prompts.
+            variants: The variants.
+            observed: As for :class:`Chunk`.
+        """
+        ids, real = self.answers_of(rows)
+        length = values.shape[2]
+        ids, real = ids[:, :length], real[:, :length]
+        readout = self.can.readout
+        tokens = max(1, _LOGITS // int(self.model.cfg.d_vocab))
+        if readout is None:
+            tokens = values.shape[:3].numel()
+        of_row = max(1, len(variants) * length)
+        n_rows, n_variants = max(1, tokens // of_row), max(1, min(of_row, tokens) // length)
+        for row in range(0, len(rows), n_rows):
+            some = slice(row, row + n_rows)
+            for first in range(0, max(1, len(variants)), n_variants):
+                tile = values[some, first : first + n_variants]
+                yield Chunk(
+                    tile if readout is None else readout.logits(self.model, tile),
+                    ids[some],
+                    real[some],
+                    rows[some],
+                    variants[first : first + n_variants],
+                    None if observed is None or first else observed[some],
                 )
 
 
@@ -181,25 +238,23 @@ def answer_numbers(
     for batch in batches(prompts, batch_size=size, pad=0, same_length=True):
         batch = batch.to(device)
         predicted = [
-            model.run_with_hooks(batch.tokens, fwd_hooks=prompt_hooks(variant, batch.mask))
+            model.run_with_hooks(batch.tokens, fwd_hooks=prompt_hooks(variant, batch))
             for variant in variants
         ]
-        last = torch.stack([numbers[:, -1].float().cpu() for numbers in predicted], dim=1)
+        last = torch.stack([numbers[:, -1].float() for numbers in predicted], dim=1)
         observed = read_prompts(model, batch, observe) if observe else None
         yield NumberChunk(last, batch.rows, tuple(range(len(variants))), observed)
 
 
-def prompt_hooks(
-    hooks: Variant, prompt_mask: Bool[Tensor, "row pos"]
-) -> list[tuple[str, Callable[..., Any]]]:
+def prompt_hooks(hooks: Variant, prompts: Batch) -> list[tuple[str, Callable[..., Any]]]:
     """Return hooks that act at the interventions' positions of prompts that tokens may follow.
 
     Args:
         hooks: Interventions, or pairs of a hook name and a hook function, which are not changed.
-        prompt_mask: ``[row, pos]`` of the prompts alone.
+        prompts: The prompts alone.
     """
     return [
-        (hook.name, _at_prompt(hook, prompt_mask)) if isinstance(hook, Intervention) else hook
+        (hook.name, _at_prompt(hook, prompts)) if isinstance(hook, Intervention) else hook
         for hook in hooks
     ]
 
@@ -209,7 +264,8 @@ def default_max_tokens(model: Any) -> int:
     cfg = model.cfg
     width = int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     heads = int(getattr(cfg, "n_heads", None) or 1)
-    per_token = 4 * (3 * int(cfg.d_vocab) + 8 * width + 4 * heads * 2 * _BRANCH_TOKENS)
+    logits = 0 if capabilities(model).readout else 3 * int(cfg.d_vocab)
+    per_token = 4 * (logits + 8 * width + 4 * heads * 2 * _BRANCH_TOKENS)
     device = device_of(model)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -217,8 +273,18 @@ def default_max_tokens(model: Any) -> int:
     return int(min(max((1 << 30) // per_token, 256), 1024))
 
 
-def _packs(hook: Hook) -> bool:
+def acts_at_end(hook: Hook) -> bool:
+    """Return whether a hook is an intervention that acts at the last prompt token only."""
     return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
+
+
+def placed(hook: Hook, device: torch.device) -> Hook:
+    """Return an intervention with its vector on a device."""
+    if not isinstance(hook, Intervention) or hook.vector is None or hook.vector.device == device:
+        return hook
+    moved = copy(hook)
+    object.__setattr__(moved, "vector", hook.vector.to(device))  # checked when it was made
+    return moved
 
 
 def _portions(
@@ -257,97 +323,144 @@ def _pad_right(
     return ids.to(device), mask.to(device)
 
 
-def _packed(
-    model: Any,
-    batch: Batch,
-    ids: Int[Tensor, "row answer_pos"],
-    mask: Bool[Tensor, "row answer_pos"],
-    variants: Sequence[Variant],
-    chosen: Sequence[int],
-    budget: int,
-    room: int | None,
-    observe: Sequence[str],
-    can: Capabilities,
-) -> Iterator[Chunk]:
-    """Run the prompts once, then the chosen variants of prompts with similar answers."""
-    cache = run_prefix(model, batch.tokens[:, :-1], batch.mask[:, :-1])
-    shares = can.shares_layers
-    moved = {i: _early(model, variants[i]) if shares else variants[i] for i in chosen}
-    plain = tuple(index for index in chosen if not moved[index])
-    edited = sorted((i for i in chosen if moved[i]), key=lambda index: _first(moved[index]))
-    for group in _alike(mask, len(chosen)):
-        length = int(mask[group].sum(dim=1).max())
-        tokens = min(_BRANCH_TOKENS, budget, budget if room is None else room)
+@dataclass(frozen=True)
+class Suffix:
+    """A pass over branches of some prompts.
+
+    Attributes:
+        rows: The prompts' indices in their batch.
+        length: The tokens of a branch: the last prompt token, and the answer's but the last.
+        start: The first of the edited variants that run.
+        end: The end of these variants.
+    """
+
+    rows: tuple[int, ...]
+    length: int
+    start: int
+    end: int
+
+
+def suffixes(
+    lengths: Sequence[int], n_edited: int, n_variants: int, *, budget: int, most: int | None
+) -> list[Suffix]:
+    """Return the passes over the branches of a batch of prompts.
+
+    With many variants, prompts with answers of one length run together; otherwise every variant
+    would run the padding of shorter answers.
+
+    Args:
+        lengths: The number of tokens of each prompt's answer.
+        n_edited: The number of variants that edit something.
+        n_variants: The number of all variants.
+        budget: The most tokens of a pass.
+        most: The most tokens of one prompt's branches, None for no limit.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(0 if n_variants <= _FEW else length, []).append(row)
+    found: list[Suffix] = []
+    for _, group in sorted(groups.items()):
+        length = max(lengths[row] for row in group)
+        tokens = min(one for one in (_BRANCH_TOKENS, budget, most) if one is not None)
         branches = max(1, tokens // length - 1)
-        suffix = (1 + min(branches, len(edited))) * length
-        size = max(1, budget // suffix)
-        for rows in group.split(size):
-            kept = rows_of_cache(cache, rows)
-            prefix = batch.mask[rows, :-1]
-            answers, real = ids[rows, :length], mask[rows, :length]
-            branch = torch.cat([batch.tokens[rows, -1:], answers[:, :-1]], dim=1)
-            numbers = tuple(batch.rows[row] for row in rows.tolist())
-            for start in range(0, max(len(edited), 1), branches):
-                some = tuple(edited[start : start + branches])
-                edits = [moved[index] for index in some]
-                reader = Reader(observe if start == 0 else (), 0)
-                logits = _suffix(model, branch, prefix, kept, edits, reader, shares)
-                if bool(logits[..., 0].isnan().any()):
-                    # A masked key weighs 0, and 0 times infinity in one branch is NaN in all.
-                    _warn_plain(model, "an intervention makes activations infinite or NaN")
-                    again = [*(plain if start == 0 else ()), *some]
-                    for row in rows.tolist():
-                        one, end = batch.part(row, row + 1), row + 1
-                        of_answer = ids[row:end, :length], mask[row:end, :length]
-                        to_read = observe if start == 0 else ()
-                        yield from _one_by_one(model, one, *of_answer, variants, again, to_read)
-                    continue
-                if start == 0 and (plain or observe):
-                    unedited = repeat(
-                        logits[:, 0], "row pos vocab -> row variant pos vocab", variant=len(plain)
-                    )
-                    observed = reader.take() if observe else None
-                    yield Chunk(unedited, answers, real, numbers, plain, observed)
-                if some:
-                    yield Chunk(logits[:, 1:], answers, real, numbers, some)
+        size = max(1, budget // ((1 + min(branches, n_edited)) * length))
+        for first in range(0, len(group), size):
+            rows = tuple(group[first : first + size])
+            found.extend(
+                Suffix(rows, length, start, min(start + branches, n_edited))
+                for start in range(0, max(n_edited, 1), branches)
+            )
+    return found
 
 
-def _suffix(
-    model: Any,
+def _packed(work: _Work, batch: Batch, past: Past | None, chosen: Sequence[int]) -> Iterator[Chunk]:
+    """Run the prompts once, then the chosen variants of prompts with similar answers.
+
+    Args:
+        work: What was asked for.
+        batch: The prompts, without what stands before.
+        past: What stands before.
+        chosen: The variants, all of which pack.
+    """
+    model, can = work.model, work.can
+    moved = {index: work.variants[index] for index in chosen}
+    if can.shares_layers:
+        moved = {index: _early(model, variant) for index, variant in moved.items()}
+    unedited = tuple(index for index in chosen if not moved[index])
+    edited = sorted((i for i in chosen if moved[i]), key=lambda index: _first(moved[index]))
+    lengths = [len(work.answers[row]) for row in batch.rows]
+    width = batch.tokens.shape[1] + (past.width if past else 0)
+    room = None if can.indexed is None else can.indexed - width + 1
+    if room is not None and room < 2 * max(lengths):
+        yield from _plainly(work, batch.rows, chosen, work.observe)
+        return
+    if not edited and can.readout is not None:
+        yield from _unedited(work, batch, past, unedited)
+        return
+    before = run_prefix(model, batch.before_last(), past)
+    for suffix in suffixes(lengths, len(edited), len(chosen), budget=work.budget, most=room):
+        some = tuple(edited[suffix.start : suffix.end])
+        numbers = tuple(batch.rows[row] for row in suffix.rows)
+        rows = torch.tensor(suffix.rows, device=batch.tokens.device)
+        ids, _ = work.answers_of(numbers)
+        branch = torch.cat([batch.tokens[rows, -1:], ids[:, :-1]], dim=1)
+        first = suffix.start == 0
+        reader = Reader(work.observe if first else (), 0)
+        edits = [moved[index] for index in some]
+        values = _branches(work, branch, before.rows(rows), edits, reader)
+        if bool(values[..., 0].isnan().any()):
+            # A masked key weighs 0, and 0 times infinity in one branch is NaN in all.
+            _warn_plain(model, "an intervention makes activations infinite or NaN")
+            again = [*(unedited if first else ()), *some]
+            yield from _plainly(work, numbers, again, work.observe if first else ())
+            continue
+        if first and (unedited or work.observe):
+            alike = values[:, :1].expand(-1, len(unedited), -1, -1)
+            yield from work.chunks(alike, numbers, unedited, reader.take())
+        if some:
+            yield from work.chunks(values[:, 1:], numbers, some)
+
+
+def _unedited(
+    work: _Work, batch: Batch, past: Past | None, variants: tuple[int, ...]
+) -> Iterator[Chunk]:
+    """Run prompts and answers in one pass."""
+    ids, _ = work.answers_of(batch.rows)
+    width, length = batch.tokens.shape[1], ids.shape[1]
+    tokens, padding = _with_answers(batch, ids)
+    reader, entering = Reader(work.observe, width - 1), Keep(lambda hidden: hidden[:, width - 1 :])
+    hooks: list[tuple[str, Callable[..., Any]]] = [*reader.hooks, (ENTERS, entering)]
+    run_until(work.model, tokens, padding, hooks, ENTERS, past=past)
+    hidden = rearrange(entering.take(), "row pos d -> row 1 pos d")
+    alike = hidden.expand(-1, len(variants), length, -1)
+    yield from work.chunks(alike, batch.rows, variants, reader.take())
+
+
+def _branches(
+    work: _Work,
     branch: Int[Tensor, "row answer_pos"],
-    prefix: Bool[Tensor, "row pos"],
-    cache: Any,
+    past: Past,
     variants: Sequence[Variant],
     reader: Reader,
-    shares: bool,
-) -> Float[Tensor, "row branch answer_pos vocab"]:
-    """Return the logits of the unedited branch and of one branch per variant, by first edit."""
-    length = branch.shape[1]
-    n_branches = 1 + len(variants)
+) -> Float[Tensor, "row branch answer_pos d"]:
+    """Return the logits, or what enters the unembedding, of the unedited branch and the others.
+
+    There is one per variant, in the order of their first edits.
+    """
+    model, can = work.model, work.can
+    length, n_branches = branch.shape[1], 1 + len(variants)
     first = [_first(variant) for variant in variants]
     active = [1 + bisect_right(first, layer) for layer in range(int(model.cfg.n_layers))]
-    bias = branch_mask(prefix, n_branches=n_branches, branch_length=length, dtype=mask_dtype(model))
-    logits = run_branches(
+    values = run_branches(
         model,
         repeat(branch, "row pos -> row (branch pos)", branch=n_branches),
-        bias,
-        branch_positions(prefix, n_branches=n_branches, branch_length=length),
-        cache,
-        [*reader.hooks, *_branch_hooks(model, [(), *variants], length)],
-        active=active if shares else None,
+        past,
+        [*reader.hooks, *branch_hooks(model, [(), *variants], length)],
+        n_branches=n_branches,
+        active=active if can.shares_layers else None,
+        reads_out=can.readout is None,
     )
-    return rearrange(logits, "row (branch pos) vocab -> row branch pos vocab", branch=n_branches)
-
-
-def _alike(mask: Bool[Tensor, "row answer_pos"], n_variants: int) -> list[Int[Tensor, " some"]]:
-    """Return the rows to run together: with many variants, those with answers of one length.
-
-    Otherwise every variant would run the padding of shorter answers.
-    """
-    lengths = mask.sum(dim=1)
-    if n_variants <= _FEW:
-        return [torch.arange(len(lengths), device=mask.device)]
-    return [torch.where(lengths == length)[0] for length in lengths.unique()]
+    return rearrange(values, "row (branch pos) d -> row branch pos d", branch=n_branches)
 
 
 def _early(model: Any, variant: Variant) -> Variant:
@@ -373,76 +486,68 @@ def _first(variant: Variant) -> int:
     return min(hook.layer for hook in variant if isinstance(hook, Intervention))
 
 
-def _branch_hooks(
-    model: Any, variants: Sequence[Variant], length: int
-) -> list[tuple[str, Callable[..., Any]]]:
-    """Return one hook function per edited hook point, which edits each branch's first token.
+def _at_prompt(intervention: Intervention, prompts: Batch) -> Callable[..., Tensor]:
+    everywhere = intervention.position is None
+    columns = None if everywhere else prompts.columns(intervention.position)
 
-    Several names of one hook point count as one, so that a variant's edits keep their order.
-    """
-    points = model.hook_dict
-    edits: dict[int, list[tuple[int, Intervention]]] = {}
-    for index, variant in enumerate(variants):
-        for hook in variant:
-            assert isinstance(hook, Intervention)
-            edits.setdefault(id(points[hook.name]), []).append((index * length, hook))
-    return [(of_point[0][1].name, _in_branches(of_point)) for of_point in edits.values()]
-
-
-def _in_branches(edits: Sequence[tuple[int, Intervention]]) -> Callable[..., Tensor]:
     def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
-        edited = activation.clone()
-        for column, intervention in edits:
-            edited[:, column] = intervention.edit(edited[:, column])
-        return edited
-
-    return hook_function
-
-
-def _at_prompt(intervention: Intervention, prompt_mask: Tensor) -> Callable[..., Tensor]:
-    def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
-        if intervention.position is None:
+        if columns is None:
             return intervention(activation)
-        return intervention.edit_at(activation, row_indices(intervention.position, prompt_mask))
+        return intervention.edit_at(activation, columns)
 
     return hook_function
 
 
-def _one_by_one(
-    model: Any,
-    batch: Batch,
-    ids: Int[Tensor, "row answer_pos"],
-    mask: Bool[Tensor, "row answer_pos"],
-    variants: Sequence[Variant],
-    chosen: Sequence[int],
-    observe: Sequence[str],
-    *,
-    steps: bool = False,
+def _with_answers(
+    batch: Batch, ids: Int[Tensor, "row answer_pos"]
+) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"] | None]:
+    """Return prompts with their answers but the last token, and where these are real.
+
+    The padding after short answers counts as real: no token before sees it.
+    """
+    tokens = torch.cat([batch.tokens, ids[:, :-1]], dim=1)
+    if batch.padding is None:
+        return tokens, None
+    return tokens, torch.cat([batch.mask, torch.ones_like(ids[:, :-1], dtype=torch.bool)], dim=1)
+
+
+def _plainly(
+    work: _Work, rows: Sequence[int], chosen: Sequence[int], observe: Sequence[str]
 ) -> Iterator[Chunk]:
     """Run whole sequences, once per chosen variant.
 
-    With ``steps`` every token of the answers has a pass of its own, in which it comes next: what
-    hooks that edit the last position expect. Answers then have one length.
+    Under hooks of the user's every token of the answers has a pass of its own, in which it comes
+    next: what hooks that edit the last position expect. Answers then have one length.
     """
-    unedited = next((index for index in chosen if not variants[index]), None)
-    observed = None
-    if observe and unedited is None:
-        observed = read_prompts(model, batch, observe)
-    width, length = batch.tokens.shape[1], ids.shape[1]
-    tokens = torch.cat([batch.tokens, ids[:, :-1]], dim=1)
-    # The padding after short answers counts as real: no token before sees it.
-    whole = torch.cat([batch.mask, torch.ones_like(ids[:, :-1], dtype=torch.bool)], dim=1)
-    for index in chosen:
-        reader = Reader(observe if index == unedited else (), width - 1)
-        hooks = [*reader.hooks, *prompt_hooks(variants[index], batch.mask)]
-        ends = range(width, width + length) if steps else [width + length - 1]
-        passes = []
-        for end in ends:
-            logits = run_prompts(model, tokens[:, :end], whole[:, :end], hooks)
-            passes.append(logits[:, -1:] if steps else logits[:, width - 1 :])
-            if observe and index == unedited and end == ends[0]:
-                observed = reader.take()
-        answered = torch.cat(passes, dim=1)
-        answered = rearrange(answered, "row pos vocab -> row 1 pos vocab")
-        yield Chunk(answered, ids, mask, batch.rows, (index,), observed)
+    if not rows or not chosen:
+        return
+    model, can = work.model, work.can
+    unedited = next((index for index in chosen if not work.variants[index]), None)
+    for batch in batches(
+        [work.prompts[row] for row in rows],
+        batch_size=max(1, work.budget // work.longest),
+        pad=pad_id(model),
+        same_length=not can.pads,
+        apart=can.apart,
+    ):
+        batch = replace(batch, rows=tuple(rows[row] for row in batch.rows)).to(device_of(model))
+        ids, real = work.answers_of(batch.rows)
         observed = None
+        if observe and unedited is None:
+            observed = read_prompts(model, batch, observe)
+        width, length = batch.tokens.shape[1], ids.shape[1]
+        tokens, padding = _with_answers(batch, ids)
+        ends = range(width, width + length) if can.hooked else [width + length - 1]
+        for index in chosen:
+            reader = Reader(observe if index == unedited else (), width - 1)
+            hooks = [*reader.hooks, *prompt_hooks(work.variants[index], batch)]
+            passes = []
+            for end in ends:
+                until = None if padding is None else padding[:, :end]
+                logits = run_prompts(model, tokens[:, :end], until, hooks)
+                passes.append(logits[:, -1:] if can.hooked else logits[:, width - 1 :])
+                if observe and index == unedited and end == ends[0]:
+                    observed = reader.take()
+            answered = rearrange(torch.cat(passes, dim=1), "row pos vocab -> row 1 pos vocab")
+            yield Chunk(answered, ids, real, batch.rows, (index,), observed)
+            observed = None

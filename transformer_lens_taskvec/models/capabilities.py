@@ -16,8 +16,6 @@ from torch import Tensor
 from transformer_lens_taskvec.models.carried import carries_hooks
 from transformer_lens_taskvec.models.forward import (
     Hooks,
-    branch_mask,
-    branch_positions,
     mask_dtype,
     new_cache,
     run_branches,
@@ -27,6 +25,8 @@ from transformer_lens_taskvec.models.forward import (
 )
 from transformer_lens_taskvec.models.limits import limits
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
+from transformer_lens_taskvec.models.readout import ENTERS, Keep, Readout, candidates
+from transformer_lens_taskvec.models.tokens import Batch
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Capabilities:
         indexed: The most tokens, of prompt and branches together, in a packed pass; None for no
             limit.
         hooked: It carries hooks that were written for plain passes.
+        readout: How logits are made of what enters the unembedding, None if that is not known or
+            the model does not pack.
     """
 
     pads: bool
@@ -55,6 +57,7 @@ class Capabilities:
     why_apart: str = ""
     indexed: int | None = None
     hooked: bool = False
+    readout: Readout | None = None
 
 
 def capabilities(model: Any) -> Capabilities:
@@ -105,8 +108,31 @@ def _find_capabilities(model: Any) -> Capabilities:
         beyond, _ = _tried(partial(_packing_error, n_prompt=found.apart - 2), model)
         indexed = indexed if beyond else min(found.apart, indexed or found.apart)
     return Capabilities(
-        True, packs, caches, packs and shares, reason, found.apart, found.why_apart, indexed
+        True,
+        packs,
+        caches,
+        packs and shares,
+        reason,
+        found.apart,
+        found.why_apart,
+        indexed,
+        readout=_readout(model) if packs else None,
     )
+
+
+def _readout(model: Any) -> Readout | None:
+    """Return what makes logits of the hidden states of a few tokens, if something does."""
+    tokens = _probe_tokens(model, 3)
+    for readout in candidates(model) if ENTERS in model.hook_dict else ():
+
+        def error(model: Any, readout: Readout = readout) -> float:
+            entering = Keep()
+            logits = run_prompts(model, tokens, hooks=[(ENTERS, entering)])
+            return _relative(readout.logits(model, entering.take()), logits)
+
+        if _tried(error, model)[0]:
+            return readout
+    return None
 
 
 _PROBED = 256
@@ -151,7 +177,7 @@ def _padded(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _alone(model: Any, tokens: Tensor, hooks: Hooks = ()) -> Tensor:
-    return run_prompts(model, tokens, torch.ones_like(tokens, dtype=torch.bool), hooks)
+    return run_prompts(model, tokens, hooks=hooks)
 
 
 def _padding_error(model: Any) -> float:
@@ -176,10 +202,8 @@ def _packing_error(model: Any, n_prompt: int | None = None) -> float:
     tokens = _probe_tokens(model, n + 4)
     padded, mask = _padded(tokens[:, :n])
     ends = [tokens[:, n + start : n + start + 2] for start in range(3)]
-    cache = run_prefix(model, padded, mask)
-    bias = branch_mask(mask, n_branches=3, branch_length=2, dtype=mask_dtype(model))
-    positions = branch_positions(mask, n_branches=3, branch_length=2)
-    packed = run_branches(model, torch.cat(ends, dim=1), bias, positions, cache)
+    past = run_prefix(model, Batch(padded, mask, (0,), (n,)))
+    packed = run_branches(model, torch.cat(ends, dim=1), past, n_branches=3)
     alone = [_alone(model, torch.cat([tokens[:, :n], end], dim=1))[:, n:] for end in ends]
     return _relative(packed, torch.cat(alone, dim=1))
 
@@ -211,10 +235,8 @@ def _sharing_error(model: Any) -> float:
             at = hook_name("resid_post", layer) if last else hook_name("resid_pre", layer + 1)
             hooks.append((at, halve(2 * branch)))
             first.append(layer if last else layer + 1)
-    bias = branch_mask(mask, n_branches=3, branch_length=2, dtype=mask_dtype(model))
-    positions = branch_positions(mask, n_branches=3, branch_length=2)
     branches = repeat(tokens[:, n:], "row pos -> row (branch pos)", branch=3)
     active = [1 + sum(layer >= one for one in first) for layer in range(n_layers)]
-    cache = run_prefix(model, padded, mask)
-    shared = run_branches(model, branches, bias, positions, cache, hooks, active=active)
+    past = run_prefix(model, Batch(padded, mask, (0,), (n,)))
+    shared = run_branches(model, branches, past, hooks, n_branches=3, active=active)
     return _relative(shared, torch.cat(alone, dim=1))

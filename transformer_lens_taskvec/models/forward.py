@@ -11,12 +11,15 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from transformer_lens_taskvec.models.past import Continued, Past
 from transformer_lens_taskvec.models.protocol import device_of, hook_name
+from transformer_lens_taskvec.models.readout import ENTERS, Keep
+from transformer_lens_taskvec.models.tokens import Batch
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
@@ -24,23 +27,31 @@ Hooks = Sequence[tuple[str, Callable[..., Any]]]
 def run_prompts(
     model: Any,
     tokens: Int[Tensor, "row pos"],
-    mask: Bool[Tensor, "row pos"],
+    padding: Bool[Tensor, "row pos"] | None = None,
     hooks: Hooks = (),
 ) -> Float[Tensor, "row pos vocab"]:
-    """Return the logits of left-padded tokens."""
-    kwargs = _masked(model, mask)
+    """Return the logits of left-padded tokens.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        tokens: ``[row, pos]``.
+        padding: True where a token is real, or None if all are.
+        hooks: Hook functions.
+    """
+    kwargs = _masked(model, tokens, padding)
     logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type="logits", **kwargs)
     return _as_tensor(logits)
 
 
-def _masked(model: Any, mask: Bool[Tensor, "row pos"]) -> dict[str, Any]:
+def _masked(model: Any, tokens: Tensor, padding: Tensor | None) -> dict[str, Any]:
     """Return the mask as an argument, where there is padding or the model would look for it.
 
     A ``HookedTransformer`` without a mask takes the padding tokens that a prompt begins with, such
     as a BOS that is the padding token too, for padding.
     """
-    needed = _takes_lens_cache(model) or not bool(mask.all())
-    return {"attention_mask": mask.long()} if needed else {}
+    if padding is None and _takes_lens_cache(model):
+        padding = torch.ones_like(tokens, dtype=torch.bool)
+    return {} if padding is None else {"attention_mask": padding.long()}
 
 
 class _Done(Exception):
@@ -48,78 +59,110 @@ class _Done(Exception):
 
 
 def run_until(
-    model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks, last: str, **kwargs: Any
+    model: Any,
+    tokens: Tensor,
+    padding: Tensor | None,
+    hooks: Hooks,
+    last: str,
+    *,
+    past: Past | None = None,
+    **kwargs: Any,
 ) -> None:
-    """Run left-padded tokens with hooks, up to the hook point ``last``."""
+    """Run left-padded tokens with hooks, up to the hook point ``last``.
+
+    Args:
+        model: Any model with TransformerLens' hook API; one that ``packs`` if there is a ``past``.
+        tokens: ``[row, pos]``, or vectors.
+        padding: As for :func:`run_prompts`.
+        hooks: Hook functions.
+        last: The full name of a hook point.
+        past: What stands before the tokens.
+        **kwargs: Passed to the model.
+    """
 
     def stop(activation: Tensor, hook: Any = None) -> Tensor:
         raise _Done
 
-    kwargs |= _masked(model, mask)
+    if "attention_mask" in kwargs:
+        pass
+    elif past is None:
+        kwargs |= _masked(model, tokens, padding)
+    else:
+        kwargs = {"past_key_values": Continued(past)} | kwargs
+        real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
+        kwargs |= _after(model, past.mask, real)
     with suppress(_Done):
         model.run_with_hooks(tokens, fwd_hooks=[*hooks, (last, stop)], **kwargs)
 
 
-def run_prefix(model: Any, tokens: Tensor, mask: Tensor, hooks: Hooks = ()) -> DynamicCache:
-    """Return the KV cache of left-padded tokens; nothing else is computed."""
-    cache = DynamicCache()
-    if not tokens.shape[1]:  # prompts of one token
-        return cache
+def run_prefix(model: Any, batch: Batch, past: Past | None = None) -> Past:
+    """Return the past of what follows a batch of tokens; nothing else is computed.
+
+    Args:
+        model: A model that ``packs``, see ``capabilities``.
+        batch: The tokens; none at all for prompts of one token.
+        past: What stands before them.
+    """
+    if not batch.tokens.shape[1]:
+        return past or Past()
+    cache = Continued(past or Past())
     last = hook_name("attn_out", int(model.cfg.n_layers) - 1)
-    run_until(model, tokens, mask, hooks, last, past_key_values=cache)
-    return cache
+    run_until(model, batch.tokens, batch.padding, (), last, past=past, past_key_values=cache)
+    return (past or Past()).then(cache.added(batch.mask))
 
 
-def rows_of_cache(cache: DynamicCache, rows: Int[Tensor, " row"]) -> DynamicCache:
-    """Return a new cache with some of a cache's rows."""
-    chosen = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        chosen.update(layer.keys[rows], layer.values[rows], index)
-    return chosen
+def _after(
+    model: Any, before: Bool[Tensor, "row prefix"], real: Bool[Tensor, "row pos"]
+) -> dict[str, Tensor]:
+    """Return the mask and the positions of left-padded tokens behind others."""
+    n = real.shape[1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
+    own = causal & rearrange(real, "row key -> row 1 1 key")
+    prompt = repeat(before, "row key -> row 1 pos key", pos=n)
+    positions = before.sum(dim=1, keepdim=True) + real.cumsum(dim=1) - 1
+    return {
+        "attention_mask": _additive(torch.cat([prompt, own], dim=-1), mask_dtype(model)),
+        "position_ids": positions.clamp(min=0),
+    }
 
 
 def run_branches(
     model: Any,
     tokens: Int[Tensor, "row branch_pos"],
-    attention_mask: Float[Tensor, "row 1 branch_pos key"],
-    positions: Int[Tensor, "row branch_pos"],
-    cache: DynamicCache,
+    past: Past,
     hooks: Hooks = (),
     *,
+    n_branches: int,
     active: Sequence[int] | None = None,
-) -> Float[Tensor, "row branch_pos vocab"]:
-    """Return the logits of tokens that continue a cached prompt under a 4-D additive mask.
-
-    Afterwards the cache contains the prompt only.
+    reads_out: bool = True,
+) -> Float[Tensor, "row branch_pos d"]:
+    """Return the logits of branches that continue the same past, none of which sees another.
 
     Args:
         model: A model that ``packs``, see ``capabilities``.
-        tokens: Copies of the same tokens, one per branch, the unedited branch first.
-        attention_mask: From :func:`branch_mask`.
-        positions: From :func:`branch_positions`.
-        cache: From :func:`run_prefix`.
+        tokens: The branches' tokens one after another, the unedited branch first.
+        past: What stands before each branch; None of its tokens may be missing.
         hooks: Hook functions; they see the branches that run.
+        n_branches: The number of branches, all of one length.
         active: The number of branches that run in each layer: the unedited one, and those edited by
             then, which come first. None runs all branches in every layer, as is necessary for
             models that do not ``share_layers``.
+        reads_out: If False, the pass ends before the unembedding, and what enters it is returned.
     """
-    length = cache.get_seq_length()
-    sharing = nullcontext() if active is None else _sharing_layers(model, active, tokens.shape[1])
-    try:
-        with sharing:
-            logits = model.run_with_hooks(
-                tokens,
-                fwd_hooks=list(hooks),
-                return_type="logits",
-                attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-            )
-    finally:
-        for layer in cache.layers:
-            added = layer.get_seq_length() - length
-            if added:
-                layer.crop(-added)
+    n_tokens = tokens.shape[1]
+    shape: dict[str, Any] = {"n_branches": n_branches, "branch_length": n_tokens // n_branches}
+    before = past.mask if past.parts else torch.zeros_like(tokens[:, :0], dtype=torch.bool)
+    kwargs: dict[str, Any] = {
+        "attention_mask": branch_mask(before, **shape, dtype=mask_dtype(model)),
+        "position_ids": branch_positions(before, **shape),
+        "past_key_values": Continued(past),
+    }
+    with nullcontext() if active is None else _sharing_layers(model, active, n_tokens):
+        if not reads_out:
+            entering = Keep()
+            run_until(model, tokens, None, [*hooks, (ENTERS, entering)], ENTERS, **kwargs)
+            return entering.take()
+        logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type="logits", **kwargs)
     return _as_tensor(logits)
 
 
@@ -175,13 +218,17 @@ def _narrow(value: Any, full: int, n: int) -> Any:
     return value[:n] if value.ndim == 1 and len(value) == full else value
 
 
-def new_cache(model: Any, n_rows: int) -> Any:
-    """Return an empty KV cache for :func:`run_cached`."""
+def new_cache(model: Any, n_rows: int, past: Past | None = None) -> Any:
+    """Return a KV cache for :func:`run_cached`, empty but for a past."""
     if _takes_lens_cache(model):
         from transformer_lens import TransformerLensKeyValueCache
 
         return TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), n_rows)
-    return DynamicCache()
+    cache = DynamicCache()
+    if past is not None:
+        for layer in past.layers:
+            cache.update(*past.whole(layer), layer)
+    return cache
 
 
 def run_cached(
@@ -238,8 +285,11 @@ def branch_mask(
     own = torch.block_diag(*[causal] * n_branches).bool()
     prompt = repeat(prefix_mask, "row key -> row 1 pos key", pos=len(own))
     past = repeat(own, "pos key -> row 1 pos key", row=rows)
-    visible = torch.cat([prompt, past], dim=-1)
-    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return _additive(torch.cat([prompt, past], dim=-1), dtype)
+
+
+def _additive(visible: Bool[Tensor, "row 1 pos key"], dtype: torch.dtype) -> Tensor:
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return bias.masked_fill_(~visible, torch.finfo(dtype).min)
 
 

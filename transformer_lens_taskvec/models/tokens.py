@@ -53,19 +53,36 @@ class Batch:
         tokens: ``[row, pos]`` token ids, or ``[row, pos, dim]`` vectors.
         mask: ``[row, pos]``, True where a token is real.
         rows: The index of each row's prompt in the list that was batched.
+        lengths: The number of real tokens of each row, known without asking the device.
     """
 
     tokens: Int[Tensor, "row pos"] | Float[Tensor, "row pos dim"]
     mask: Bool[Tensor, "row pos"]
     rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def padding(self) -> Bool[Tensor, "row pos"] | None:
+        """The mask, or None if every token is real."""
+        return None if min(self.lengths) == self.tokens.shape[1] else self.mask
+
+    def columns(self, position: Position) -> Int[Tensor, "row at"]:
+        """Return the columns of positions of the prompts, as :func:`row_indices`."""
+        return row_indices(position, self.lengths, self.tokens.shape[1]).to(self.tokens.device)
 
     def part(self, start: int, end: int) -> Batch:
         """Return the rows from ``start`` to ``end``."""
-        return Batch(self.tokens[start:end], self.mask[start:end], self.rows[start:end])
+        some = slice(start, end)
+        return Batch(self.tokens[some], self.mask[some], self.rows[some], self.lengths[some])
+
+    def before_last(self) -> Batch:
+        """Return the prompts without their last tokens."""
+        shorter = tuple(length - 1 for length in self.lengths)
+        return Batch(self.tokens[:, :-1], self.mask[:, :-1], self.rows, shorter)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
-        return Batch(self.tokens.to(device), self.mask.to(device), self.rows)
+        return Batch(self.tokens.to(device), self.mask.to(device), self.rows, self.lengths)
 
 
 Tokens = Sequence[int] | Float[Tensor, "pos dim"]
@@ -272,65 +289,82 @@ def batches(
         encoded: Each prompt, from :func:`encode`.
         batch_size: The most rows per batch.
         pad: The token id of the padding.
-        same_length: Whether a batch has prompts of one length only, for models without a usable
-            attention mask.
-        apart: Prompts longer than this share a batch with those of their length only.
+        same_length: As for :func:`alike_in_length`.
+        apart: As for :func:`alike_in_length`.
     """
-    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    lengths = [len(tokens) for tokens in encoded]
+    for rows in alike_in_length(lengths, batch_size, same_length=same_length, apart=apart):
+        yield padded([encoded[row] for row in rows], rows, pad)
+
+
+def alike_in_length(
+    lengths: Sequence[int], batch_size: int, *, same_length: bool = False, apart: int | None = None
+) -> list[tuple[int, ...]]:
+    """Return the rows of each batch: of similar length, the longest first.
+
+    Args:
+        lengths: The number of tokens of each row.
+        batch_size: The most rows per batch.
+        same_length: Whether a batch has rows of one length only, for models without a usable
+            attention mask.
+        apart: Rows longer than this share a batch with those of their length only.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     n_batches = max(1, -(-len(order) // batch_size))
     batch_size = -(-len(order) // n_batches)  # as few batches, of similar size
+    found: list[tuple[int, ...]] = []
     start = 0
     while start < len(order):
-        width = len(encoded[order[start]])
+        width = lengths[order[start]]
         same = same_length or (apart is not None and width > apart)
         end = start + 1
         while (
             end < len(order)
             and end - start < batch_size
-            and (not same or len(encoded[order[end]]) == width)
+            and (not same or lengths[order[end]] == width)
         ):
             end += 1
-        yield _pad_left(encoded, order[start:end], pad)
+        found.append(tuple(order[start:end]))
         start = end
+    return found
 
 
-def _pad_left(encoded: Sequence[Tokens], rows: Sequence[int], pad: int) -> Batch:
-    width = max(len(encoded[row]) for row in rows)
-    first = torch.as_tensor(encoded[rows[0]])
-    tokens = first.new_full((len(rows), width, *first.shape[1:]), pad)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids = torch.as_tensor(encoded[row])
-        tokens[index, width - len(ids) :] = ids
-        mask[index, width - len(ids) :] = True
-    return Batch(tokens, mask, tuple(rows))
+def padded(prompts: Sequence[Tokens], rows: Sequence[int], pad: int) -> Batch:
+    """Return left-padded prompts as a batch, with the numbers ``rows``."""
+    lengths = tuple(map(len, prompts))
+    width = max(lengths)
+    first = torch.as_tensor(prompts[0])
+    tokens = first.new_full((len(prompts), width, *first.shape[1:]), pad)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        tokens[index, width - length :] = torch.as_tensor(prompt)
+        mask[index, width - length :] = True
+    return Batch(tokens, mask, tuple(rows), lengths)
 
 
-def row_indices(position: Position, mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row at"]:
+def row_indices(position: Position, lengths: Sequence[int], width: int) -> Int[Tensor, "row at"]:
     """Return the indices of positions of left-padded prompts in their rows.
 
     Example:
-        >>> mask = torch.tensor([[True, True, True], [False, True, True]])
-        >>> row_indices((0, -1), mask).tolist()
+        >>> row_indices((0, -1), lengths=[3, 2], width=3).tolist()
         [[0, 2], [1, 2]]
 
     Raises:
         ValueError: If a prompt has no such position.
     """
-    n_rows, width = mask.shape
     if position is None:
-        return repeat(torch.arange(width), "at -> row at", row=n_rows)
+        return repeat(torch.arange(width), "at -> row at", row=len(lengths))
     positions = (position,) if isinstance(position, int) else position
-    lengths = mask.sum(dim=1)
-    shortest = int(lengths.min())
+    shortest = min(lengths)
     for one in positions:
         if not -shortest <= one < shortest:
             raise ValueError(f"position {one} is outside a prompt of {shortest} token(s)")
-    columns = [
-        torch.full((n_rows,), width + one) if one < 0 else (width - lengths.cpu() + one)
-        for one in positions
-    ]
-    return torch.stack(columns, dim=1)
+    return torch.tensor(
+        [
+            [width + one if one < 0 else width - length + one for one in positions]
+            for length in lengths
+        ]
+    )
 
 
 def _tokenizer(model: Any) -> Any:

@@ -1,0 +1,96 @@
+"""Hook functions that edit the first token of each branch of a packed pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformer_lens_taskvec.interventions.intervention import Intervention
+
+_AT_ONCE = ("replace", "add", "zero")
+"""The modes in which many branches are edited by one operation."""
+
+
+def branch_hooks(
+    model: Any, variants: Sequence[Sequence[Any]], length: int
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Return one hook function per edited hook point, which edits each branch's first token.
+
+    Several names of one hook point count as one, so that a variant's edits keep their order.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        variants: The interventions of each branch, in order.
+        length: The number of tokens of a branch.
+    """
+    points = model.hook_dict
+    edits: dict[int, list[tuple[int, Intervention]]] = {}
+    for index, variant in enumerate(variants):
+        for hook in variant:
+            assert isinstance(hook, Intervention)
+            edits.setdefault(id(points[hook.name]), []).append((index * length, hook))
+    return [(of_point[0][1].name, _in_branches(of_point)) for of_point in edits.values()]
+
+
+def _in_branches(edits: Sequence[tuple[int, Intervention]]) -> Callable[..., Tensor]:
+    rounds = _rounds(edits)
+
+    def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
+        edited = activation.clone()
+        for some in rounds:
+            _edit(edited, some)
+        return edited
+
+    return hook_function
+
+
+Edits = list[tuple[int, Intervention]]
+
+
+def _rounds(edits: Sequence[tuple[int, Intervention]]) -> list[Edits]:
+    """Return the edits in groups that can be made at once, each after those it depends on."""
+    found: list[Edits] = []
+    place: dict[Any, int] = {}
+    for column, edit in edits:
+        key = _kind(edit)
+        at = place.get(key)
+        if at is None or any(column == other for some in found[at:] for other, _ in some):
+            place[key] = len(found)
+            found.append([(column, edit)])
+        else:
+            found[at].append((column, edit))
+    return found
+
+
+def _kind(edit: Intervention) -> Any:
+    """Return what edits that are made at once have in common."""
+    if edit.mode not in _AT_ONCE:
+        return id(edit)
+    vector = edit.vector
+    return edit.mode, edit.head is None, None if vector is None else (vector.dtype, vector.shape)
+
+
+def _edit(activation: Tensor, edits: Edits) -> None:
+    """Edit the activation's columns in place."""
+    if len(edits) == 1:
+        ((column, edit),) = edits
+        activation[:, column] = edit.edit(activation[:, column])
+        return
+    first, device = edits[0][1], activation.device
+    where: tuple[Any, ...] = (
+        slice(None),
+        torch.tensor([column for column, _ in edits], device=device),
+    )
+    if first.head is not None:
+        where = (*where, torch.tensor([edit.head for _, edit in edits], device=device))
+    if first.vector is None:
+        activation[where] = 0
+        return
+    vectors = torch.stack(
+        [edit.vector * edit.scale for _, edit in edits if edit.vector is not None]
+    )
+    vectors = vectors.to(activation)
+    activation[where] = activation[where] + vectors if first.mode == "add" else vectors
