@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.models import prefixes
 
 PAGE = Path(__file__).parents[1] / "tutorials" / "pages" / "architectures.md"
 VOCABULARY, WIDTH, LAYERS = 512, 64, 4
@@ -393,13 +395,17 @@ class Question:
 
 
 def questions() -> list[Question]:
-    """Prompts of ascending length with answers of one to three tokens."""
+    """Prompts of ascending length that begin alike, with answers of one to three tokens."""
     rng = random.Random(0)
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, VOCABULARY) for _ in range(n))
 
-    return [Question(tokens(n), tokens(1 + index % 3)) for index, n in enumerate(LENGTHS)]
+    common = tokens(max(LENGTHS))
+    return [
+        Question(common[: n // 2] + tokens(n - n // 2), tokens(1 + index % 3))
+        for index, n in enumerate(LENGTHS)
+    ]
 
 
 def edits() -> list[Edit | None]:
@@ -498,14 +504,17 @@ def by_library(model: Any) -> Answers:
     variants = [
         [] if edit is None else [tv.inject(edit[2], edit[1], mode=edit[0])] for edit in edits()
     ]
-    # In one batch, and in batches of which some fit a window and others do not.
-    whole, scores = (
-        tv.evaluate_many(model, episodes, variants, max_tokens=tokens) for tokens in (None, 100)
-    )
+    scores, activations = [], []
+    # In one batch, and in batches of which some fit a window and others do not; with each prompt
+    # whole, and with what they begin with run apart, which a model of this size would not save by.
+    for tokens, apart in ((None, False), (100, False), (None, True), (100, True)):
+        with mock.patch.object(prefixes, "_PASS", 0 if apart else 1 << 40):
+            scores += tv.evaluate_many(model, episodes, variants, max_tokens=tokens)
+            activations.append(tv.collect(model, episodes).values)
     return {
-        "nll": torch.stack([one.loss for one in [*whole, *scores]]),
-        "correct": torch.stack([one.correct for one in [*whole, *scores]]),
-        "resid": tv.collect(model, episodes).values,
+        "nll": torch.stack([one.loss for one in scores]),
+        "correct": torch.stack([one.correct for one in scores]),
+        "resid": torch.cat(activations),
     }
 
 
@@ -514,7 +523,8 @@ def distance(found: Answers, wanted: Answers) -> tuple[float, str]:
     times = len(found["nll"]) // len(wanted["nll"])
     nll = (found["nll"] - wanted["nll"].repeat(times, 1)).abs()
     scale = wanted["resid"].std(dim=(0, 2), keepdim=True)
-    resid = (found["resid"] - wanted["resid"]).abs() / scale
+    again = len(found["resid"]) // len(wanted["resid"])
+    resid = (found["resid"] - torch.cat([wanted["resid"]] * again)).abs() / scale
     wrong = []
     if not nll.max() < TOLERANCE:
         lengths = sorted({LENGTHS[i] for i in torch.where(~(nll < TOLERANCE))[1].tolist()})
