@@ -13,6 +13,7 @@ App. C); adding is how function vectors are used (Todd et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from math import isfinite
 from numbers import Integral, Real
@@ -318,6 +319,17 @@ def ablate(
     if not bool(direction.norm() > 0):
         raise ValueError("direction is the zero vector; it needs a length above 0")
     return found
+
+
+def altered(intervention: Intervention, **changes: Any) -> Intervention:
+    """Return a copy with other values, which are not checked again.
+
+    Checking a vector waits for its device.
+    """
+    other = copy(intervention)
+    for name, value in changes.items():
+        object.__setattr__(other, name, value)
+    return other
 
 
 def _make(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.metrics import Answered
 from transformer_lens_taskvec.activations import Reader, read_prompts
 from transformer_lens_taskvec.interventions.branches import branch_hooks
-from transformer_lens_taskvec.interventions.intervention import Intervention
+from transformer_lens_taskvec.interventions.intervention import Intervention, altered
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import (
@@ -282,9 +281,7 @@ def placed(hook: Hook, device: torch.device) -> Hook:
     """Return an intervention with its vector on a device."""
     if not isinstance(hook, Intervention) or hook.vector is None or hook.vector.device == device:
         return hook
-    moved = copy(hook)
-    object.__setattr__(moved, "vector", hook.vector.to(device))  # checked when it was made
-    return moved
+    return altered(hook, vector=hook.vector.to(device))
 
 
 def _portions(
@@ -475,7 +472,7 @@ def _early(model: Any, variant: Variant) -> Variant:
         assert isinstance(hook, Intervention)
         after = points[hook_name("resid_post", hook.layer)]
         if points[hook.name] is after and hook.layer + 1 < n_layers:
-            moved.append(replace(hook, layer=hook.layer + 1, hook="resid_pre"))
+            moved.append(altered(hook, layer=hook.layer + 1, hook="resid_pre"))
         else:
             rest.append(hook)
     return [*moved, *rest]

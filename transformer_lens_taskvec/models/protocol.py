@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from transformer_lens.utilities.components_utils import get_act_name
 
 
@@ -64,12 +65,16 @@ def fingerprint(model: Any) -> str | None:
         >>> fingerprint(model) == fingerprint(tv.load_model("toy"))
         False
     """
-    hashes = []
+    entries: dict[torch.device, list[Tensor]] = {}
     for parameter in getattr(model, "parameters", tuple)():
         per_axis = round(256 ** (1 / max(1, parameter.ndim)))
         grid = tuple(slice(None, None, max(1, size // per_axis)) for size in parameter.shape)
-        entries = parameter.detach()[grid].to("cpu", torch.float32).contiguous()
-        hashes.append(hashlib.sha256(entries.numpy().tobytes()).digest())
+        some = parameter.detach()[grid].to(torch.float32).flatten()
+        entries.setdefault(parameter.device, []).append(some)
+    hashes = []
+    for several in entries.values():
+        copied = torch.cat(several).cpu().split(list(map(len, several)))  # one copy, not one each
+        hashes += [hashlib.sha256(one.numpy().tobytes()).digest() for one in copied]
     # Sorted, since versions of TransformerLens may list the same parameters in another order.
     return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()[:16] if hashes else None
 
