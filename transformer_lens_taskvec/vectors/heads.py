@@ -14,6 +14,7 @@ W_O)``, with the norm's scale in the unedited pass of each prompt, and the heads
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +59,9 @@ class HeadEffects(Shown):
         baseline: Scores of the same prompts with no head changed.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: ``"zero"`` or ``"mean"``; None if means were patched into shuffled prompts.
-        scaled: ``[task, layer, head, d_head]``, the same over the scale of the norm that follows
-            attention; ``means`` where none follows.
-        factors: ``[layer, d_model]``, what ``scaled @ W_O`` is multiplied by before it is added to
-            the residual stream; None under ablation, or if that is not the sum of the heads.
+        scaled: ``[task, layer, head, d_head]``, the same of each prompt's outputs over the root
+            mean square of what they project to together, which counts where a norm follows; None
+            without ``W_O``.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -75,8 +75,7 @@ class HeadEffects(Shown):
     baseline: Scores
     means: Float[Tensor, "task layer head d_head"]
     ablation: str | None
-    scaled: Float[Tensor, "task layer head d_head"]
-    factors: Float[Tensor, "layer d_model"] | None
+    scaled: Float[Tensor, "task layer head d_head"] | None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -216,11 +215,10 @@ def head_effects(
         measured = shuffle_labels(measured, seed)
     found = collect(model, clean, hook="z", progress=progress)
     check_finite(found)
-    scaled, factors = (found.values, None) if ablation else _as_added(model, clean, found)
-    means, scaled = (
-        torch.stack([z[found.labels == index].mean(dim=0) for index in range(len(found.tasks))])
-        for z in (found.values, scaled)
-    )
+    means, scaled = _means(found.values, found), None
+    with suppress(AttributeError, NotImplementedError):
+        scale = _root_mean_square(model, _through(model, found))
+        scaled = _means(found.values / scale[..., None], found)
     mean = reduce(means, "task layer head d -> layer head d", "mean")
     n_heads = means.shape[2]
     places = [(layer, head) for layer in found.layers for head in range(n_heads)]
@@ -259,8 +257,7 @@ def head_effects(
         baseline,
         means[order],
         ablation,
-        scaled[order],
-        factors,
+        None if scaled is None else scaled[order],
     )
 
 
@@ -286,7 +283,8 @@ def function_vectors(
             in general.
         n_heads: How many heads to sum, chosen by their mean effect over tasks.
         effects: From :func:`head_effects` without ablation, to save measuring them again; then
-            ``episodes`` are only recorded in the source.
+            ``episodes`` are recorded in the source, and a few of them show how a head's output
+            reaches the residual stream.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
@@ -319,19 +317,22 @@ def function_vectors(
             f"these are effects of {effects.ablation} ablation; a function vector sums heads whose "
             "means help in shuffled prompts, so use head_effects(..., ablation=None)"
         )
-    if effects.factors is None:
+    heads = effects.top(n_heads)
+    layers = sorted({layer for layer, _ in heads})
+    added = None if effects.scaled is None else _as_added(model, episodes, layers)
+    if added is None or effects.scaled is None:
         raise ValueError(
             f"what attention adds to the residual stream of {model_name(model)} is not the sum of "
             "its heads' outputs through W_O, so it has no function vectors; use task_vectors"
         )
-    heads = effects.top(n_heads)
+    factors, is_norm = added
+    outputs = effects.scaled if is_norm else effects.means
     total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
     for layer, head in heads:
-        weights = model.blocks[layer].attn.W_O.detach()[head].to("cpu", torch.float32)
         through = einsum(
-            effects.scaled[:, layer, head], weights, "task d_head, d_head d_model -> task d_model"
+            outputs[:, layer, head], _w_o(model, layer)[head], "task d, d d_model -> task d_model"
         )
-        total += effects.factors[layer] * through
+        total += factors[layers.index(layer)] * through
     n_layers = int(model.cfg.n_layers)
     everywhere = repeat(total, "task d_model -> task layer d_model", layer=n_layers)
     bos = effects.baseline.bos
@@ -346,43 +347,68 @@ _FITTED = 4
 
 
 def _as_added(
-    model: Any, episodes: Sequence[AnyEpisode], found: Activations
-) -> tuple[Float[Tensor, "example layer head d_head"], Float[Tensor, "layer d_model"] | None]:
-    """Return the heads' outputs over the scale of the norm that follows, and the sum's factors.
+    model: Any, episodes: Sequence[AnyEpisode], layers: Sequence[int]
+) -> tuple[Float[Tensor, "layer d_model"], bool] | None:
+    """Return what heads' projected outputs are multiplied by, and whether a norm divides them.
 
     The factors are fitted to what attention adds to the residual stream; None if they do not fit.
     """
 
-    def read(hook: str) -> Float[Tensor, "example layer d"]:
-        return collect(model, episodes[some], hook=hook, layers=found.layers).values
+    def read(hook: str) -> Activations:
+        return collect(model, some, hook=hook, layers=layers)
 
-    some = slice(None, None, -(-len(episodes) // _FITTED))
-    z, dtype = found.values, mask_dtype(model)
-    attention = [model.blocks[layer].attn for layer in found.layers]
-    try:
-        weights = torch.stack([one.W_O.detach().to("cpu", torch.float32) for one in attention])
-        biases = [getattr(one, "b_O", None) for one in attention]
-    except (AttributeError, NotImplementedError):
-        return z, None
-    zero = weights.new_zeros(weights.shape[-1])
-    bias = torch.stack([zero if one is None else one.detach().to(zero) for one in biases])
-    through = einsum(z, weights, "row layer head d, layer head d d_model -> row layer d_model")
-    through, added = through + bias, read("attn_out")
+    some, dtype = episodes[:: -(-len(episodes) // _FITTED) or 1], mask_dtype(model)
+    through, added = _through(model, read("z")), read("attn_out").values
     allowed = (1e-3 if dtype == torch.float32 else 0.05) * added.norm(dim=(0, 2))
-    if all(hook_name("resid_mid", layer) in model.hook_dict for layer in found.layers):
-        before, after = read("resid_pre"), read("resid_mid")
+    if all(hook_name("resid_mid", layer) in model.hook_dict for layer in layers):
+        before, after = read("resid_pre").values, read("resid_mid").values
         rounding = 4 * torch.finfo(dtype).eps * after.norm(dim=(0, 2))
         if ((before + added - after).norm(dim=(0, 2)) > allowed + rounding).any():
-            return z, None
+            return None
     # A multiplier is one number; a norm divides by the root mean square, and has weights.
-    power = through.square().mean(dim=2, keepdim=True) + float(getattr(model.cfg, "eps", 1e-6))
-    for scale, axes in ((z.new_ones(1, 1, 1), (0, 2)), (power.sqrt(), (0,))):
-        unit = (through / scale)[some]
+    scales = through.new_ones(1, 1, 1), _root_mean_square(model, through)
+    for is_norm, scale, axes in ((False, scales[0], (0, 2)), (True, scales[1], (0,))):
+        unit = through / scale
         square = unit.square().sum(dim=axes, keepdim=True)
         factors = torch.where(square > 0, (unit * added).sum(dim=axes, keepdim=True) / square, 1.0)
         if ((factors * unit - added).norm(dim=(0, 2)) <= allowed).all():
-            return z / scale[..., None], factors[0].expand_as(bias)
-    return z, None
+            return factors[0].expand(added.shape[1:]), is_norm
+    return None
+
+
+def _through(model: Any, found: Activations) -> Float[Tensor, "example layer d_model"]:
+    """Return what the heads' outputs project to together.
+
+    Raises:
+        AttributeError: If the model's attention has no ``W_O``.
+        NotImplementedError: The same.
+    """
+    projected = []
+    for place, layer in enumerate(found.layers):
+        weights, bias = _w_o(model, layer), getattr(model.blocks[layer].attn, "b_O", None)
+        one = einsum(found.values[:, place], weights, "row head d, head d d_model -> row d_model")
+        projected.append(one if bias is None else one + bias.detach().to(one))
+    return torch.stack(projected, dim=1)
+
+
+def _w_o(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    weights: Tensor = model.blocks[layer].attn.W_O.detach().to("cpu", torch.float32)
+    return weights
+
+
+def _root_mean_square(
+    model: Any, projected: Float[Tensor, "example layer d_model"]
+) -> Float[Tensor, "example layer 1"]:
+    epsilon = float(getattr(model.cfg, "eps", 1e-6))
+    return (projected.square().mean(dim=2, keepdim=True) + epsilon).sqrt()
+
+
+def _means(
+    values: Float[Tensor, "example layer head d"], found: Activations
+) -> Float[Tensor, "task layer head d"]:
+    """Return each task's mean."""
+    own = (values[found.labels == index] for index in range(len(found.tasks)))
+    return torch.stack([some.mean(dim=0) for some in own])
 
 
 def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:
