@@ -26,7 +26,7 @@ def run_prompts(
     tokens: Int[Tensor, "row pos"],
     mask: Bool[Tensor, "row pos"],
     hooks: Hooks = (),
-) -> Float[Tensor, "row pos vocab"]:
+) -> Float[Tensor, "row read vocab"]:
     """Return the logits of left-padded tokens."""
     kwargs = _masked(model, mask)
     logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type="logits", **kwargs)

@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pandas as pd
 import torch
 from einops import einsum, rearrange, reduce, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.frames import grid_frame
@@ -29,9 +30,10 @@ from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.activations import Activations, check_finite, collect, source_of
-from transformer_lens_taskvec.interventions.intervention import ablate, inject
+from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.models.forward import mask_dtype
+from transformer_lens_taskvec.models.layouts import check_readable, position_shapes
 from transformer_lens_taskvec.models.protocol import hook_name, model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
 from transformer_lens_taskvec.scoring import (
@@ -43,11 +45,12 @@ from transformer_lens_taskvec.scoring import (
     stack,
 )
 from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.screening import check_screen, estimated_effects
 
 
 @dataclass(frozen=True, repr=False)
 class HeadEffects(Shown):
-    """The change in the answers when a head is patched or ablated, for every head.
+    """The change in the answers when a head is patched or ablated; NaN where none was measured.
 
     Attributes:
         by_task: ``[task, layer, head]``, the mean change in each metric: ``probability``,
@@ -62,6 +65,8 @@ class HeadEffects(Shown):
         scaled: ``[task, layer, head, d_head]``, the same of each prompt's outputs over the root
             mean square of what they project to together, which counts where a norm follows; None
             without ``W_O``.
+        estimate: ``[task, layer, head]``, the first-order estimate of the effect on the answer's
+            probability that heads were screened by; None if all were measured.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -76,11 +81,17 @@ class HeadEffects(Shown):
     means: Float[Tensor, "task layer head d_head"]
     ablation: str | None
     scaled: Float[Tensor, "task layer head d_head"] | None
+    estimate: Float[Tensor, "task layer head"] | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks' names."""
         return self.baseline.tasks
+
+    @property
+    def measured(self) -> Bool[Tensor, "layer head"]:
+        """``[layer, head]``, whether the head's effects were measured."""
+        return ~self.gain.isnan().all(dim=0)
 
     @property
     def probability(self) -> Float[Tensor, "layer head"]:
@@ -120,17 +131,25 @@ class HeadEffects(Shown):
         measured by the answer's probability, or by the loss where answers are numbers.
 
         Raises:
-            ValueError: If the model has fewer heads.
+            ValueError: If fewer heads were measured.
         """
         helps = self.probability if "probability" in self.by_task else -self.mean("loss")
         effects = helps if self.ablation is None else -helps
-        if not 1 <= n <= effects.numel():
-            raise ValueError(f"{n} heads are asked for; the model has {effects.numel()}")
+        measured = int((~effects.isnan()).sum())
+        if not 1 <= n <= measured:
+            there_are = f"{measured} of {effects.numel()} were measured"
+            if measured == effects.numel():
+                there_are = f"the model has {measured}"
+            raise ValueError(f"{n} heads are asked for; {there_are}")
+        effects = effects.nan_to_num(-torch.inf)
         best = rearrange(effects, "layer head -> (layer head)").topk(n).indices.tolist()
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per task, layer and head: the effects, ``low, high, n, n_distinct``."""
+        """Return one row per task, layer and head: the effects, ``low, high, n, n_distinct``.
+
+        After screening there is a column ``estimate``, and effects that were not measured are NaN.
+        """
         own = [self.baseline.of(task) for task in self.tasks]
         columns = {
             **self.by_task,
@@ -139,6 +158,8 @@ class HeadEffects(Shown):
             "n": torch.tensor([[[len(one)]] for one in own]),
             "n_distinct": torch.tensor([[[one.n_distinct]] for one in own]),
         }
+        if self.estimate is not None:
+            columns["estimate"] = self.estimate
         layers, heads = self.means.shape[1:3]
         return grid_frame(
             {"task": self.tasks, "layer": range(layers), "head": range(heads)}, columns
@@ -149,11 +170,14 @@ class HeadEffects(Shown):
         effects = self.mean(metric)
         best = ", ".join(
             f"{layer}.{head} {float(effects[layer, head]):+.3f}"
-            for layer, head in self.top(min(5, effects.numel()))
+            for layer, head in self.top(min(5, int(self.measured.sum())))
         )
+        screened = ""
+        if self.estimate is not None:
+            screened = f", {int(self.measured.sum())} of {effects.numel()} heads measured"
         what = "means in shuffled prompts" if self.ablation is None else f"{self.ablation} ablation"
         name = "P(answer)" if metric == "probability" else LOSS_LABELS[self.baseline.loss_kind]
-        return f"HeadEffects({what}, {len(self.tasks)} tasks; largest on {name}: {best})"
+        return f"HeadEffects({what}, {len(self.tasks)} tasks{screened}; largest on {name}: {best})"
 
 
 def head_effects(
@@ -163,6 +187,7 @@ def head_effects(
     on: Sequence[AnyEpisode] | None = None,
     ablation: str | None = None,
     position: int | None = -1,
+    screen: int | None = None,
     metrics: Iterable[str | Metric] = (),
     seed: int = 0,
     max_tokens: int | None = None,
@@ -183,6 +208,10 @@ def head_effects(
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
             None changes it at every token. Means always come from the last prompt token.
+        screen: How many heads to measure, for large models: all are estimated by attribution
+            patching (one backward pass, :mod:`~transformer_lens_taskvec.vectors.screening`), and
+            those with the largest absolute effect on the answer's probability, in the mean over
+            tasks, are measured. None measures all.
         metrics: Further metrics, as for :func:`evaluate_many`.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
@@ -196,7 +225,9 @@ def head_effects(
     Raises:
         ValueError: If ``ablation`` is unknown, a task has only one query and there is no ``on``, an
             episode has too few demonstrations to shuffle (without ablation), a task of ``on``
-            has no clean episodes, or as for :func:`collect` and :func:`evaluate`.
+            has no clean episodes, ``screen`` is not from 1 to the number of heads, heads are to
+            be screened where answers are numbers, under hooks of the caller's or without
+            gradients, or as for :func:`collect` and :func:`evaluate`.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -207,12 +238,21 @@ def head_effects(
         >>> ablated = tv.head_effects(model, episodes, ablation="zero")
         >>> bool(ablated.log_probability[1, 0] < -1)  # nats: the head is needed, too
         True
+        >>> tv.head_effects(model, episodes, screen=3).top(1)  # 3 of 16 heads measured
+        ((1, 0),)
     """
     if ablation not in (None, "zero", "mean"):
         raise ValueError(f"ablation is {ablation!r}; it must be None, 'zero' or 'mean'")
     clean, measured = (episodes, on) if on is not None else _halves(episodes)
     if ablation is None:
         measured = shuffle_labels(measured, seed)
+    missing = {episode.task for episode in measured} - {episode.task for episode in clean}
+    if missing:
+        raise ValueError(f"no clean episodes for {', '.join(sorted(missing))}")
+    if screen is not None:
+        _, names = check_readable(model, None, "z")
+        n_all = len(names) * position_shapes(model, names)[names[0]][0]
+        check_screen(model, measured, screen, n_all)
     found = collect(model, clean, hook="z", progress=progress)
     check_finite(found)
     means, scaled = _means(found.values, found), None
@@ -220,44 +260,48 @@ def head_effects(
         scale = _root_mean_square(model, _through(model, found))
         scaled = _means(found.values / scale[..., None], found)
     mean = reduce(means, "task layer head d -> layer head d", "mean")
-    n_heads = means.shape[2]
-    places = [(layer, head) for layer in found.layers for head in range(n_heads)]
+    fixed = {"zero": torch.zeros_like(mean), "mean": mean}
+    patches = {
+        task: own if ablation is None else fixed[ablation]
+        for task, own in zip(found.tasks, means, strict=True)
+    }
+    places, estimate = list(product(*map(range, mean.shape[:2]))), None
+    if screen is not None:
+        estimate = estimated_effects(
+            model, measured, patches, position=position, max_tokens=max_tokens, progress=progress
+        )
+        best = reduce(estimate.abs(), "task layer head -> (layer head)", "mean").topk(screen)
+        places = [places[index] for index in sorted(best.indices.tolist())]
 
     def variants_of(task: str) -> list[Variant]:
-        if ablation == "zero":
-            edits = [
-                ablate(layer, hook="z", head=head, position=position) for layer, head in places
-            ]
-        else:
-            patch = means[found.tasks.index(task)] if ablation is None else mean
-            edits = [
-                inject(patch[layer, head], layer, hook="z", head=head, position=position)
-                for layer, head in places
-            ]
+        edits = [
+            inject(patches[task][place], place[0], hook="z", head=place[1], position=position)
+            for place in places
+        ]
         return [[], *([edit] for edit in edits)]
 
-    missing = {episode.task for episode in measured} - set(found.tasks)
-    if missing:
-        raise ValueError(f"no clean episodes for {', '.join(sorted(missing))}")
+    def spread(values: Float[Tensor, "place task *rest"]) -> Float[Tensor, "task layer head *rest"]:
+        layers, heads = torch.tensor(places).T
+        whole = torch.full((*mean.shape[:2], *values.shape[1:]), torch.nan)
+        whole[layers, heads] = values.float()
+        return rearrange(whole, "layer head task ... -> task layer head ...")
+
     baseline, *scores = evaluate_many(
         model, measured, variants_of, metrics=metrics, max_tokens=max_tokens, progress=progress
     )
     order = [found.tasks.index(task) for task in baseline.tasks]
     before, after = _of_answers([baseline]), _of_answers(scores)
     change = {name: after[name] - before[name] for name in after}
-    axes = "(layer head) task ... -> task layer head ..."
     loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
     intervals = torch.stack([mean_interval(own) for own in queries_by_task(loss, baseline)], dim=1)
     return HeadEffects(
-        {
-            name: rearrange(mean_by_task(values, baseline).float(), axes, head=n_heads)
-            for name, values in change.items()
-        },
-        rearrange(intervals, axes, head=n_heads),
+        {name: spread(mean_by_task(values, baseline)) for name, values in change.items()},
+        spread(intervals),
         baseline,
         means[order],
         ablation,
         None if scaled is None else scaled[order],
+        estimate,
     )
 
 
