@@ -207,7 +207,7 @@ FAULTS = [
     ),
     Fault(
         "vectors/heads.py",
-        "effects.factors[layer] * through",
+        "factors[layers.index(layer)] * through",
         "through",
         "tests/test_heads.py",
     ),

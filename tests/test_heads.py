@@ -114,6 +114,28 @@ def test_a_function_vector_of_all_heads_is_the_mean_attention_output(
         torch.testing.assert_close(vectors[task, 0], outputs[task].sum(dim=0), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.model
+def test_effects_read_the_clean_prompts_once(
+    model: Any, few_shot: list[tv.Episode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    run = model.run_with_hooks
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append("pass")
+        return run(*args, **kwargs)
+
+    tv.head_effects(model, few_shot, on=few_shot)  # what the model can do is remembered
+    monkeypatch.setattr(model, "run_with_hooks", counted)
+    heads = [(layer, head) for layer in range(3) for head in range(4)]
+    edits = [[tv.inject(torch.ones(8), i, hook="z", head=head)] for i, head in heads]
+    tv.evaluate_many(model, shuffle_labels(few_shot, 0), lambda task: [[], *edits])
+    measuring = len(calls)
+    calls.clear()
+    tv.head_effects(model, few_shot, on=few_shot)
+    assert len(calls) == measuring + 1
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_heads_write_through_their_part_of_w_o_in_every_architecture(
     kind: str, tokenizer: Any, few_shot: list[tv.Episode]

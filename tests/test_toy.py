@@ -267,12 +267,13 @@ def test_vectors_repair_one_shot_prompts_and_nulls_breaks_four_shot_ones(
 
 @pytest.mark.model
 def test_three_heads_carry_the_task_and_make_a_function_vector(model: Any) -> None:
-    effects = tv.head_effects(model, operators(8, seed=8, n=40))
+    episodes = operators(8, seed=8, n=40)
+    effects = tv.head_effects(model, episodes)
     heads = effects.top(3)
     assert {layer for layer, _ in heads} == {EARLY}
     ranked = effects.probability.flatten().sort(descending=True).values
     assert ranked[0] > 0.05 and ranked[2] > 3 * ranked[3]
-    vectors = tv.function_vectors(model, [], n_heads=3, effects=effects)
+    vectors = tv.function_vectors(model, episodes, n_heads=3, effects=effects)
     queries = tv.zero_shot(operators(8, seed=9))
     before, after = [], []
     for task in OPERATORS:

@@ -17,7 +17,6 @@ def check_variants(model: Any, variants: Sequence[Variant]) -> None:
     for variant in variants:
         for hook in variant:
             if isinstance(hook, Intervention):
-                check_layers(model, [hook.layer], hook.hook)
                 interventions.append(hook)
             else:
                 name, hook_function = hook
@@ -28,6 +27,9 @@ def check_variants(model: Any, variants: Sequence[Variant]) -> None:
                         "would not know the prompt from the answer; give the intervention itself, "
                         "made for that layer and hook"
                     )
+    for point in dict.fromkeys(one.hook for one in interventions):
+        layers = dict.fromkeys(one.layer for one in interventions if one.hook == point)
+        check_layers(model, [*layers], point)
     shapes = position_shapes(model, [one.name for one in interventions])
     for one in interventions:
         check_intervention(model, one, shapes[one.name])

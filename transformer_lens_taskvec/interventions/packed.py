@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -382,7 +382,8 @@ def _packed(work: _Work, batch: Batch, past: Past | None, chosen: Sequence[int])
     model, can = work.model, work.can
     moved = {index: work.variants[index] for index in chosen}
     if can.shares_layers:
-        moved = {index: _early(model, variant) for index, variant in moved.items()}
+        points = model.hook_dict  # made anew at every look
+        moved = {index: _early(model, points, variant) for index, variant in moved.items()}
     unedited = tuple(index for index in chosen if not moved[index])
     edited = sorted((i for i in chosen if moved[i]), key=lambda index: _first(moved[index]))
     lengths = [len(work.answers[row]) for row in batch.rows]
@@ -460,12 +461,12 @@ def _branches(
     return rearrange(values, "row (branch pos) d -> row branch pos d", branch=n_branches)
 
 
-def _early(model: Any, variant: Variant) -> Variant:
+def _early(model: Any, points: Mapping[str, Any], variant: Variant) -> Variant:
     """Return the variant with edits after a block moved before the next, to share the block.
 
     They stay ahead of the edits that are already there.
     """
-    points, n_layers = model.hook_dict, int(model.cfg.n_layers)
+    n_layers = int(model.cfg.n_layers)
     moved: list[Hook] = []
     rest: list[Hook] = []
     for hook in variant:

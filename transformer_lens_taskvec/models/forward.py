@@ -29,7 +29,7 @@ def run_prompts(
     tokens: Int[Tensor, "row pos"],
     padding: Bool[Tensor, "row pos"] | None = None,
     hooks: Hooks = (),
-) -> Float[Tensor, "row pos vocab"]:
+) -> Float[Tensor, "row read vocab"]:
     """Return the logits of left-padded tokens.
 
     Args:

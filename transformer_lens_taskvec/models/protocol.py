@@ -105,12 +105,14 @@ def check_layers(
         raise ValueError("layers is empty; name at least one layer, or None for all")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers names a layer twice: {list(chosen)}; name each once")
+    points = model.hook_dict  # a bridge builds it at every look
     for layer in chosen:
         if not 0 <= layer < n_layers:
             raise ValueError(
                 f"layer {layer} is out of range: {model_name(model)} has layers 0 to {n_layers - 1}"
             )
-        check_hook(model, hook_name(hook, layer))
+        if hook_name(hook, layer) not in points:
+            check_hook(model, hook_name(hook, layer))
     return chosen
 
 

@@ -26,7 +26,8 @@ def plot_head_effects(
 ) -> Axes:
     """Return axes with a heat map of every head's effect on the answer's log-probability.
 
-    Where answers are numbers it is the decrease in squared error. Red is harm.
+    Where answers are numbers it is the decrease in squared error. Red is harm, and grey was not
+    measured.
 
     Args:
         effects: From :func:`head_effects`.
@@ -51,7 +52,8 @@ def plot_head_effects(
     gain = effects.gain
     mean = reduce(gain, "task layer head -> layer head", "mean")
     values = mean if task is None else gain[effects.tasks.index(task)]
-    reach = reach or float(values.abs().max()) or 1.0
+    reach = reach or float(values.nan_to_num(0).abs().max()) or 1.0
+    ax.set_facecolor("lightgrey")
     image = ax.imshow(values.tolist(), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     what = (
         "mean in shuffled prompts" if effects.ablation is None else f"{effects.ablation} ablation"

@@ -14,13 +14,15 @@ W_O)``, with the norm's scale in the unedited pass of each prompt, and the heads
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pandas as pd
 import torch
 from einops import einsum, rearrange, reduce, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.frames import grid_frame
@@ -28,9 +30,10 @@ from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.activations import Activations, check_finite, collect, source_of
-from transformer_lens_taskvec.interventions.intervention import ablate, inject
+from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.models.forward import mask_dtype
+from transformer_lens_taskvec.models.layouts import check_readable, position_shapes
 from transformer_lens_taskvec.models.protocol import hook_name, model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
 from transformer_lens_taskvec.scoring import (
@@ -42,11 +45,12 @@ from transformer_lens_taskvec.scoring import (
     stack,
 )
 from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.screening import check_screen, estimated_effects
 
 
 @dataclass(frozen=True, repr=False)
 class HeadEffects(Shown):
-    """The change in the answers when a head is patched or ablated, for every head.
+    """The change in the answers when a head is patched or ablated; NaN where none was measured.
 
     Attributes:
         by_task: ``[task, layer, head]``, the mean change in each metric: ``probability``,
@@ -58,10 +62,11 @@ class HeadEffects(Shown):
         baseline: Scores of the same prompts with no head changed.
         means: ``[task, layer, head, d_head]``, each head's mean output over the clean prompts.
         ablation: ``"zero"`` or ``"mean"``; None if means were patched into shuffled prompts.
-        scaled: ``[task, layer, head, d_head]``, the same over the scale of the norm that follows
-            attention; ``means`` where none follows.
-        factors: ``[layer, d_model]``, what ``scaled @ W_O`` is multiplied by before it is added to
-            the residual stream; None under ablation, or if that is not the sum of the heads.
+        scaled: ``[task, layer, head, d_head]``, the same of each prompt's outputs over the root
+            mean square of what they project to together, which counts where a norm follows; None
+            without ``W_O``.
+        estimate: ``[task, layer, head]``, the first-order estimate of the effect on the answer's
+            probability that heads were screened by; None if all were measured.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -75,13 +80,18 @@ class HeadEffects(Shown):
     baseline: Scores
     means: Float[Tensor, "task layer head d_head"]
     ablation: str | None
-    scaled: Float[Tensor, "task layer head d_head"]
-    factors: Float[Tensor, "layer d_model"] | None
+    scaled: Float[Tensor, "task layer head d_head"] | None
+    estimate: Float[Tensor, "task layer head"] | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks' names."""
         return self.baseline.tasks
+
+    @property
+    def measured(self) -> Bool[Tensor, "layer head"]:
+        """``[layer, head]``, whether the head's effects were measured."""
+        return ~self.gain.isnan().all(dim=0)
 
     @property
     def probability(self) -> Float[Tensor, "layer head"]:
@@ -121,17 +131,25 @@ class HeadEffects(Shown):
         measured by the answer's probability, or by the loss where answers are numbers.
 
         Raises:
-            ValueError: If the model has fewer heads.
+            ValueError: If fewer heads were measured.
         """
         helps = self.probability if "probability" in self.by_task else -self.mean("loss")
         effects = helps if self.ablation is None else -helps
-        if not 1 <= n <= effects.numel():
-            raise ValueError(f"{n} heads are asked for; the model has {effects.numel()}")
+        measured = int((~effects.isnan()).sum())
+        if not 1 <= n <= measured:
+            there_are = f"{measured} of {effects.numel()} were measured"
+            if measured == effects.numel():
+                there_are = f"the model has {measured}"
+            raise ValueError(f"{n} heads are asked for; {there_are}")
+        effects = effects.nan_to_num(-torch.inf)
         best = rearrange(effects, "layer head -> (layer head)").topk(n).indices.tolist()
         return tuple(divmod(index, effects.shape[1]) for index in best)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per task, layer and head: the effects, ``low, high, n, n_distinct``."""
+        """Return one row per task, layer and head: the effects, ``low, high, n, n_distinct``.
+
+        After screening there is a column ``estimate``, and effects that were not measured are NaN.
+        """
         own = [self.baseline.of(task) for task in self.tasks]
         columns = {
             **self.by_task,
@@ -140,6 +158,8 @@ class HeadEffects(Shown):
             "n": torch.tensor([[[len(one)]] for one in own]),
             "n_distinct": torch.tensor([[[one.n_distinct]] for one in own]),
         }
+        if self.estimate is not None:
+            columns["estimate"] = self.estimate
         layers, heads = self.means.shape[1:3]
         return grid_frame(
             {"task": self.tasks, "layer": range(layers), "head": range(heads)}, columns
@@ -150,11 +170,14 @@ class HeadEffects(Shown):
         effects = self.mean(metric)
         best = ", ".join(
             f"{layer}.{head} {float(effects[layer, head]):+.3f}"
-            for layer, head in self.top(min(5, effects.numel()))
+            for layer, head in self.top(min(5, int(self.measured.sum())))
         )
+        screened = ""
+        if self.estimate is not None:
+            screened = f", {int(self.measured.sum())} of {effects.numel()} heads measured"
         what = "means in shuffled prompts" if self.ablation is None else f"{self.ablation} ablation"
         name = "P(answer)" if metric == "probability" else LOSS_LABELS[self.baseline.loss_kind]
-        return f"HeadEffects({what}, {len(self.tasks)} tasks; largest on {name}: {best})"
+        return f"HeadEffects({what}, {len(self.tasks)} tasks{screened}; largest on {name}: {best})"
 
 
 def head_effects(
@@ -164,6 +187,7 @@ def head_effects(
     on: Sequence[AnyEpisode] | None = None,
     ablation: str | None = None,
     position: int | None = -1,
+    screen: int | None = None,
     metrics: Iterable[str | Metric] = (),
     seed: int = 0,
     max_tokens: int | None = None,
@@ -184,6 +208,10 @@ def head_effects(
         ablation: None, ``"zero"``, or ``"mean"`` (the mean over all tasks).
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
             None changes it at every token. Means always come from the last prompt token.
+        screen: How many heads to measure, for large models: all are estimated by attribution
+            patching (one backward pass, :mod:`~transformer_lens_taskvec.vectors.screening`), and
+            those with the largest absolute effect on the answer's probability, in the mean over
+            tasks, are measured. None measures all.
         metrics: Further metrics, as for :func:`evaluate_many`.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
@@ -197,7 +225,9 @@ def head_effects(
     Raises:
         ValueError: If ``ablation`` is unknown, a task has only one query and there is no ``on``, an
             episode has too few demonstrations to shuffle (without ablation), a task of ``on``
-            has no clean episodes, or as for :func:`collect` and :func:`evaluate`.
+            has no clean episodes, ``screen`` is not from 1 to the number of heads, heads are to
+            be screened where answers are numbers, under hooks of the caller's or without
+            gradients, or as for :func:`collect` and :func:`evaluate`.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -208,59 +238,70 @@ def head_effects(
         >>> ablated = tv.head_effects(model, episodes, ablation="zero")
         >>> bool(ablated.log_probability[1, 0] < -1)  # nats: the head is needed, too
         True
+        >>> tv.head_effects(model, episodes, screen=3).top(1)  # 3 of 16 heads measured
+        ((1, 0),)
     """
     if ablation not in (None, "zero", "mean"):
         raise ValueError(f"ablation is {ablation!r}; it must be None, 'zero' or 'mean'")
     clean, measured = (episodes, on) if on is not None else _halves(episodes)
     if ablation is None:
         measured = shuffle_labels(measured, seed)
-    found = collect(model, clean, hook="z", progress=progress)
-    check_finite(found)
-    scaled, factors = (found.values, None) if ablation else _as_added(model, clean, found)
-    means, scaled = (
-        torch.stack([z[found.labels == index].mean(dim=0) for index in range(len(found.tasks))])
-        for z in (found.values, scaled)
-    )
-    mean = reduce(means, "task layer head d -> layer head d", "mean")
-    n_heads = means.shape[2]
-    places = [(layer, head) for layer in found.layers for head in range(n_heads)]
-
-    def variants_of(task: str) -> list[Variant]:
-        if ablation == "zero":
-            edits = [
-                ablate(layer, hook="z", head=head, position=position) for layer, head in places
-            ]
-        else:
-            patch = means[found.tasks.index(task)] if ablation is None else mean
-            edits = [
-                inject(patch[layer, head], layer, hook="z", head=head, position=position)
-                for layer, head in places
-            ]
-        return [[], *([edit] for edit in edits)]
-
-    missing = {episode.task for episode in measured} - set(found.tasks)
+    missing = {episode.task for episode in measured} - {episode.task for episode in clean}
     if missing:
         raise ValueError(f"no clean episodes for {', '.join(sorted(missing))}")
+    if screen is not None:
+        _, names = check_readable(model, None, "z")
+        n_all = len(names) * position_shapes(model, names)[names[0]][0]
+        check_screen(model, measured, screen, n_all)
+    found = collect(model, clean, hook="z", progress=progress)
+    check_finite(found)
+    means, scaled = _means(found.values, found), None
+    with suppress(AttributeError, NotImplementedError):
+        scale = _root_mean_square(model, _through(model, found))
+        scaled = _means(found.values / scale[..., None], found)
+    mean = reduce(means, "task layer head d -> layer head d", "mean")
+    fixed = {"zero": torch.zeros_like(mean), "mean": mean}
+    patches = {
+        task: own if ablation is None else fixed[ablation]
+        for task, own in zip(found.tasks, means, strict=True)
+    }
+    places, estimate = list(product(*map(range, mean.shape[:2]))), None
+    if screen is not None:
+        estimate = estimated_effects(
+            model, measured, patches, position=position, max_tokens=max_tokens, progress=progress
+        )
+        best = reduce(estimate.abs(), "task layer head -> (layer head)", "mean").topk(screen)
+        places = [places[index] for index in sorted(best.indices.tolist())]
+
+    def variants_of(task: str) -> list[Variant]:
+        edits = [
+            inject(patches[task][place], place[0], hook="z", head=place[1], position=position)
+            for place in places
+        ]
+        return [[], *([edit] for edit in edits)]
+
+    def spread(values: Float[Tensor, "place task *rest"]) -> Float[Tensor, "task layer head *rest"]:
+        layers, heads = torch.tensor(places).T
+        whole = torch.full((*mean.shape[:2], *values.shape[1:]), torch.nan)
+        whole[layers, heads] = values.float()
+        return rearrange(whole, "layer head task ... -> task layer head ...")
+
     baseline, *scores = evaluate_many(
         model, measured, variants_of, metrics=metrics, max_tokens=max_tokens, progress=progress
     )
     order = [found.tasks.index(task) for task in baseline.tasks]
     before, after = _of_answers([baseline]), _of_answers(scores)
     change = {name: after[name] - before[name] for name in after}
-    axes = "(layer head) task ... -> task layer head ..."
     loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
     intervals = torch.stack([mean_interval(own) for own in queries_by_task(loss, baseline)], dim=1)
     return HeadEffects(
-        {
-            name: rearrange(mean_by_task(values, baseline).float(), axes, head=n_heads)
-            for name, values in change.items()
-        },
-        rearrange(intervals, axes, head=n_heads),
+        {name: spread(mean_by_task(values, baseline)) for name, values in change.items()},
+        spread(intervals),
         baseline,
         means[order],
         ablation,
-        scaled[order],
-        factors,
+        None if scaled is None else scaled[order],
+        estimate,
     )
 
 
@@ -286,7 +327,8 @@ def function_vectors(
             in general.
         n_heads: How many heads to sum, chosen by their mean effect over tasks.
         effects: From :func:`head_effects` without ablation, to save measuring them again; then
-            ``episodes`` are only recorded in the source.
+            ``episodes`` are recorded in the source, and a few of them show how a head's output
+            reaches the residual stream.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
@@ -319,19 +361,22 @@ def function_vectors(
             f"these are effects of {effects.ablation} ablation; a function vector sums heads whose "
             "means help in shuffled prompts, so use head_effects(..., ablation=None)"
         )
-    if effects.factors is None:
+    heads = effects.top(n_heads)
+    layers = sorted({layer for layer, _ in heads})
+    added = None if effects.scaled is None else _as_added(model, episodes, layers)
+    if added is None or effects.scaled is None:
         raise ValueError(
             f"what attention adds to the residual stream of {model_name(model)} is not the sum of "
             "its heads' outputs through W_O, so it has no function vectors; use task_vectors"
         )
-    heads = effects.top(n_heads)
+    factors, is_norm = added
+    outputs = effects.scaled if is_norm else effects.means
     total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
     for layer, head in heads:
-        weights = model.blocks[layer].attn.W_O.detach()[head].to("cpu", torch.float32)
         through = einsum(
-            effects.scaled[:, layer, head], weights, "task d_head, d_head d_model -> task d_model"
+            outputs[:, layer, head], _w_o(model, layer)[head], "task d, d d_model -> task d_model"
         )
-        total += effects.factors[layer] * through
+        total += factors[layers.index(layer)] * through
     n_layers = int(model.cfg.n_layers)
     everywhere = repeat(total, "task d_model -> task layer d_model", layer=n_layers)
     bos = effects.baseline.bos
@@ -346,43 +391,68 @@ _FITTED = 4
 
 
 def _as_added(
-    model: Any, episodes: Sequence[AnyEpisode], found: Activations
-) -> tuple[Float[Tensor, "example layer head d_head"], Float[Tensor, "layer d_model"] | None]:
-    """Return the heads' outputs over the scale of the norm that follows, and the sum's factors.
+    model: Any, episodes: Sequence[AnyEpisode], layers: Sequence[int]
+) -> tuple[Float[Tensor, "layer d_model"], bool] | None:
+    """Return what heads' projected outputs are multiplied by, and whether a norm divides them.
 
     The factors are fitted to what attention adds to the residual stream; None if they do not fit.
     """
 
-    def read(hook: str) -> Float[Tensor, "example layer d"]:
-        return collect(model, episodes[some], hook=hook, layers=found.layers).values
+    def read(hook: str) -> Activations:
+        return collect(model, some, hook=hook, layers=layers)
 
-    some = slice(None, None, -(-len(episodes) // _FITTED))
-    z, dtype = found.values, mask_dtype(model)
-    attention = [model.blocks[layer].attn for layer in found.layers]
-    try:
-        weights = torch.stack([one.W_O.detach().to("cpu", torch.float32) for one in attention])
-        biases = [getattr(one, "b_O", None) for one in attention]
-    except (AttributeError, NotImplementedError):
-        return z, None
-    zero = weights.new_zeros(weights.shape[-1])
-    bias = torch.stack([zero if one is None else one.detach().to(zero) for one in biases])
-    through = einsum(z, weights, "row layer head d, layer head d d_model -> row layer d_model")
-    through, added = through + bias, read("attn_out")
+    some, dtype = episodes[:: -(-len(episodes) // _FITTED) or 1], mask_dtype(model)
+    through, added = _through(model, read("z")), read("attn_out").values
     allowed = (1e-3 if dtype == torch.float32 else 0.05) * added.norm(dim=(0, 2))
-    if all(hook_name("resid_mid", layer) in model.hook_dict for layer in found.layers):
-        before, after = read("resid_pre"), read("resid_mid")
+    if all(hook_name("resid_mid", layer) in model.hook_dict for layer in layers):
+        before, after = read("resid_pre").values, read("resid_mid").values
         rounding = 4 * torch.finfo(dtype).eps * after.norm(dim=(0, 2))
         if ((before + added - after).norm(dim=(0, 2)) > allowed + rounding).any():
-            return z, None
+            return None
     # A multiplier is one number; a norm divides by the root mean square, and has weights.
-    power = through.square().mean(dim=2, keepdim=True) + float(getattr(model.cfg, "eps", 1e-6))
-    for scale, axes in ((z.new_ones(1, 1, 1), (0, 2)), (power.sqrt(), (0,))):
-        unit = (through / scale)[some]
+    scales = through.new_ones(1, 1, 1), _root_mean_square(model, through)
+    for is_norm, scale, axes in ((False, scales[0], (0, 2)), (True, scales[1], (0,))):
+        unit = through / scale
         square = unit.square().sum(dim=axes, keepdim=True)
         factors = torch.where(square > 0, (unit * added).sum(dim=axes, keepdim=True) / square, 1.0)
         if ((factors * unit - added).norm(dim=(0, 2)) <= allowed).all():
-            return z / scale[..., None], factors[0].expand_as(bias)
-    return z, None
+            return factors[0].expand(added.shape[1:]), is_norm
+    return None
+
+
+def _through(model: Any, found: Activations) -> Float[Tensor, "example layer d_model"]:
+    """Return what the heads' outputs project to together.
+
+    Raises:
+        AttributeError: If the model's attention has no ``W_O``.
+        NotImplementedError: The same.
+    """
+    projected = []
+    for place, layer in enumerate(found.layers):
+        weights, bias = _w_o(model, layer), getattr(model.blocks[layer].attn, "b_O", None)
+        one = einsum(found.values[:, place], weights, "row head d, head d d_model -> row d_model")
+        projected.append(one if bias is None else one + bias.detach().to(one))
+    return torch.stack(projected, dim=1)
+
+
+def _w_o(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    weights: Tensor = model.blocks[layer].attn.W_O.detach().to("cpu", torch.float32)
+    return weights
+
+
+def _root_mean_square(
+    model: Any, projected: Float[Tensor, "example layer d_model"]
+) -> Float[Tensor, "example layer 1"]:
+    epsilon = float(getattr(model.cfg, "eps", 1e-6))
+    return (projected.square().mean(dim=2, keepdim=True) + epsilon).sqrt()
+
+
+def _means(
+    values: Float[Tensor, "example layer head d"], found: Activations
+) -> Float[Tensor, "task layer head d"]:
+    """Return each task's mean."""
+    own = (values[found.labels == index] for index in range(len(found.tasks)))
+    return torch.stack([some.mean(dim=0) for some in own])
 
 
 def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:
