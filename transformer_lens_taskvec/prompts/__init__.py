@@ -3,6 +3,7 @@
 from transformer_lens_taskvec.prompts.episodes import (
     AnyEpisode,
     Episode,
+    demo_sets_of,
     shuffle_labels,
     with_instructions,
     zero_shot,
@@ -24,6 +25,7 @@ __all__ = [
     "ChatTemplate",
     "Episode",
     "PromptTemplate",
+    "demo_sets_of",
     "sample_episodes",
     "sample_splits",
     "shuffle_labels",

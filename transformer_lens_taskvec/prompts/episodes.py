@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from transformer_lens_taskvec._utils.text import stable_hash
 from transformer_lens_taskvec.prompts.templates import EXAMPLE_ARROW, PromptTemplate
 from transformer_lens_taskvec.tasks.base import Example
@@ -64,6 +68,9 @@ class Episode:
         query: The query's input and output.
         template: How the episode becomes text.
         seed: The seed it was sampled with, where it is known; episodes are equal whatever it is.
+        demo_set: A number of 64 bits, the same for episodes that share their demonstrations by
+            design (``sample_episodes(..., demo_sets=20)``); None if they are fresh. Episodes are
+            equal whatever it is.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -80,6 +87,7 @@ class Episode:
     query: Example
     template: PromptTemplate = EXAMPLE_ARROW
     seed: int | None = field(default=None, compare=False, repr=False)
+    demo_set: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def prompt(self) -> str:
@@ -122,6 +130,28 @@ class Episode:
         return replace(self, demos=tuple(demos))
 
 
+def demo_sets_of(episodes: Sequence[AnyEpisode]) -> Int[Tensor, " example"] | None:
+    """Return which episodes share demonstrations, as equal numbers; None if none do.
+
+    Among others that share them, an episode with fresh demonstrations has a number of its own.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> upper = tv.find_tasks(["upper_case"])
+        >>> episodes = tv.sample_episodes(upper, n=9, n_shots=2, seed=0, demo_sets=8)
+        >>> sets = demo_sets_of(episodes)
+        >>> bool(sets[0] == sets[8]), len(sets.unique()), demo_sets_of(tv.zero_shot(episodes))
+        (True, 8, None)
+    """
+    given = [getattr(episode, "demo_set", None) for episode in episodes]
+    if all(one is None for one in given):
+        return None
+    alone = (stable_hash("fresh", str(index)) for index in range(len(given)))
+    return torch.tensor(
+        [own if one is None else one for one, own in zip(given, alone, strict=True)]
+    )
+
+
 def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
     """Return the episodes without their demonstrations.
 
@@ -137,14 +167,15 @@ def zero_shot(episodes: Iterable[Episode]) -> list[Episode]:
         >>> tv.zero_shot(episodes)[0].prompt
         'example:01111 11101->'
     """
-    return [replace(episode, demos=()) for episode in episodes]
+    return [replace(episode, demos=(), demo_set=None) for episode in episodes]
 
 
 def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode]:
     """Return the episodes with their demonstrations' answers shuffled, none in its own place.
 
     Where answers are equal, none stays where an equal one was, unless more than half of a prompt's
-    answers are the same.
+    answers are the same. Episodes that share their demonstrations get the same order, so that they
+    still share them.
 
     Args:
         episodes: Episodes with at least two demonstrations.
@@ -163,6 +194,7 @@ def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode
         (Example(x='a', y='2'), Example(x='b', y='1'))
     """
     rng = random.Random(seed)
+    shared: dict[int | None, list[int]] = {}
     shuffled = []
     for episode in episodes:
         n = episode.n_shots
@@ -171,13 +203,22 @@ def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode
                 f"an episode of {episode.task!r} has {n} demonstration(s); shuffling labels needs "
                 "two or more"
             )
-        order = list(range(n))
-        for last in range(n - 1, 0, -1):  # Sattolo's shuffle: one cycle, nothing keeps its place
-            other = rng.randrange(last)
-            order[last], order[other] = order[other], order[last]
+        demo_set = getattr(episode, "demo_set", None)
+        order = list(shared.get(demo_set, ())) or _in_one_cycle(n, rng)
+        if demo_set is not None:
+            shared[demo_set] = list(order)
         answers = [demo.y for demo in getattr(episode, "demos", ())]
         shuffled.append(episode.with_answers(_without_equals(order, answers)))
     return shuffled
+
+
+def _in_one_cycle(n: int, rng: random.Random) -> list[int]:
+    """Return a random order in which nothing keeps its place, by Sattolo's shuffle."""
+    order = list(range(n))
+    for last in range(n - 1, 0, -1):
+        other = rng.randrange(last)
+        order[last], order[other] = order[other], order[last]
+    return order
 
 
 def _without_equals(order: list[int], answers: Sequence[str]) -> list[int]:
