@@ -26,7 +26,6 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.activations import Activations, check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.intervention import ablate, inject
 from transformer_lens_taskvec.interventions.packed import Variant
@@ -37,11 +36,11 @@ from transformer_lens_taskvec.scoring import (
     LOSS_LABELS,
     Scores,
     evaluate_many,
+    intervals_by_task,
     mean_by_task,
-    queries_by_task,
     stack,
 )
-from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.base import TaskVectors, warn_of_shared
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,6 +198,9 @@ def head_effects(
             episode has too few demonstrations to shuffle (without ablation), a task of ``on``
             has no clean episodes, or as for :func:`collect` and :func:`evaluate`.
 
+    Warns:
+        UserWarning: If clean episodes share their demonstrations.
+
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
@@ -216,6 +218,7 @@ def head_effects(
         measured = shuffle_labels(measured, seed)
     found = collect(model, clean, hook="z", progress=progress)
     check_finite(found)
+    warn_of_shared(found)
     scaled, factors = (found.values, None) if ablation else _as_added(model, clean, found)
     means, scaled = (
         torch.stack([z[found.labels == index].mean(dim=0) for index in range(len(found.tasks))])
@@ -249,7 +252,7 @@ def head_effects(
     change = {name: after[name] - before[name] for name in after}
     axes = "(layer head) task ... -> task layer head ..."
     loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
-    intervals = torch.stack([mean_interval(own) for own in queries_by_task(loss, baseline)], dim=1)
+    intervals = intervals_by_task(loss, baseline)
     return HeadEffects(
         {
             name: rearrange(mean_by_task(values, baseline).float(), axes, head=n_heads)
