@@ -22,7 +22,9 @@ from transformer_lens_taskvec.cli import DEMO_TASKS
 
 
 def correlation(correct: np.ndarray) -> float:
-    """The correlation within sets of answers ``[set, query]``."""
+    """The correlation within sets of answers ``[set, query]``; 0 if all are the same."""
+    if correct.min() == correct.max():
+        return 0.0
     size = correct.shape[1]
     between = size * correct.mean(axis=1).var(ddof=1)
     within = correct.var(axis=1, ddof=1).mean()
