@@ -40,6 +40,7 @@ LENGTHS = "tests/test_lengths.py tests/test_architectures.py"
 HOOK_POINTS = "tests/test_hook_points.py"
 STATISTICS = "tests/test_statistics.py tests/test_comparison.py"
 QUERIES = "tests/test_evaluate.py"
+PROMPTS = "tests/test_prompts.py"
 FAULTS = [
     Fault(
         "interventions/packed.py",
@@ -132,9 +133,17 @@ FAULTS = [
         STATISTICS,
     ),
     Fault("_utils/statistics.py", "8 * n * lost * delta", "8 * n * gained * delta", STATISTICS),
+    Fault("_utils/statistics.py", "n = own.shape[-1]\n    if", "n = len(queries)\n    if", QUERIES),
+    Fault("scoring.py", "self.demo_sets, confidence", "None, confidence", QUERIES),
+    Fault("_utils/statistics.py", "clamp(1, n)", "clamp(1, 1)", STATISTICS),
     Fault(
-        "scoring.py", "share, self.n_distinct, confidence", "share, len(self), confidence", QUERIES
+        "_utils/statistics.py", "(rare * estimated + alike)", "(rare * estimated + 1)", STATISTICS
     ),
+    Fault("prompts/sampling.py", "if demos not in found", "", PROMPTS),
+    Fault("prompts/sampling.py", "(index + index // whole)", "index", PROMPTS),
+    Fault("prompts/episodes.py", "demos=(), demo_set=None", "demos=()", PROMPTS),
+    Fault("analysis/classifiers.py", "own == groups", "own < groups", TD),
+    Fault("analysis/comparison.py", "_sign_test(means_by_query(apart, sets))", "0.0", STATISTICS),
     Fault("scoring.py", "(*prompts[row],), episodes[row].answer,", "(*prompts[row],),", QUERIES),
     Fault(
         "scoring.py",
@@ -144,12 +153,6 @@ FAULTS = [
     ),
     Fault(
         "analysis/comparison.py", "torch.equal(other.queries, scores.queries)", "True", STATISTICS
-    ),
-    Fault(
-        "analysis/sweep.py",
-        'means["accuracy"], distinct',
-        'means["accuracy"], sizes',
-        "tests/test_analyses.py",
     ),
     Fault(
         "_utils/statistics.py",

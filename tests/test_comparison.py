@@ -118,3 +118,54 @@ def test_a_task_without_scores_is_named() -> None:
     some = every.select(every.labels > 0)
     with pytest.raises(ValueError, match="no scores of task 'AND'"):
         tv.compare(some, some)
+
+
+def after_sets(right: list[int], demo_sets: bool = True) -> tv.Scores:
+    """Scores of one task's queries, so many right of five after each set of demonstrations."""
+    correct = torch.tensor([[i < n for i in range(5)] for n in right]).flatten()
+    queries = torch.arange(len(correct))
+    metrics = {"correct": correct, "loss": correct.float()}
+    sets = queries // 5 if demo_sets else None
+    return tv.Scores(metrics, torch.zeros_like(queries), ("t",), queries, demo_sets=sets)
+
+
+def test_differences_after_shared_demonstrations_are_of_sets() -> None:
+    ours, other = [5, 5, 5, 5, 5, 5, 0, 0], [0, 0, 0, 0, 0, 0, 1, 5]
+    shared = [after_sets(one) for one in (ours, other)]
+    fresh = [after_sets(one, demo_sets=False) for one in (ours, other)]
+    [row] = tv.compare(*shared).to_frame().itertuples()
+    [alone] = tv.compare(*fresh).to_frame().itertuples()
+    assert alone.p == pytest.approx(binomtest(30, 36).pvalue)
+    assert row.p == pytest.approx(binomtest(6, 8).pvalue) and row.n_sets == 8
+    assert row.difference == alone.difference == 24 / 40
+    assert row.low < alone.low < alone.high < row.high
+    [half] = tv.compare(shared[0], fresh[1]).to_frame().itertuples()
+    assert (half.p, half.low, half.high) == (row.p, row.low, row.high)
+
+
+def test_differences_between_prompts_that_share_otherwise_are_refused() -> None:
+    ours = after_sets([1, 2, 3, 4, 5, 0, 1, 2])
+    other = replace(ours, demo_sets=ours.queries % 8)
+    with pytest.raises(ValueError, match="'baseline' share their demonstrations between other"):
+        tv.compare(ours, other)
+    renamed = replace(ours, demo_sets=7 - ours.queries // 5)
+    assert tv.compare(ours, renamed).to_frame().p[0] == 1
+
+
+def test_a_difference_that_only_some_sets_make_is_rarely_significant() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(200):  # each set of demonstrations favours one of two equal conditions
+        lean = torch.rand(10, 1, generator=generator) < 0.5
+        correct = (torch.rand(10, 10, generator=generator) < 0.7) & lean
+        other = (torch.rand(10, 10, generator=generator) < 0.7) & ~lean
+        both = [
+            replace(scores(of.flatten(), 1), demo_sets=torch.arange(100) // 10)
+            for of in (correct, other)
+        ]
+        [row] = tv.compare(*both).to_frame().itertuples()
+        naive = [replace(one, demo_sets=None) for one in both]
+        [alone] = tv.compare(*naive).to_frame().itertuples()
+        found.append((row.p < 0.05, row.low <= 0 <= row.high, alone.p < 0.05))
+    wrong, covers, naive_wrong = torch.tensor(found).double().mean(dim=0).tolist()
+    assert wrong < 0.05 and covers > 0.93 and naive_wrong > 0.3

@@ -456,3 +456,83 @@ def test_sensitivity_leaves_out_a_k_without_a_majority() -> None:
         activations(120, tasks=3), ks=(15, 20), ns=(10, 40), methods=("knn",), layer=1
     )
     assert list(zip(frame.n, frame.k, strict=True)) == [(10, 15), (40, 15), (40, 20)]
+
+
+def shared(values: torch.Tensor, sets: torch.Tensor, tasks: int) -> tv.Activations:
+    """Activations ``[point, layer, d]`` whose sets of demonstrations are of each task in turn."""
+    names = tuple("abcdefg"[:tasks])
+    layers, queries = tuple(range(values.shape[1])), torch.arange(len(sets))
+    return tv.Activations(values, sets % tasks, names, layers, SOURCE, queries, sets)
+
+
+def test_prompts_that_share_demonstrations_are_refused_unless_those_of_a_set_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sets = torch.arange(30).repeat_interleave(8)  # near each other by set, and not by task
+    values = torch.randn(30, 2, 6, generator=generator)[sets]
+    values = values + 0.2 * torch.randn(240, 2, 6, generator=generator)
+    found = shared(values, sets, 3)
+    with pytest.raises(ValueError, match=r"240 prompts share 30 sets .* leave_out_sets=True"):
+        tv.task_decodability(found)
+    with pytest.raises(ValueError, match="share 30 sets"):
+        tv.analysis.decodability_sensitivity(found)
+    for method in ("knn", "cosine"):
+        artefact = tv.task_decodability(dataclasses.replace(found, demo_sets=None), method=method)
+        left = tv.task_decodability(found, method=method, leave_out_sets=True)
+        assert artefact.mean.min() > 0.95 and left.mean.max() < 0.55
+        assert artefact.held_out > 0.6 > left.held_out
+        assert left.pairwise(0).nan_to_num(0).max() < 0.85
+    divergence = tv.task_decodability(found, method="divergence", leave_out_sets=True)
+    assert divergence.mean.max() < 0.1
+    with pytest.raises(ValueError, match="permuted labels take prompts to be independent"):
+        left.null()
+    for method in ("centroid", "linear", lambda points, labels: labels == 0):
+        with pytest.raises(ValueError, match="cannot leave out the prompts that share"):
+            tv.task_decodability(found, method=method, leave_out_sets=True)
+    with pytest.raises(ValueError, match="nor do those of its set: at most 232"):
+        tv.task_decodability(found, k=233, leave_out_sets=True)
+    alone = shared(values[::8], sets[::8], 3)  # one prompt per set shares nothing
+    assert tv.task_decodability(alone, k=3).scores.shape == (2, 3)
+
+
+def test_neighbours_of_the_same_set_never_vote() -> None:
+    found = activations(90, 3)
+    sets = torch.arange(90) % 15
+    left = tv.task_decodability(
+        dataclasses.replace(found, demo_sets=sets), k=7, leave_out_sets=True
+    )
+    for layer in range(2):
+        points = found.values[:, layer].double()
+        for row in range(0, 90, 7):
+            others = torch.where(sets != sets[row])[0]
+            fitted = KNeighborsClassifier(n_neighbors=7).fit(points[others], found.labels[others])
+            share = fitted.predict_proba(points[row : row + 1])[0]
+            if int((share == share.max()).sum()) == 1:
+                assert bool(left.hits[layer, row]) == (share.argmax() == int(found.labels[row]))
+    widths = [
+        of.interval(1)[:, 1] - of.interval(1)[:, 0]
+        for of in (left, tv.task_decodability(found, k=7))
+    ]
+    assert (widths[0] > widths[1]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*demo_sets is 4")
+def test_a_task_without_a_rule_is_decoded_only_because_prompts_share_demonstrations(
+    smollm2: Any,
+) -> None:
+    tasks = tv.bitwise_tasks()
+    some = [tasks[name] for name in ("XOR", "XNOR", "Null")]
+    found = {
+        demo_sets: tv.collect(
+            smollm2,
+            tv.sample_episodes(some, 40, 4, seed=0, demo_sets=demo_sets),
+            layers=[20],
+        )
+        for demo_sets in (None, 4)
+    }
+    fresh = tv.task_decodability(found[None]).at(20)
+    as_if_fresh = tv.task_decodability(dataclasses.replace(found[4], demo_sets=None)).at(20)
+    left_out = tv.task_decodability(found[4], leave_out_sets=True).at(20)
+    assert fresh[2] < 0.5 and as_if_fresh[2] > 0.85 and left_out[2] < 0.5
+    assert as_if_fresh.min() > 0.8 > max(fresh.max(), left_out.max())
+    with pytest.warns(UserWarning, match="120 prompts that share 12 sets of demonstrations"):
+        tv.task_vectors(found[4])

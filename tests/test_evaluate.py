@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -406,3 +407,34 @@ def test_an_answer_has_the_tokens_that_continue_its_prompt(answer: str) -> None:
     (ids,) = encode_answers(model, [episode], stop="separator")
     whole = tokenizer(f"cat->{answer}\n", add_special_tokens=False)["input_ids"]
     assert prompt + ids == whole
+
+
+def test_scores_know_which_episodes_share_demonstrations() -> None:
+    toy = tv.load_model("toy", device="cpu")
+    tasks = tv.bitwise_tasks(null=False)
+    episodes = tv.sample_episodes(tasks, 24, 2, seed=0, demo_sets=8)
+    scores = tv.evaluate(toy, episodes)
+    assert scores.demo_sets.tolist() == [episode.demo_set for episode in episodes]
+    assert "24 queries per task, 48 demonstration sets" in repr(scores)
+    own = scores.of("XOR")
+    assert own.demo_sets.tolist() == [e.demo_set for e in episodes if e.task == "XOR"]
+    assert own.to_frame().demo_set.tolist() == own.demo_sets.tolist()
+    shared, alone = own.interval(), replace(own, demo_sets=None).interval()
+    assert 0 <= shared[0] < alone[0] <= own.accuracy <= alone[1] <= shared[1] <= 1
+    bare = tv.evaluate(toy, tv.zero_shot(episodes))
+    assert bare.demo_sets is None and "demo_set" not in bare.to_frame()
+    vectors = tv.task_vectors(tv.collect(toy, tv.sample_episodes(tasks, 12, 4, seed=1)))
+    frames = [
+        tv.layer_sweep(toy, some, vectors).to_frame()
+        for some in (episodes, [replace(episode, demo_set=None) for episode in episodes])
+    ]
+    assert (frames[0].accuracy == frames[1].accuracy).all()
+    assert (frames[0].high - frames[0].low > frames[1].high - frames[1].low).all()
+    widths = [
+        of.loss_interval[..., 1] - of.loss_interval[..., 0]
+        for of in (
+            tv.perturbation_matrix(toy, some, vectors, 1)
+            for some in (episodes, [replace(episode, demo_set=None) for episode in episodes])
+        )
+    ]
+    assert (widths[0] != widths[1]).all() and widths[0].mean() > widths[1].mean()

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec._utils.statistics import share_interval
 from transformer_lens_taskvec.cli import app
+from transformer_lens_taskvec.experiment import enough_sets
 
 TASKS = ["upper_case", "next_letter", "singular_plural"]
 FIGURES = [
@@ -104,6 +108,51 @@ def test_a_task_with_too_few_queries_for_any_conclusion_says_so() -> None:
     assert frame.conclusive.tolist() == [True, False]
     assert frame.p["few"] > 0.05 and "for any conclusion: 'few' 5" in repr(found)
     assert found.injected.of("few").interval() == pytest.approx((0.566, 1.0), abs=1e-3)
+
+
+def test_the_few_shot_accuracy_is_that_of_prompts_that_share_enough_sets() -> None:
+    toy, tasks = tv.load_model("toy", device="cpu"), [*tv.bitwise_tasks(null=False).values()][:2]
+    found, fresh, few = (
+        tv.run_experiment(toy, tasks, n_shots=2, n=12, n_test=40, demo_sets=demo_sets)
+        for demo_sets in ("enough", None, 8)
+    )
+    assert found.settings["demo_sets"] == 28 and fresh.settings["demo_sets"] is None
+    sizes = {"train": 12, "dev": 12, "test": 40}
+    for one, demo_sets in ((found, 28), (fresh, None), (few, 8)):
+        sets = tv.sample_splits(tasks, sizes, 2, seed=0, demo_sets={"test": demo_sets})
+        assert one.icl.correct.equal(tv.evaluate(toy, sets["test"]).correct)
+        assert (one.icl.demo_sets is None) == (demo_sets is None)
+        assert one.injected.demo_sets is None
+        assert one.injected.correct.equal(fresh.injected.correct)  # nothing else changes
+        assert one.activations.values.equal(fresh.activations.values)
+    assert len(few.icl.demo_sets.unique()) == 2 * 8
+    with pytest.raises(ValueError, match="demo_sets is 'many'; use a number, None or 'enough'"):
+        tv.run_experiment(toy, tasks, n_shots=2, n=12, demo_sets="many")
+
+
+def test_enough_sets_are_none_where_there_is_nothing_to_share_or_too_little() -> None:
+    [many, few] = tv.find_tasks(["upper_case", "next_letter"]).values()
+    assert [enough_sets([many], n, 8) for n in (12, 25, 40, 100)] == [None, None, 28, 40]
+    assert enough_sets([many], 40, 0) is None
+    assert enough_sets([many, few], 40, 8) == 28
+    assert enough_sets([many, few], 40, 1) is None  # there are 25 sets of one demonstration
+    assert enough_sets([many, few], 40, 24) is None  # a query less leaves 24
+
+
+def test_intervals_over_enough_sets_are_at_most_a_tenth_wider() -> None:
+    rng = np.random.default_rng(0)
+    for n in (40, 100, 200):
+        n_sets = enough_sets([], n, 8)
+        queries, ratios = torch.arange(n), []
+        for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+            alike = 1 / 0.03 - 1  # a correlation of 0.03, as in tutorials/demonstration_sets.py
+            own = rng.beta(share * alike, (1 - share) * alike, (1_000, n_sets))
+            right = torch.from_numpy(rng.random((1_000, n)) < own[:, queries % n_sets])
+            fresh = torch.from_numpy(rng.random((1_000, n)) < share)
+            low, high = share_interval(right, queries, queries % n_sets)
+            lower, higher = share_interval(fresh, queries)
+            ratios.append(float((high - low).mean() / (higher - lower).mean()))
+        assert 1.03 < np.mean(ratios) < 1.105
 
 
 def test_figures_carry_axes_units_legend_and_title(experiment: tv.Experiment) -> None:

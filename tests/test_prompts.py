@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.prompts import demo_sets_of
 
 WORDS = {f"in{i}": f"out{i}" for i in range(12)}
 
@@ -175,3 +178,129 @@ def test_shuffled_answers_do_not_stay_where_an_equal_one_was(same: int) -> None:
         assert sorted(found) == sorted(order)
         kept = sum(one == other for one, other in zip(found, order, strict=True))
         assert kept == max(0, 2 * same - 8)  # no more than must stay
+
+
+MANY = {f"in{i}": f"out{i}" for i in range(300)}
+
+
+@pytest.mark.parametrize(("n", "demo_sets"), [(40, 8), (43, 10), (20, 20), (25, 24)])
+def test_queries_are_spread_evenly_over_different_sets_of_demonstrations(
+    n: int, demo_sets: int
+) -> None:
+    task = tv.mapping_task("t", MANY)
+    episodes = tv.sample_episodes([task], n, 5, seed=0, demo_sets=demo_sets)
+    of_set: dict[int | None, list[tv.Episode]] = {}
+    for episode in episodes:
+        of_set.setdefault(episode.demo_set, []).append(episode)
+    assert None not in of_set and len(of_set) == demo_sets
+    sizes = [len(some) for some in of_set.values()]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == n
+    assert len({some[0].demos for some in of_set.values()}) == demo_sets
+    for some in of_set.values():
+        assert len({episode.demos for episode in some}) == 1
+        shared = some[0].prompt[: -len(f"example:{some[0].query.x}->")]
+        assert all(episode.prompt.startswith(shared) for episode in some)
+        demonstrated = {demo.x for demo in some[0].demos}
+        assert len(demonstrated) == 5
+        assert not demonstrated & {episode.query.x for episode in some}
+    fresh = tv.sample_episodes([task], n, 5, seed=0)
+    assert [e.query for e in episodes] == [e.query for e in fresh]
+    assert {e.demo_set for e in fresh} == {None} and len({e.demos for e in fresh}) == n
+    assert tv.sample_episodes([task], n, 5, seed=0, demo_sets=demo_sets) == episodes
+
+
+def test_a_seed_gives_the_episodes_that_it_has_always_given() -> None:
+    tasks = tv.find_tasks(["upper_case", "next_letter"])
+    sizes = {"train": 8, "test": 8}
+    sets = tv.sample_splits(tasks, sizes, 3, seed=5)
+    texts = [episode.prompt for name in sizes for episode in sets[name]]
+    assert hashlib.sha256("|".join(texts).encode()).hexdigest()[:16] == "62fc3043665d238a"
+
+
+@pytest.mark.filterwarnings("ignore:.*distinct inputs")
+def test_only_the_splits_that_are_named_share_demonstrations() -> None:
+    tasks, sizes = tv.find_tasks(["next_letter", "upper_case"]), {"train": 40, "dev": 9, "test": 40}
+    fresh = tv.sample_splits(tasks, sizes, 8, seed=0)
+    sets = tv.sample_splits(tasks, sizes, 8, seed=0, demo_sets={"dev": None, "test": 10})
+    assert sets["train"] == fresh["train"] and sets["dev"] == fresh["dev"]
+    for task in tasks:
+        assert len({e.demo_set for e in sets["test"] if e.task == task}) == 10
+    assert {e.demo_set for e in sets["train"]} == {None}
+    every = tv.sample_splits(tasks, sizes, 8, seed=0, demo_sets=8)
+    assert all(len({e.demo_set for e in some}) == 16 for some in every.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*distinct inputs")
+def test_a_query_that_repeats_meets_every_set_before_it_meets_one_again() -> None:
+    [task] = tv.find_tasks(["next_letter"]).values()
+    for n, demo_sets in ((200, 20), (100, 10), (125, 25)):
+        episodes = tv.sample_episodes([task], n, 8, seed=1, demo_sets=demo_sets)
+        assert len({(e.query, e.demo_set) for e in episodes}) == n
+        sizes = Counter(e.demo_set for e in episodes).values()
+        assert max(sizes) - min(sizes) <= 1
+        assert all(e.query not in e.demos for e in episodes)
+
+
+def test_the_demonstrations_of_shared_sets_favour_no_input() -> None:
+    pairs = dict([*MANY.items()][:12])
+    task, with_query = tv.mapping_task("t", pairs), Counter[tuple[str, str]]()
+    for seed in range(1_000):
+        for episode in tv.sample_episodes([task], 12, 4, seed, demo_sets=8):
+            with_query.update((episode.query.x, demo.x) for demo in episode.demos)
+    counts = [with_query[x, y] for x in pairs for y in pairs if x != y]
+    assert len(with_query) == len(counts) == 12 * 11  # every other input, 4 / 11 of the time
+    assert max(abs(count / 1_000 - 4 / 11) for count in counts) < 0.07
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 10, "n_shots": 2, "demo_sets": 11}, "demo_sets is 11 for 10 episodes"),
+        ({"n": 10, "n_shots": 2, "demo_sets": 0}, "demo_sets is 0 .* or None for fresh"),
+        ({"n": 10, "n_shots": 0, "demo_sets": 8}, "n_shots is 0, so there are no demonstrations"),
+        ({"n": 12, "n_shots": 11, "demo_sets": 8}, "12 .*too few for n_shots=11 .*the 2 queries"),
+        ({"n": 24, "n_shots": 1, "demo_sets": 24}, r"1[12] different sets of 1 demonstration\(s\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*distinct inputs")
+def test_sets_that_a_task_cannot_give_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tv.sample_episodes([tv.mapping_task("t", WORDS)], seed=0, **arguments)
+
+
+def test_sets_of_unknown_splits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"demo_sets names \['dev'\]; .* \['train', 'test'\]"):
+        tv.sample_splits(
+            [tv.mapping_task("t", WORDS)], {"train": 4, "test": 4}, 2, 0, demo_sets={"dev": 8}
+        )
+
+
+def test_fewer_than_eight_sets_are_warned_of_once() -> None:
+    tasks = [tv.mapping_task(name, MANY) for name in "ab"]
+    with pytest.warns(UserWarning) as caught:
+        tv.sample_episodes(tasks, 20, 2, seed=0, demo_sets=5)
+    assert len(caught) == 1 and "demo_sets is 5" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tv.sample_episodes(tasks, 20, 2, seed=0, demo_sets=8)
+
+
+def test_versions_of_shared_episodes_still_share_what_they_have_of_demonstrations() -> None:
+    episodes = tv.sample_episodes([tv.mapping_task("t", MANY)], 24, 5, seed=0, demo_sets=8)
+    sets = [episode.demo_set for episode in episodes]
+    shuffled = tv.shuffle_labels(episodes, seed=1)
+    assert [episode.demo_set for episode in shuffled] == sets
+    assert len({episode.demos for episode in shuffled}) == 8
+    for one, other in zip(episodes, shuffled, strict=True):
+        assert all(a.x == b.x and a.y != b.y for a, b in zip(one.demos, other.demos, strict=True))
+    told = tv.with_instructions(episodes, {"t": "Count."})
+    assert [episode.demo_set for episode in told] == sets
+    assert {episode.demo_set for episode in tv.zero_shot(episodes)} == {None}
+
+
+def test_an_episode_with_fresh_demonstrations_is_a_set_of_its_own_among_shared_ones() -> None:
+    task = tv.mapping_task("t", MANY)
+    shared = tv.sample_episodes([task], 16, 2, seed=0, demo_sets=8)
+    fresh = tv.sample_episodes([task], 3, 2, seed=1)
+    assert demo_sets_of(fresh) is None
+    assert len(demo_sets_of([*shared, *fresh]).unique()) == 8 + 3

@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq
-from scipy.special import gammaln, xlogy
+from scipy.special import expit, gammaln, logit, xlogy
 from scipy.stats import binom, bootstrap, norm, skew, t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from transformer_lens_taskvec._utils.statistics import (
     bca_interval,
+    change_interval,
     cross_fitted_best,
+    effective_size,
     holm,
     mean_interval,
     means_by_query,
     paired_interval,
+    share_interval,
     wilson_interval,
 )
 
@@ -191,6 +194,151 @@ def test_intervals_cover_where_every_query_has_five_episodes(n: int, alike: floa
     assert fewest >= FEWEST - 0.01 and mean >= MEAN - 0.002  # drawn, not computed
     fewest, mean = told("  counting episodes", n, naive)
     assert alike == 0 or (fewest < 0.8 and mean < 0.83)
+
+
+SETS = [
+    pytest.param(n_sets, size, marks=[pytest.mark.slow] if (n_sets, size) != (8, 5) else [])
+    for n_sets in (8, 10, 20)
+    for size in (5, 10, 20)
+]
+"""Sets of demonstrations, and the queries asked after each."""
+ALIKE = (0.0, 0.05, 0.1, 0.2, 0.3)
+ACCURACIES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+def after_sets(
+    rng: np.random.Generator, share: float, alike: float, size: tuple[int, ...], kind: str
+) -> tuple[np.ndarray, float]:
+    """Right answers ``[sample, set, query]`` and their true share.
+
+    The sets' shares are beta-distributed with a correlation of ``alike`` within sets, or logistic
+    normal with a deviation of 6 ``alike``.
+    """
+    if kind == "beta":
+        return clusters(rng, share, alike, size), share
+    grid = norm.ppf((np.arange(4_000) + 0.5) / 4_000)
+    own = expit(logit(share) + 6 * alike * rng.normal(size=size[:2]))
+    truth = expit(logit(share) + 6 * alike * grid).mean()
+    return rng.random(size) < own[..., None], float(truth)
+
+
+def as_episodes(right: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, queries and sets of ``[sample, set, query]``."""
+    queries = torch.arange(right[0].size)
+    return torch.from_numpy(right.reshape(len(right), -1)), queries, queries // right.shape[2]
+
+
+@pytest.mark.parametrize("kind", ["beta", "logistic normal"])
+@pytest.mark.parametrize(("n_sets", "size"), SETS)
+def test_intervals_cover_where_queries_share_demonstrations(
+    n_sets: int, size: int, kind: str
+) -> None:
+    rng = np.random.default_rng(0)
+    coverage: list[float] = []
+    naive: list[float] = []
+    for alike in ALIKE:
+        for share in ACCURACIES:
+            right, truth = after_sets(rng, share, alike, (4_000, n_sets, size), kind)
+            values, queries, sets = as_episodes(right)
+            for found, given in ((coverage, sets), (naive, None)):
+                low, high = (end.numpy() for end in share_interval(values, queries, given))
+                found.append(covered(low, high, truth).mean())
+    fewest, mean = told(f"{kind} sets, {n_sets} x {size} queries", n_sets * size, coverage)
+    assert fewest >= FEWEST and mean >= MEAN
+    fewest, _ = told("  counting queries alone", n_sets * size, naive)
+    assert fewest < 0.86
+
+
+@pytest.mark.parametrize(("n_sets", "size"), SETS)
+def test_intervals_of_paired_differences_cover_where_queries_share_demonstrations(
+    n_sets: int, size: int
+) -> None:
+    rng = np.random.default_rng(0)
+    coverage = []
+    for alike in ALIKE:
+        for gains, losses in ((0.05, 0.25), (0.3, 0.15), (0.5, 0.02), (0.6, 0.0)):
+            shares = np.array([gains, losses, 1 - gains - losses])
+            own = np.broadcast_to(shares, (400, n_sets, 3))
+            if alike:
+                own = rng.dirichlet(np.maximum(shares, 1e-9) * (1 / alike - 1), (400, n_sets))
+            drawn, first, second = rng.random((400, n_sets, size)), own[..., :1], own[..., 1:2]
+            right = (drawn < first).astype(float)
+            right -= (drawn >= first) & (drawn < first + second)
+            values, queries, sets = as_episodes(right)
+            n, df = effective_size(values, queries, sets)
+            ends = [
+                paired_interval(row, n=float(size), df=df)
+                for row, size in zip(values, n, strict=True)
+            ]
+            coverage.append(covered(*np.array(ends).T, gains - losses).mean())
+    fewest, mean = told(f"paired differences, {n_sets} sets x {size}", n_sets * size, coverage)
+    assert fewest >= FEWEST and mean >= MEAN
+
+
+@pytest.mark.parametrize(("n_sets", "size"), SETS)
+def test_intervals_of_changes_cover_where_queries_share_demonstrations(
+    n_sets: int, size: int
+) -> None:
+    rng = np.random.default_rng(0)
+    coverage = []
+    for alike in ALIKE:
+        of_sets, own = (rng.exponential(size=(4_000, n_sets, k)) - 1 for k in (1, size))
+        values, queries, sets = as_episodes(own + np.sqrt(alike / (1 - alike)) * of_sets)
+        low, high = change_interval(values, queries, sets).double().T.numpy()
+        coverage.append(covered(low, high, 0).mean())
+    fewest, mean = told(f"changes, {n_sets} sets x {size}", n_sets * size, coverage)
+    assert fewest >= FEWEST and mean >= 0.93
+
+
+def test_intervals_cover_where_queries_repeat_after_several_sets() -> None:
+    rng = np.random.default_rng(0)
+    queries, sets = torch.arange(80) % 16, (torch.arange(80) + torch.arange(80) // 80) % 10
+    coverage = []
+    for of_sets in (0.0, 0.5, 1.0):
+        for of_queries in (0.0, 0.5, 1.0):
+            effects = rng.normal(size=(4_000, 10)) * of_sets, rng.normal(size=(4_000, 16))
+            values = rng.normal(size=(4_000, 80)) + effects[0][:, sets]
+            values += of_queries * effects[1][:, queries]
+            low, high = change_interval(torch.from_numpy(values), queries, sets).double().T.numpy()
+            coverage.append(covered(low, high, 0).mean())
+    fewest, mean = told("changes, 16 queries over 10 sets", 80, coverage)
+    assert fewest >= FEWEST and mean >= 0.94
+
+
+def test_the_design_effect_is_the_variance_between_sets() -> None:
+    right, _ = after_sets(np.random.default_rng(0), 0.5, 0.3, (1, 20, 10), "beta")
+    values, queries, sets = as_episodes(right.astype(float))
+    n, df = effective_size(values, queries, sets)
+    of_sets, p = right[0].mean(axis=1), right.mean()
+    estimated = (of_sets.var(ddof=1) / 20) / (p * (1 - p) / 200)
+    rare = min(right.sum(), (1 - right).sum())
+    expected = (rare * estimated + 1 + 0.3 * 9) / (rare + 1)
+    assert float(n) == pytest.approx(200 / expected) and df == 19 and estimated > 2
+    ends = share_interval(values, queries, sets)
+    z, centre = t.ppf(0.975, 19) ** 2, float(n)
+    middle, half = p + z / (2 * centre), np.sqrt(z * (p * (1 - p) / centre + z / (4 * centre**2)))
+    assert float(ends[0]) == pytest.approx((middle - half) / (1 + z / centre))
+    assert float(ends[1]) == pytest.approx((middle + half) / (1 + z / centre))
+    fresh = share_interval(values, queries)
+    assert fresh[0] > ends[0] and fresh[1] < ends[1]
+    changes = change_interval(values[0], queries, sets)
+    assert torch.allclose(changes, mean_interval(torch.from_numpy(of_sets)), atol=1e-6)
+
+
+def test_sets_of_one_query_are_nearly_fresh_and_one_set_tells_nothing() -> None:
+    values, queries = (torch.arange(60) % 3 == 0).double(), torch.arange(60)
+    own, fresh = share_interval(values, queries, queries), share_interval(values, queries)
+    assert float(own[1] - own[0]) == pytest.approx(float(fresh[1] - fresh[0]), rel=0.03)
+    one = torch.zeros(60, dtype=torch.long)
+    assert [float(end) for end in share_interval(values, queries, one)] == [0, 1]
+    assert change_interval(values, queries, one).isnan().all()
+    n, df = effective_size(values, queries, one)
+    assert df == 0 and paired_interval(values, n=float(n), df=df) == pytest.approx((-1, 1))
+    for share in (0.0, 1.0):  # equal answers after all sets still give an interval a width
+        low, high = share_interval(
+            torch.full((40,), share), torch.arange(40), torch.arange(40) // 5
+        )
+        assert float(high - low) > 0.15
 
 
 DISTRIBUTIONS = {

@@ -33,7 +33,7 @@ from transformer_lens_taskvec.models.tokens import (
     encode_prompts,
     row_indices,
 )
-from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.prompts import AnyEpisode, demo_sets_of
 
 _TOKENS_PER_BATCH = 4096
 
@@ -120,6 +120,8 @@ class Activations:
         layers: The layers of the second axis, counted from 0.
         source: Where the activations come from.
         queries: ``[example]``, equal where episodes ask the same query; None if all differ.
+        demo_sets: ``[example]``, equal where episodes share their demonstrations; None where all
+            demonstrations are fresh, or there are none.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -135,6 +137,7 @@ class Activations:
     layers: tuple[int, ...]
     source: Source
     queries: Int[Tensor, " example"] | None = None
+    demo_sets: Int[Tensor, " example"] | None = None
 
     @property
     def hook(self) -> str:
@@ -253,7 +256,8 @@ def labelled(
     tasks, labels = label(episodes)
     source = source_of(model, episodes, hook=hook, position=position, bos=bos)
     queries = torch.tensor([episode.query_id for episode in episodes])
-    return Activations(values, labels, tasks, tuple(layers), source, queries)
+    sets = demo_sets_of(episodes)
+    return Activations(values, labels, tasks, tuple(layers), source, queries, sets)
 
 
 def read_prompts(

@@ -9,7 +9,8 @@ and the loss is the squared error: up to a constant, the NLL under a Gaussian of
 the prediction. Such answers have no probability, and asking for one is an error.
 
 The unit of every average and interval is the distinct query, not the episode: five prompts that ask
-for the same answer to the same query are one observation of the task.
+for the same answer to the same query are one observation of the task. Where episodes share their
+demonstrations, intervals are over queries and sets of demonstrations.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from tqdm.auto import tqdm
 
 from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered, Metric, measures_of
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import means_by_query, wilson_interval
+from transformer_lens_taskvec._utils.statistics import (
+    change_interval,
+    means_by_query,
+    share_interval,
+)
 from transformer_lens_taskvec._utils.text import spelled_size
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
 from transformer_lens_taskvec.interventions.checks import check_variants
@@ -44,7 +49,7 @@ from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.layouts import check_readable
 from transformer_lens_taskvec.models.protocol import inference
 from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts
-from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.prompts import AnyEpisode, demo_sets_of
 
 Variants = Sequence[Variant] | Callable[[str], Sequence[Variant]]
 """Variants for all episodes, or a function from a task to its variants, equally many per task."""
@@ -68,6 +73,8 @@ class Scores(Shown):
             ``"squared_error"`` if answers are numbers.
         stop: None, or ``"separator"`` if the separator had to follow the answer.
         bos: Whether a beginning-of-sequence token preceded the prompts.
+        demo_sets: ``[example]``, equal where episodes share their demonstrations; None where all
+            demonstrations are fresh, or there are none.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -84,6 +91,7 @@ class Scores(Shown):
     loss_kind: str = "nll"
     stop: str | None = None
     bos: bool = False
+    demo_sets: Int[Tensor, " example"] | None = None
 
     @property
     def correct(self) -> Bool[Tensor, " example"]:
@@ -114,10 +122,13 @@ class Scores(Shown):
     def size(self) -> str:
         """The numbers of queries and episodes as text: ``n = 8 queries (40 episodes)``.
 
-        With several tasks they are those of each task, from the smallest to the largest.
+        With several tasks they are those of each task, from the smallest to the largest. Shared
+        sets of demonstrations are counted over all tasks.
         """
         by_task = [self.of(task) for task in self.tasks]
-        return spelled_size([own.n_distinct for own in by_task], [len(own) for own in by_task])
+        size = spelled_size([own.n_distinct for own in by_task], [len(own) for own in by_task])
+        shared = self.demo_sets
+        return size if shared is None else f"{size}, {len(shared.unique())} demonstration sets"
 
     @property
     def extra(self) -> tuple[str, ...]:
@@ -137,11 +148,13 @@ class Scores(Shown):
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the lower and upper end of Wilson's interval of the accuracy over queries.
 
+        Where demonstrations are shared it is over queries and sets, and wider: their number is
+        divided by the design effect, and the quantile is Student's.
+
         Args:
             confidence: Its coverage, between 0 and 1.
         """
-        share = means_by_query(self.correct, self.queries).mean()
-        low, high = wilson_interval(share, self.n_distinct, confidence)
+        low, high = share_interval(self.correct, self.queries, self.demo_sets, confidence)
         return float(low), float(high)
 
     def select(self, rows: Shaped[Tensor, " row"]) -> Scores:
@@ -151,7 +164,9 @@ class Scores(Shown):
             rows: Their indices, or a mask over all episodes.
         """
         metrics = {name: values[rows] for name, values in self.metrics.items()}
-        return replace(self, metrics=metrics, labels=self.labels[rows], queries=self.queries[rows])
+        sets = None if self.demo_sets is None else self.demo_sets[rows]
+        labels, queries = self.labels[rows], self.queries[rows]
+        return replace(self, metrics=metrics, labels=labels, queries=queries, demo_sets=sets)
 
     def of(self, task: str) -> Scores:
         """Return the scores of one task's episodes.
@@ -169,8 +184,10 @@ class Scores(Shown):
         return {task: self.of(task).mean(metric) for task in self.tasks}
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per episode: ``task, query`` and the metrics."""
+        """Return one row per episode: ``task, query`` and the metrics; ``demo_set`` if shared."""
         columns = {name: values.tolist() for name, values in self.metrics.items()}
+        if self.demo_sets is not None:
+            columns["demo_set"] = self.demo_sets.tolist()
         tasks = [self.tasks[i] for i in self.labels.tolist()]
         return pd.DataFrame({"task": tasks, "query": self.queries.tolist(), **columns})
 
@@ -200,20 +217,31 @@ def mean_by_task(
         values: One value per episode.
         scores: Scores of the same episodes, which name their tasks and queries.
     """
-    return torch.stack([own.mean(dim=-1) for own in queries_by_task(values, scores)], dim=-1)
+    own = [scores.labels == index for index in range(len(scores.tasks))]
+    means = [means_by_query(values[..., rows], scores.queries[rows]) for rows in own]
+    return torch.stack([one.mean(dim=-1) for one in means], dim=-1)
 
 
-def queries_by_task(
-    values: Shaped[Tensor, "*many example"], scores: Scores
-) -> list[Float[Tensor, "*many query"]]:
-    """Return each task's means over the episodes of each distinct query, in float64.
+def intervals_by_task(
+    values: Shaped[Tensor, "*many example"], scores: Scores, *, shares: bool = False
+) -> Float[Tensor, "*many task 2"]:
+    """Return the 95 % interval of the mean over each task's distinct queries.
 
     Args:
         values: One value per episode.
-        scores: Scores of the same episodes, which name their tasks and queries.
+        scores: Scores of the same episodes, which name their tasks, queries and shared sets of
+            demonstrations.
+        shares: Whether the values are shares, so that the interval is Wilson's; otherwise it is
+            Student's with a correction for skewness.
     """
-    own = [scores.labels == index for index in range(len(scores.tasks))]
-    return [means_by_query(values[..., rows], scores.queries[rows]) for rows in own]
+    found = []
+    for index in range(len(scores.tasks)):
+        rows = scores.labels == index
+        own = scores.select(rows)
+        given = values[..., rows], own.queries, own.demo_sets
+        ends = torch.stack(share_interval(*given), dim=-1) if shares else change_interval(*given)
+        found.append(ends)
+    return torch.stack(found, dim=-2)
 
 
 def evaluate(
@@ -401,9 +429,12 @@ def evaluate_many(
             stacklevel=2,
         )
     queries = torch.tensor([episode.query_id for episode in episodes])
-    given = (labels, tasks, queries, "squared_error" if numbers else "nll", stop, bos)
+    kind, sets = "squared_error" if numbers else "nll", demo_sets_of(episodes)
     scores = [
-        Scores({name: many[index] for name, many in found.items()}, *given)
+        Scores(
+            {name: many[index] for name, many in found.items()},
+            *(labels, tasks, queries, kind, stop, bos, sets),
+        )
         for index in range(n_variants)
     ]
     if observe is None or values is None:

@@ -1,4 +1,12 @@
-"""Intervals, corrections for many tests, and unbiased maxima, on plain tensors."""
+"""Intervals, corrections for many tests, and unbiased maxima, on plain tensors.
+
+Where queries share their demonstrations, the set of demonstrations is sampled as well as the query,
+and answers after the same set are right or wrong together. The variance of a mean is then taken
+over sets and queries as two-way clusters (Cameron, Gelbach & Miller 2011); with each query in one
+set that is the variance over sets. Its ratio to the variance of as many independent queries, the
+design effect, divides their number, and Student's quantile for the number of sets replaces the
+normal one (Korn & Graubard 1998).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +16,9 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+_ALIKE = 0.3
+"""The correlation within sets that is assumed where no answer differs from the others."""
 
 
 def means_by_query(
@@ -43,8 +54,101 @@ def numbered(queries: Int[Tensor, " example"]) -> Int[Tensor, " example"]:
     return torch.tensor(numbers, dtype=torch.long)
 
 
+def share_interval(
+    values: Shaped[Tensor, "*row example"],
+    queries: Int[Tensor, " example"],
+    sets: Int[Tensor, " example"] | None = None,
+    confidence: float = 0.95,
+) -> tuple[Float[Tensor, "*row"], Float[Tensor, "*row"]]:
+    """Return the ends of Wilson's interval of a share of queries.
+
+    Args:
+        values: One value per episode, between 0 and 1.
+        queries: The episodes' queries, as integers.
+        sets: The episodes' sets of demonstrations, as integers; None if none are shared.
+        confidence: The coverage.
+
+    Example:
+        >>> right, queries = torch.tensor([1.0] * 12 + [0.0] * 8), torch.arange(20)
+        >>> [round(float(end), 2) for end in share_interval(right, queries)]
+        [0.39, 0.78]
+        >>> [round(float(end), 2) for end in share_interval(right, queries, queries // 2)]
+        [0.27, 0.86]
+    """
+    share = means_by_query(values, queries).mean(dim=-1)
+    n, df = effective_size(values, queries, sets)
+    return wilson_interval(share, n, confidence, df=df)
+
+
+def effective_size(
+    values: Shaped[Tensor, "*row example"],
+    queries: Int[Tensor, " example"],
+    sets: Int[Tensor, " example"] | None = None,
+) -> tuple[Float[Tensor, "*row"], int | None]:
+    """Return how many independent queries tell as much of a mean, and its degrees of freedom.
+
+    Where nearly all answers are the same, as of 20 right ones, nothing shows how much sets differ.
+    The design effect is therefore a weighted mean of the one estimated, which weighs as many as
+    there are answers unlike the most frequent one, and of that at a correlation of 0.3 within sets,
+    which weighs 1. It is at least 1.
+
+    Args:
+        values: One value per episode: 1 or 0 for a share, 1, 0 or -1 for a difference of shares.
+        queries: The episodes' queries, as integers.
+        sets: The episodes' sets of demonstrations, as integers; None if none are shared.
+    """
+    own = means_by_query(values, queries)
+    n = own.shape[-1]
+    if sets is None:
+        return torch.full(own.shape[:-1], n).double(), None
+    mean, variance, of_sets = _clustered(values, queries, sets)
+    alone = (own.abs().mean(dim=-1) - mean.square()) / n
+    gained, lost = (sign * own for sign in (1, -1))
+    gained, lost = (one.clamp(min=0).sum(dim=-1) for one in (gained, lost))
+    rare = n - torch.stack([gained, lost, n - gained - lost]).max(dim=0).values
+    shares = _sums(_weights(queries), sets)
+    alike = 1 + _ALIKE * (n * shares.square().sum() - 1).clamp(min=0)
+    estimated = (variance / alone).nan_to_num(1, posinf=1).clamp(1, n)
+    return n * (rare + 1) / (rare * estimated + alike), of_sets.shape[-1] - 1
+
+
+def _clustered(
+    values: Shaped[Tensor, "*row example"],
+    queries: Int[Tensor, " example"],
+    sets: Int[Tensor, " example"],
+) -> tuple[Float[Tensor, "*row"], Float[Tensor, "*row"], Float[Tensor, "*row set"]]:
+    """Return the mean over queries, its variance, and what each set adds to its deviation."""
+    mean = means_by_query(values, queries).mean(dim=-1)
+    apart = _weights(queries) * (values.double().cpu() - mean[..., None])
+    pairs = numbered(queries) * len(sets) + numbered(sets)
+    sums = [_sums(apart, clusters) for clusters in (sets, queries, pairs)]
+    of_sets, of_queries, of_pairs = (
+        one.square().sum(dim=-1) * one.shape[-1] / max(one.shape[-1] - 1, 1) for one in sums
+    )
+    variance = (of_sets + of_queries - of_pairs).maximum(of_sets).maximum(of_queries)
+    return mean, variance, sums[0]
+
+
+def _weights(queries: Int[Tensor, " example"]) -> Float[Tensor, " example"]:
+    """Return each episode's weight in the mean over queries."""
+    at = numbered(queries)
+    counts = at.bincount().double()
+    return 1 / (counts[at] * len(counts))
+
+
+def _sums(
+    values: Float[Tensor, "*row example"], clusters: Int[Tensor, " example"]
+) -> Float[Tensor, "*row cluster"]:
+    at = numbered(clusters)
+    return values.new_zeros(*values.shape[:-1], int(at.max()) + 1).index_add(-1, at, values)
+
+
 def wilson_interval(
-    share: Float[Tensor, "*cell"], n: Tensor | int, confidence: float = 0.95
+    share: Float[Tensor, "*cell"],
+    n: Tensor | int,
+    confidence: float = 0.95,
+    *,
+    df: int | None = None,
 ) -> tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]:
     """Return the ends of Wilson's score interval of shares (Wilson 1927).
 
@@ -56,15 +160,22 @@ def wilson_interval(
         share: Shares of successes.
         n: The numbers of trials, or one number for all.
         confidence: The coverage.
+        df: Degrees of freedom of Student's quantile; None for the normal one. With 0, as of one
+            set of demonstrations, the interval is from 0 to 1.
     """
-    p, square = share.double(), _quantile(confidence) ** 2
+    p, square = share.double(), _quantile(confidence, df) ** 2
     centre = (p + square / (2 * n)) / (1 + square / n)
     half = (square * (p * (1 - p) / n + square / (4 * n**2))).sqrt() / (1 + square / n)
-    return (centre - half).clamp(min=0).minimum(p), (centre + half).clamp(max=1).maximum(p)
+    low, high = (centre - half).nan_to_num(0), (centre + half).nan_to_num(1)
+    return low.clamp(min=0).minimum(p), high.clamp(max=1).maximum(p)
 
 
 def paired_interval(
-    differences: Float[Tensor, " query"], confidence: float = 0.95
+    differences: Float[Tensor, " query"],
+    confidence: float = 0.95,
+    *,
+    n: float | None = None,
+    df: int | None = None,
 ) -> tuple[float, float]:
     """Return the ends of Tango's score interval of a difference of paired shares (Tango 1998).
 
@@ -75,9 +186,11 @@ def paired_interval(
     Args:
         differences: Each query's difference, between -1 and 1.
         confidence: The coverage.
+        n: How many independent queries they count as; by default as many as there are.
+        df: As for :func:`wilson_interval`; with 0 the interval is from -1 to 1.
     """
-    n, z = len(differences), float(_quantile(confidence))
-    gained, lost = (float((sign * differences).clamp(min=0).sum()) for sign in (1, -1))
+    n, z = len(differences) if n is None else n, float(_quantile(confidence, df))
+    gained, lost = (n * float((sign * differences).clamp(min=0).mean()) for sign in (1, -1))
 
     def score(delta: float) -> float:
         linear = (2 * n - gained + lost) * delta - gained - lost
@@ -127,6 +240,32 @@ def mean_interval(
     cube = 1 + skewness * (ends - skewness / (6 * n))
     studentised = 3 * (cube.sign() * cube.abs().pow(1 / 3) - 1) / skewness
     return (mean - values.std(dim=-1, keepdim=True) * studentised).float()
+
+
+def change_interval(
+    values: Shaped[Tensor, "*row example"],
+    queries: Int[Tensor, " example"],
+    sets: Int[Tensor, " example"] | None = None,
+    confidence: float = 0.95,
+) -> Float[Tensor, "*row 2"]:
+    """Return :func:`mean_interval` of the mean over queries of a value per episode.
+
+    With shared demonstrations it is the interval over sets, wider where queries repeat.
+
+    Args:
+        values: One value per episode.
+        queries: The episodes' queries, as integers.
+        sets: The episodes' sets of demonstrations, as integers; None if none are shared.
+        confidence: The coverage.
+    """
+    if sets is None:
+        return mean_interval(means_by_query(values, queries), confidence)
+    mean, variance, of_sets = _clustered(values, queries, sets)
+    n = of_sets.shape[-1]
+    ends = mean_interval(mean[..., None] + n * of_sets, confidence)
+    over_sets = of_sets.square().sum(dim=-1) * n / max(n - 1, 1)
+    wider = (variance / over_sets).nan_to_num(1, posinf=1).clamp(min=1).sqrt()
+    return (mean[..., None] + (ends - mean[..., None]) * wider[..., None]).float()
 
 
 def bca_interval(
@@ -202,8 +341,15 @@ def cross_fitted_best(
     return (by_half[1, best[0]] + by_half[0, best[1]]) / 2
 
 
-def _quantile(confidence: float) -> Float[Tensor, ""]:
-    """Return the standard normal quantile of a two-sided interval."""
+def _quantile(confidence: float, df: int | None = None) -> Float[Tensor, ""]:
+    """Return a two-sided interval's quantile, the standard normal one or Student's.
+
+    It is NaN for 0 degrees of freedom.
+    """
     upper = torch.tensor((1 + confidence) / 2, dtype=torch.float64)
-    found: Tensor = torch.special.ndtri(upper)
-    return found
+    if df is None:
+        found: Tensor = torch.special.ndtri(upper)
+        return found
+    from scipy.stats import t  # half a second to import
+
+    return torch.tensor(float(t.ppf(float(upper), df)), dtype=torch.float64)

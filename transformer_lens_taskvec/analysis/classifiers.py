@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Groups = Int[Tensor, " point"] | None
+"""Equal for points that do not vote for each other, besides themselves; None if all others vote."""
+
 Method = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
 """Scores every point: 1 where its task is decoded correctly from the other points, else 0."""
 
 
-def readout(method: str | Method, k: int) -> Method:
-    """Return the method with a name, or the function that was given."""
+def readout(method: str | Method, k: int, groups: Groups = None) -> Method:
+    """Return the method with a name, or the function that was given.
+
+    Only methods of :data:`WITH_NEIGHBOURS` can leave out groups.
+    """
     if callable(method):
         return method
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}; it must be a function or one of {list(_METHODS)}")
-    return _METHODS[method](k)
+    return _METHODS[method](k, groups)
 
 
 def readout_name(method: str | Method) -> str:
@@ -28,23 +35,24 @@ def readout_name(method: str | Method) -> str:
     return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
 
 
-def _knn(k: int) -> Method:
+def _knn(k: int, groups: Groups = None) -> Method:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
-        nearest, others = neighbours(points, k)
+        nearest, others = neighbours(points, k, groups)
         return vote(labels[others], nearest, int(labels.max()) + 1) == labels
 
     return hits
 
 
-def _cosine(k: int) -> Method:
+def _cosine(k: int, groups: Groups = None) -> Method:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         # In float64, since the squares of small numbers are zero in float32.
-        return _knn(k)(torch.nn.functional.normalize(points.double(), dim=1, eps=1e-300), labels)
+        directions = torch.nn.functional.normalize(points.double(), dim=1, eps=1e-300)
+        return _knn(k, groups)(directions, labels)
 
     return hits
 
 
-def _centroid(_: int) -> Method:
+def _centroid(*_: Any) -> Method:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         points = points.double()
         own = torch.nn.functional.one_hot(labels).to(points.dtype)
@@ -66,7 +74,7 @@ def _centroid(_: int) -> Method:
     return hits
 
 
-def _linear(_: int) -> Method:
+def _linear(*_: Any) -> Method:
     try:
         from sklearn.linear_model import RidgeClassifierCV
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -87,9 +95,9 @@ def _linear(_: int) -> Method:
     return hits
 
 
-def _divergence(k: int) -> Method:
+def _divergence(k: int, groups: Groups = None) -> Method:
     def scores(points: Tensor, labels: Tensor) -> Tensor:
-        _, others = neighbours(points, k)
+        _, others = neighbours(points, k, groups)
         n_classes = int(labels.max()) + 1
         # A vote counts less in a larger class, as if all were of the same size.
         weights = len(labels) / (n_classes * labels.bincount())[labels[others]]
@@ -102,7 +110,7 @@ def _divergence(k: int) -> Method:
     return scores
 
 
-_METHODS: Mapping[str, Callable[[int], Method]] = {
+_METHODS: Mapping[str, Callable[[int, Groups], Method]] = {
     "knn": _knn,
     "cosine": _cosine,
     "centroid": _centroid,
@@ -117,14 +125,14 @@ _DISTANCES_AT_ONCE = 2**22
 
 
 def neighbours(
-    points: Float[Tensor, "point d"], k: int
+    points: Float[Tensor, "point d"], k: int, groups: Groups = None
 ) -> tuple[Float[Tensor, "point k"], Int[Tensor, "point k"]]:
     """Return each point's k nearest other points, the nearest first: distances and indices.
 
     Distances are Euclidean and computed for some points at a time, on the points' device. Points at
     the same distance, such as equal points, would be ordered by their place in the list, that is by
     task; random noise of a ten-millionth of the point's distance from a median orders them
-    instead, the same on any device.
+    instead, the same on any device. Points of one group are not each other's neighbours.
     """
     # The median is subtracted first: far from the origin |a|^2 - 2ab + |b|^2 loses the difference.
     # The mean would follow a single outlier, and so would noise on the scale of all points. The
@@ -147,6 +155,9 @@ def neighbours(
         products.copy_(torch.rand(chance.shape, generator=generator, out=chance))
         products.mul_(noise[start : start + at_once])
         apart.add_(products).diagonal(start).fill_(torch.inf)  # not its own neighbour
+        if groups is not None:
+            own = rearrange(groups[start : start + at_once], "row -> row 1")
+            apart.masked_fill_((own == groups).to(apart.device), torch.inf)
         found.append(apart.topk(k, dim=1, largest=False))
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 

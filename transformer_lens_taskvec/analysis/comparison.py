@@ -1,6 +1,8 @@
 """Paired comparisons of accuracy under several conditions on the same queries.
 
-The unit is the distinct query. Where a query has several episodes, its value is their mean.
+The unit is the distinct query. Where a query has several episodes, its value is their mean. Where
+episodes share their demonstrations, the set of demonstrations is a unit as well: its queries are
+answered right or wrong together, so that their differences are not independent.
 """
 
 from __future__ import annotations
@@ -11,9 +13,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import holm, means_by_query, paired_interval
+from transformer_lens_taskvec._utils.statistics import (
+    effective_size,
+    holm,
+    means_by_query,
+    numbered,
+    paired_interval,
+)
 from transformer_lens_taskvec.scoring import Scores
 
 
@@ -28,7 +38,9 @@ class Comparison(Shown):
             interval for paired shares; the p-value of McNemar's exact test, the sign test on the
             queries' differences, without and with Holm's correction over all rows; the number of
             episodes and of distinct queries, which is what intervals and tests count. Further
-            metrics that both have follow, each as ``NAME`` and ``NAME_other``.
+            metrics that both have follow, each as ``NAME`` and ``NAME_other``. Where demonstrations
+            are shared, ``n_sets`` is the number of sets, intervals are over queries and sets, and p
+            is the larger of those of the sign tests over queries and over sets.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -84,11 +96,12 @@ def compare(
     Args:
         scores: The scores of interest.
         against: Other scores of the same queries in the same order, or a mapping of them by name,
-            such as those of controls. The demonstrations may differ.
+            such as those of controls. The demonstrations may differ; where both share them, it
+            must be the same episodes that do.
 
     Raises:
-        ValueError: If the queries or ``stop`` differ, a task has no scores, or nothing is given to
-            compare with.
+        ValueError: If the queries or ``stop`` differ, demonstrations are shared by other episodes,
+            a task has no scores, or nothing is given to compare with.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -105,8 +118,6 @@ def compare(
         >>> bool(comparison.differences.difference[0] > 0)
         True
     """
-    from scipy.stats import binomtest  # takes half a second to import
-
     others = {"baseline": against} if isinstance(against, Scores) else dict(against)
     if not others:
         raise ValueError("nothing to compare with; give at least one other Scores")
@@ -131,12 +142,17 @@ def compare(
             for kind, of in (("accuracy", own), ("other", their)):
                 row[kind] = of.accuracy
                 row[f"{kind}_low"], row[f"{kind}_high"] = of.interval()
-            gain = means_by_query(own.correct.double() - their.correct.double(), own.queries)
+            sets = _sets(own, their, name)
+            apart = own.correct.double() - their.correct.double()
+            gain = means_by_query(apart, own.queries)
             row["difference"] = float(gain.mean())
-            row["low"], row["high"] = paired_interval(gain)
-            better, worse = int((gain > 0).sum()), int((gain < 0).sum())
-            row["p"] = binomtest(better, better + worse).pvalue if better + worse else 1.0
+            n, df = effective_size(apart, own.queries, sets)
+            row["low"], row["high"] = paired_interval(gain, n=float(n), df=df)
+            row["p"] = _sign_test(gain)
             row["n"], row["n_distinct"] = len(own), own.n_distinct
+            if sets is not None:
+                row["p"] = max(row["p"], _sign_test(means_by_query(apart, sets)))
+                row["n_sets"] = len(sets.unique())
             for metric in scores.extra:
                 if metric in other.metrics:
                     row[metric], row[f"{metric}_other"] = own.mean(metric), their.mean(metric)
@@ -145,3 +161,24 @@ def compare(
     adjusted = holm(torch.tensor(frame.p.to_numpy(), dtype=torch.float64)).tolist()
     frame.insert(list(frame).index("p") + 1, "p_holm", adjusted)
     return Comparison(frame)
+
+
+def _sets(own: Scores, their: Scores, name: str) -> Int[Tensor, " example"] | None:
+    """Return the sets of demonstrations that either scores share."""
+    ours, theirs = own.demo_sets, their.demo_sets
+    if ours is None or theirs is None:
+        return theirs if ours is None else ours
+    if not torch.equal(numbered(ours), numbered(theirs)):
+        raise ValueError(
+            f"the scores of {name!r} share their demonstrations between other episodes than those "
+            "they are compared with; evaluate the same episodes, or some with fresh demonstrations"
+        )
+    return ours
+
+
+def _sign_test(differences: Float[Tensor, " unit"]) -> float:
+    """Return the p-value of the exact sign test."""
+    from scipy.stats import binomtest  # takes half a second to import
+
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0

@@ -4,6 +4,9 @@ The representations of all tasks are pooled. Each point is classified by the maj
 nearest neighbours (Euclidean, itself left out). The TD of a task is the share of its points
 classified correctly (Han et al. 2025, section 4; N = 100 points per task, k = 10), at every layer.
 TD is meaningful only over tasks whose inputs look alike.
+
+Prompts that share their demonstrations are each other's neighbours whatever the task, so that even
+a task without a rule is decoded. They are refused, unless such neighbours are left out.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import (
+    change_interval,
     cross_fitted_best,
-    mean_interval,
     means_by_query,
     numbered,
-    wilson_interval,
+    share_interval,
 )
 from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
 from transformer_lens_taskvec.analysis.classifiers import (
     WITH_NEIGHBOURS,
+    Groups,
     Method,
     neighbours,
     readout,
@@ -129,9 +133,9 @@ class Decodability(Shown):
         turn = torch.zeros_like(self.activations.labels)
         for task in range(len(self.tasks)):
             rows = self.activations.labels == task
-            turn[rows] = numbered(self._queries[rows]) % 2
+            turn[rows] = numbered(self._units[rows]) % 2
         choosing = torch.stack([self._alone(turn == half) for half in (0, 1)])
-        return float(cross_fitted_best(self._by_task(), choosing))
+        return float(cross_fitted_best(self._by_task(self._units), choosing))
 
     @property
     def chance(self) -> float:
@@ -150,13 +154,12 @@ class Decodability(Shown):
         """
         points = _flat(self.activations.at(layer))
         labels = self.activations.labels.to(points.device)
-        method = readout(self.method, self.k)
         matrix = torch.full((len(self.tasks), len(self.tasks)), float("nan"))
         for first, second in combinations(range(len(self.tasks)), 2):
             chosen = (labels == first) | (labels == second)
-            _check_k(self.k, int(chosen.sum()))
+            _check_k(self.k, labels[chosen], self._groups(chosen))
             pair = (labels[chosen] == second).long()
-            hits = method(points[chosen], pair)
+            hits = self._method(self.k, chosen)(points[chosen], pair)
             matrix[first, second] = hits[pair == 0].float().mean()
             matrix[second, first] = hits[pair == 1].float().mean()
         return matrix
@@ -174,10 +177,18 @@ class Decodability(Shown):
         Returns:
             The null distribution, with p-values.
 
+        Raises:
+            ValueError: If prompts share their demonstrations, and are not independent.
+
         Warns:
             UserWarning: If queries repeat: a query's prompts are near each other whatever the
                 task, so that p-values are then too small.
         """
+        if self._groups() is not None:
+            raise ValueError(
+                "these prompts share their demonstrations, and permuted labels take prompts to be "
+                "independent. Use episodes with fresh demonstrations"
+            )
         if bool((self.n_distinct < self.n).any()):
             warnings.warn(
                 f"the {int(self.n.sum())} prompts have {int(self.n_distinct.sum())} distinct "
@@ -202,8 +213,8 @@ class Decodability(Shown):
     def interval(self, layer: int, confidence: float = 0.95) -> Float[Tensor, "task 2"]:
         """Return each task's interval at a layer, over its distinct queries.
 
-        It is Wilson's; for a method whose scores are not all 0 or 1, Student's with a correction
-        for skewness.
+        With shared demonstrations it is over their sets, too. It is Wilson's; for a method whose
+        scores are not all 0 or 1, Student's with a correction for skewness.
 
         Raises:
             ValueError: If the layer was not collected.
@@ -229,16 +240,35 @@ class Decodability(Shown):
     def _alone(self, rows: Bool[Tensor, " point"]) -> Float[Tensor, " layer"]:
         """Return the mean TD, by layer, of some points by themselves."""
         values, labels = self.activations.values[rows], self.activations.labels[rows]
-        method = readout(self.method, max(1, min((self.k + 1) // 2, len(labels) - 1)))
+        fewest = _others(labels, self._groups(rows))
+        method = self._method(max(1, min((self.k + 1) // 2, fewest)), rows)
         there, layers = labels.to(values.device), range(values.shape[1])
         hits = torch.stack([method(_flat(values[:, layer]), there).float() for layer in layers])
         return torch.stack([hits[:, there == one].mean(dim=1) for one in there.unique()]).mean(
             dim=0
         )
 
-    def _by_task(self) -> list[Float[Tensor, "layer query"]]:
+    def _by_task(
+        self, units: Int[Tensor, " point"] | None = None
+    ) -> list[Float[Tensor, "layer unit"]]:
+        units = self._queries if units is None else units
         rows = [self.activations.labels == task for task in range(len(self.tasks))]
-        return [means_by_query(self.hits[:, own], self._queries[own]).float() for own in rows]
+        return [means_by_query(self.hits[:, own], units[own]).float() for own in rows]
+
+    def _method(self, k: int, rows: Bool[Tensor, " point"]) -> Method:
+        """Return the method, to be applied to some points."""
+        return readout(self.method, k, self._groups(rows))
+
+    def _groups(self, rows: Bool[Tensor, " point"] | None = None) -> Int[Tensor, " chosen"] | None:
+        """Return the sets of demonstrations of some points, or of all; None if none are shared."""
+        sets = shared_sets(self.activations)
+        return sets if sets is None or rows is None else sets[rows.to(sets.device)]
+
+    @property
+    def _units(self) -> Int[Tensor, " point"]:
+        """What is halved to choose a layer: the queries, or the shared sets of demonstrations."""
+        groups = self._groups()
+        return self._queries if groups is None else groups
 
     @property
     def _queries(self) -> Int[Tensor, " point"]:
@@ -246,11 +276,13 @@ class Decodability(Shown):
         return torch.arange(len(self.activations)) if queries is None else queries
 
     def _intervals(self, confidence: float = 0.95) -> Float[Tensor, "layer task 2"]:
-        if bool(((self.hits == 0) | (self.hits == 1)).all()):
-            return torch.stack(
-                wilson_interval(self.scores, self.n_distinct, confidence), dim=-1
-            ).float()
-        return torch.stack([mean_interval(own, confidence) for own in self._by_task()], dim=1)
+        shares, found = bool(((self.hits == 0) | (self.hits == 1)).all()), []
+        for task in range(len(self.tasks)):
+            own = self.activations.labels == task
+            given = self.hits[:, own], self._queries[own], self._groups(own), confidence
+            ends = torch.stack(share_interval(*given), -1) if shares else change_interval(*given)
+            found.append(ends.float())
+        return torch.stack(found, dim=1)
 
     def _of_permuted(
         self, points: Float[Tensor, "point d"], permuted: Int[Tensor, "permutation point"]
@@ -344,7 +376,11 @@ class DecodabilityNull(Shown):
 
 
 def task_decodability(
-    activations: Activations, k: int = 10, *, method: str | Method = "knn"
+    activations: Activations,
+    k: int = 10,
+    *,
+    method: str | Method = "knn",
+    leave_out_sets: bool = False,
 ) -> Decodability:
     """Return how well the task can be decoded from the activations, by layer and task.
 
@@ -366,10 +402,15 @@ def task_decodability(
         activations: ``[example, layer, d_model]`` of at least two tasks, about 100 per task.
         k: The number of neighbours.
         method: How to classify the points.
+        leave_out_sets: Whether episodes may share their demonstrations; then those of the point's
+            own set are no neighbours of it. The point's task so has fewer candidates than the
+            others, and TD is a little too low: with 10 sets per task, as if a tenth of its points
+            were missing. Only for methods with neighbours.
 
     Raises:
         ValueError: If there is only one task, the method is unknown, an activation is NaN or
-            infinite, or ``k`` is not between 1 and the number of points minus one.
+            infinite, ``k`` is not between 1 and the number of points that can vote, or episodes
+            share their demonstrations and ``leave_out_sets`` is not given or not possible.
         ImportError: If ``"linear"`` is asked for and scikit-learn is not installed.
 
     Example:
@@ -387,9 +428,12 @@ def task_decodability(
         raise ValueError(
             f"decodability takes two tasks or more to tell apart; got {list(activations.tasks)}"
         )
-    _check_k(k, len(labels))
     check_finite(activations)
-    of_points = readout(method, k)
+    groups = shared_sets(activations)
+    if groups is not None:
+        _check_left_out(groups, method, leave_out_sets)
+    _check_k(k, labels, groups)
+    of_points = readout(method, k, groups)
     if method in WITH_NEIGHBOURS:
         _warn_of_small_tasks(activations, k)
     if method in _BY_MAJORITY:
@@ -399,11 +443,38 @@ def task_decodability(
     return Decodability(torch.stack(hits).to(labels.device).float(), activations, k, method)
 
 
-def _check_k(k: int, n_points: int) -> None:
-    if not 1 <= k < n_points:
+def shared_sets(activations: Activations) -> Int[Tensor, " point"] | None:
+    """Return the points' sets of demonstrations; None if no two points share one."""
+    sets = activations.demo_sets
+    return None if sets is None or len(sets.unique()) == len(sets) else sets
+
+
+def _check_left_out(groups: Int[Tensor, " point"], method: str | Method, left_out: bool) -> None:
+    if not left_out:
+        raise ValueError(
+            f"the {len(groups)} prompts share {len(groups.unique())} sets of demonstrations, and "
+            "prompts of one set are each other's neighbours whatever the task. Use episodes with "
+            "fresh demonstrations (demo_sets=None), or leave_out_sets=True"
+        )
+    if method not in WITH_NEIGHBOURS:
+        raise ValueError(
+            f"method {readout_name(method)!r} cannot leave out the prompts that share a point's "
+            f"demonstrations; use one of {list(WITH_NEIGHBOURS)}, or fresh demonstrations"
+        )
+
+
+def _others(labels: Int[Tensor, " point"], groups: Groups) -> int:
+    """Return how many points can vote for each, at the least."""
+    return len(labels) - (1 if groups is None else int(numbered(groups).bincount().max()))
+
+
+def _check_k(k: int, labels: Int[Tensor, " point"], groups: Groups) -> None:
+    n_points, most = len(labels), _others(labels, groups)
+    if not 1 <= k <= most:
         raise ValueError(
             f"k is {k} and there are {n_points} points; k must be at least 1 and less than the "
             "number of points, since a point does not vote for itself"
+            + ("" if groups is None else f", nor do those of its set: at most {most}")
         )
 
 
@@ -414,14 +485,16 @@ def majority_of(k: int) -> int:
 
 def _warn_of_small_tasks(activations: Activations, k: int) -> None:
     """Warn of tasks whose points cannot have a majority of their own task among k neighbours."""
-    majority = majority_of(k)
+    groups = shared_sets(activations)
+    left_out = 0 if groups is None else len(activations) - _others(activations.labels, groups) - 1
+    majority = majority_of(k) + left_out
     sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
     small = {task: n for task, n in zip(activations.tasks, sizes, strict=True) if n <= majority}
     if small:
         sizes_of_small = ", ".join(f"{task!r} has {n} point(s)" for task, n in small.items())
         warnings.warn(
-            f"{sizes_of_small}, and a majority of k={k} neighbours takes {majority} others of the "
-            "same task, so its decodability is too low. Use a smaller k, or at least "
+            f"{sizes_of_small}, and a majority of k={k} neighbours takes {majority_of(k)} others "
+            "of the same task, so its decodability is too low. Use a smaller k, or at least "
             f"{majority + 1} points per task.",
             stacklevel=3,
         )

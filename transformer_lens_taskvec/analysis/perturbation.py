@@ -15,7 +15,6 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.packed import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
@@ -23,8 +22,8 @@ from transformer_lens_taskvec.scoring import (
     LOSS_LABELS,
     Scores,
     evaluate_many,
+    intervals_by_task,
     mean_by_task,
-    queries_by_task,
     stack,
 )
 from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
@@ -185,7 +184,9 @@ def matrix_of_edits(
             name: rearrange(mean_by_task(values, before), "target source -> source target")
             for name, values in changes.items()
         },
-        torch.stack([mean_interval(own) for own in queries_by_task(changes["loss"], before)]),
+        rearrange(
+            intervals_by_task(changes["loss"], before), "target source end -> source target end"
+        ),
         before.tasks,
         tuple(edits),
         layer,

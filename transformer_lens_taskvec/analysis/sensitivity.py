@@ -86,4 +86,7 @@ def _drawn(activations: Activations, layer: int, n: int, seed: int) -> Activatio
     values = rearrange(activations.at(layer)[rows], "point ... -> point 1 ...")
     queries = None if activations.queries is None else activations.queries[rows]
     labels = activations.labels[rows]
-    return replace(activations, values=values, labels=labels, layers=(layer,), queries=queries)
+    sets = None if activations.demo_sets is None else activations.demo_sets[rows]
+    return replace(
+        activations, values=values, labels=labels, layers=(layer,), queries=queries, demo_sets=sets
+    )

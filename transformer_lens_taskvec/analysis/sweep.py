@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import cross_fitted_best, wilson_interval
+from transformer_lens_taskvec._utils.statistics import cross_fitted_best, means_by_query
 from transformer_lens_taskvec.activations import layer_index
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.interventions.modes import Mode
@@ -27,8 +27,8 @@ from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import (
     Scores,
     evaluate_many,
+    intervals_by_task,
     mean_by_task,
-    queries_by_task,
     stack,
 )
 from transformer_lens_taskvec.vectors.base import Injectable, check_tasks, check_vectors
@@ -146,9 +146,13 @@ class LayerSweep(Shown):
         """The mean accuracy at the best layer of the first scale, on other queries.
 
         Half the queries of each task choose the layer and accuracy is measured on the other half;
-        then the halves swap.
+        then the halves swap. Shared sets of demonstrations are halved instead, with their queries.
         """
-        return float(cross_fitted_best(queries_by_task(self.correct[0], self.baseline)))
+        found = self.baseline
+        units = found.queries if found.demo_sets is None else found.demo_sets
+        rows = [found.labels == index for index in range(len(self.tasks))]
+        by_task = [means_by_query(self.correct[0][:, own], units[own]) for own in rows]
+        return float(cross_fitted_best(by_task))
 
     def at(self, layer: int | None) -> Float[Tensor, " task"]:
         """Return the accuracy of each task at one layer and the first scale.
@@ -177,7 +181,7 @@ class LayerSweep(Shown):
             column: mean_by_task(self.metrics[name], self.baseline)
             for column, name in named.items()
         }
-        low, high = wilson_interval(means["accuracy"], distinct)
+        low, high = intervals_by_task(self.correct, self.baseline, shares=True).unbind(dim=-1)
         unknown = torch.full_like(low[1:], torch.nan)
         columns = {
             **means,

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.atomic_io import reading, replacing
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.activations import Source, layer_index
+from transformer_lens_taskvec.activations import Activations, Source, layer_index
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.interventions.modes import MODES, InSubspace, Mode
 from transformer_lens_taskvec.models.protocol import fingerprint, model_name, revision
@@ -135,6 +135,18 @@ def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode
 
 def _weights(weights: str | None, commit: str | None) -> str:
     return f"fingerprint {weights}" + (f", revision {commit}" if commit else "")
+
+
+def warn_of_shared(activations: Activations) -> None:
+    """Warn if the means of activations are over demonstrations that episodes share."""
+    sets = activations.demo_sets
+    if sets is not None and len(sets.unique()) < len(sets):
+        warnings.warn(
+            f"means are taken over {len(sets)} prompts that share {len(sets.unique())} sets of "
+            "demonstrations, so they carry what few demonstrations say besides the task. Use "
+            "episodes with fresh demonstrations (demo_sets=None).",
+            stacklevel=3,
+        )
 
 
 def check_tasks(vectors: Injectable, episodes: Sequence[AnyEpisode]) -> None:

@@ -28,7 +28,6 @@ from torch import Tensor
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import mean_interval
 from transformer_lens_taskvec.activations import Activations, check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.packed import Variant
@@ -40,11 +39,11 @@ from transformer_lens_taskvec.scoring import (
     LOSS_LABELS,
     Scores,
     evaluate_many,
+    intervals_by_task,
     mean_by_task,
-    queries_by_task,
     stack,
 )
-from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.base import TaskVectors, warn_of_shared
 from transformer_lens_taskvec.vectors.screening import check_screen, estimated_effects
 
 
@@ -229,6 +228,9 @@ def head_effects(
             be screened where answers are numbers, under hooks of the caller's or without
             gradients, or as for :func:`collect` and :func:`evaluate`.
 
+    Warns:
+        UserWarning: If clean episodes share their demonstrations.
+
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
@@ -255,6 +257,7 @@ def head_effects(
         check_screen(model, measured, screen, n_all)
     found = collect(model, clean, hook="z", progress=progress)
     check_finite(found)
+    warn_of_shared(found)
     means, scaled = _means(found.values, found), None
     with suppress(AttributeError, NotImplementedError):
         scale = _root_mean_square(model, _through(model, found))
@@ -293,7 +296,7 @@ def head_effects(
     before, after = _of_answers([baseline]), _of_answers(scores)
     change = {name: after[name] - before[name] for name in after}
     loss = change["log_probability" if baseline.loss_kind == "nll" else "loss"]
-    intervals = torch.stack([mean_interval(own) for own in queries_by_task(loss, baseline)], dim=1)
+    intervals = intervals_by_task(loss, baseline)
     return HeadEffects(
         {name: spread(mean_by_task(values, baseline)) for name, values in change.items()},
         spread(intervals),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from transformer_lens_taskvec.activations import Activations, check_finite
-from transformer_lens_taskvec.vectors.base import TaskVectors
+from transformer_lens_taskvec.vectors.base import TaskVectors, warn_of_shared
 
 
 def task_vectors(activations: Activations) -> TaskVectors:
@@ -20,6 +20,9 @@ def task_vectors(activations: Activations) -> TaskVectors:
     Raises:
         ValueError: If an activation is NaN or infinite.
 
+    Warns:
+        UserWarning: If episodes share their demonstrations, of which the mean is then over few.
+
     Example:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
@@ -31,6 +34,7 @@ def task_vectors(activations: Activations) -> TaskVectors:
         True
     """
     check_finite(activations)
+    warn_of_shared(activations)
     means = [
         activations.values[activations.labels == index].double().mean(dim=0)
         for index in range(len(activations.tasks))
