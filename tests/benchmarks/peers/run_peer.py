@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ Sweep = Iterator[Tensor]
 """The logits ``[row, answer_pos, vocab]`` of each layer's answers."""
 
 
-def nnsight(model: Any, tokenizer: Any, work: Work) -> Sweep:
+def nnsight(model: Any, work: Work) -> Sweep:
     """One trace per layer."""
-    lm = _language_model(model, tokenizer)
+    lm = _language_model(model)
     for layer, vector in enumerate(work.vectors):
         with lm.trace(work.inputs, logits_to_keep=work.n_predicted):
             lm.model.layers[layer].output[:, work.at] = vector
@@ -78,9 +78,9 @@ def nnsight(model: Any, tokenizer: Any, work: Work) -> Sweep:
         yield logits
 
 
-def nnsight_batched(model: Any, tokenizer: Any, work: Work) -> Sweep:
+def nnsight_batched(model: Any, work: Work) -> Sweep:
     """All layers as invokes of one trace, which runs them as one batch."""
-    lm = _language_model(model, tokenizer)
+    lm = _language_model(model)
     with lm.trace(logits_to_keep=work.n_predicted) as tracer:
         found = [].save()
         for layer, vector in enumerate(work.vectors):
@@ -90,13 +90,14 @@ def nnsight_batched(model: Any, tokenizer: Any, work: Work) -> Sweep:
     yield from found
 
 
-def _language_model(model: Any, tokenizer: Any) -> Any:
+def _language_model(model: Any) -> Any:
     from nnsight import LanguageModel
 
-    return LanguageModel(model, tokenizer=tokenizer)
+    file = os.path.join(model.config.name_or_path, "tokenizer.json")
+    return LanguageModel(model, tokenizer=PreTrainedTokenizerFast(tokenizer_file=file))
 
 
-def steering_vectors(model: Any, tokenizer: Any, work: Work) -> Sweep:
+def steering_vectors(model: Any, work: Work) -> Sweep:
     """One applied vector per layer; an operator makes it replace what it is added to."""
     from steering_vectors import SteeringVector
 
@@ -106,7 +107,7 @@ def steering_vectors(model: Any, tokenizer: Any, work: Work) -> Sweep:
             yield _logits(model, work)
 
 
-def repeng(model: Any, tokenizer: Any, work: Work) -> Sweep:
+def repeng(model: Any, work: Work) -> Sweep:
     """One controlled layer at a time; an operator confines it to the last prompt token."""
     from repeng import ControlModel
 
@@ -124,7 +125,7 @@ def repeng(model: Any, tokenizer: Any, work: Work) -> Sweep:
             controlled.unwrap()
 
 
-def hugging_face(model: Any, tokenizer: Any, work: Work) -> Sweep:
+def hugging_face(model: Any, work: Work) -> Sweep:
     """A forward hook per layer behind the prompts' KV cache; the first answer token only."""
     from transformers import DynamicCache
 
@@ -180,10 +181,22 @@ def scores(logits: Tensor, answers: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def run(sweep: Callable[..., Sweep], model: Any, tokenizer: Any, work: Work) -> dict[str, Any]:
+def run(sweep: Callable[..., Sweep], model: Any, work: Work) -> dict[str, Any]:
     """The sweep's result, on the CPU."""
-    each = [scores(logits, work.answers) for logits in sweep(model, tokenizer, work)]
+    each = [scores(logits, work.answers) for logits in sweep(model, work)]
     return {name: torch.stack([one[name] for one in each]).cpu().numpy() for name in each[0]}
+
+
+def _model(folder: str) -> Any:
+    """The model of a folder that transformers 5 wrote, under transformers 4 or 5."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        rotary = json.load(file).get("rope_parameters", {})
+    if "rope_theta" in rotary:  # transformers 4 has it here, and its default where it has none
+        config.rope_theta = rotary["rope_theta"]
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True
+    )
 
 
 def main() -> None:
@@ -195,20 +208,17 @@ def main() -> None:
     packages, sweep = PEERS[peer]
     named = (*packages, "transformers", "torch")
     versions = {name: importlib.metadata.version(name) for name in named}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    ).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = _model(folder).to(device)
     with np.load(work_file) as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files}
     width = int(arrays.pop("width"))
     work = Work(width=width, **{name: value.to(device) for name, value in arrays.items()})
     few = {name: getattr(work, name)[:2] for name in ("tokens", "mask", "answers")}
-    run(sweep, model, tokenizer, replace(work, **few, vectors=work.vectors[:2]))
+    run(sweep, model, replace(work, **few, vectors=work.vectors[:2]))
     print(json.dumps(versions), file=replies, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        found = run(sweep, model, tokenizer, work)
+        found = run(sweep, model, work)
         taken = time.perf_counter() - start
         np.savez(result_file, **found)
         print(taken, file=replies, flush=True)

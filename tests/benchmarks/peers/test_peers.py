@@ -240,7 +240,8 @@ def test_head_patching(
             ).cpu()
 
     def agree(ours: tv.HeadEffects, found: Tensor) -> str:
-        before = float(probability(smollm2(tokens), answers))
+        with torch.no_grad():
+            before = float(probability(smollm2(tokens), answers))
         worst = float((ours.probability - (found - before).reshape(n_layers, n_heads)).abs().max())
         assert worst < 1e-4
         return f"effects on probability within {worst:.0e}"
