@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 import transformer_lens_taskvec as tv
@@ -106,13 +107,15 @@ def right(logits: Tensor, answers: Tensor) -> Tensor:
     return ((logits.argmax(-1) == answers) | (answers < 0)).all(1)
 
 
-def plain_losses(model: Any, batch: Padded, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
-    """``[row]``, the NLL of each answer in one teacher-forced pass, with hooks."""
+def plain_logits(
+    model: Any, batch: Padded, hooks: Sequence[tuple[str, Any]] = (), **kwargs: Any
+) -> Float[Tensor, "row answer_pos vocab"]:
+    """The logits of the answers in one teacher-forced pass, with hooks."""
     with torch.no_grad():
         logits = model.run_with_hooks(
-            batch.tokens, attention_mask=batch.mask, fwd_hooks=list(hooks)
+            batch.tokens, attention_mask=batch.mask, fwd_hooks=list(hooks), **kwargs
         )
-    return losses(logits[:, batch.width - 1 :], batch.answers)
+    return logits[:, -batch.answers.shape[1] :]
 
 
 def hook_loop(model: Any, episodes: list[tv.Episode], edits: list[tuple[str, Edit]]) -> Tensor:
@@ -128,7 +131,8 @@ def hook_loop(model: Any, episodes: list[tv.Episode], edits: list[tuple[str, Edi
             edit(activation, batch.width - 1)
             return activation
 
-        found.append(plain_losses(model, batch, [(name, hook)]).cpu())
+        logits = plain_logits(model, batch, [(name, hook)])
+        found.append(losses(logits, batch.answers).cpu())
     return torch.stack(found)
 
 
@@ -149,8 +153,8 @@ def layer_edits(values: Tensor) -> list[tuple[str, Edit]]:
     return [(f"blocks.{i}.hook_resid_post", replacing(one)) for i, one in enumerate(values)]
 
 
-SWEPT = {1: "country_continent", 3: "en_es"}
-"""The tasks of sweeps, by the number of tokens of an answer; five-shot prompts of 44 and 46."""
+SWEPT = {1: "country_continent", 3: "upper_case"}
+"""The tasks of sweeps, by the number of tokens of an answer; five-shot prompts of 44 and 45."""
 
 
 def task_with_answers(model: Any, n_tokens: int) -> tv.Task:

@@ -103,7 +103,12 @@ def steering_vectors(model: Any, work: Work) -> Sweep:
 
     for layer, vector in enumerate(work.vectors):
         steering = SteeringVector({layer: vector})
-        with steering.apply(model, operator=lambda old, new: new - old, token_indices=[work.at]):
+        with steering.apply(
+            model,
+            operator=lambda old, new: new - old,
+            min_token_index=None,  # its default excludes token_indices
+            token_indices=[work.at],
+        ):
             yield _logits(model, work)
 
 

@@ -249,13 +249,13 @@ def test_head_patching(
     ratio = compare(
         "head effects, 270 heads, 5-shot",
         f"TransformerLens {version('transformer-lens')} patching",
-        35.0,
+        30.0,
         lambda: tv.head_effects(smollm2, clean, on=measured),
         theirs,
         rounds=1,
         agree=agree,
     )
-    assert ratio >= 35
+    assert ratio >= 30
 
 
 def test_attribution_patching(
