@@ -77,6 +77,7 @@ AXES: Mapping[str, Sequence[int]] = {
     "length": (32, 64, 128, 256, 512),
     "vocabulary": (4_096, 8_192, 16_384, 32_768, 65_536),
 }
+SHOWN = {"length": "prompt length (tokens)"}
 QUICK: Mapping[str, Sequence[int]] = {"variants": (2, 4, 8, 16), "prompts": (4, 8, 16, 32)}
 QUICK_CASE = Case(layers=2, variants=4, prompts=4, length=16, vocabulary=1_024)
 
@@ -265,7 +266,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
             ax.set_yscale("log")
             ax.set_xticks(sizes, [f"{size // 1024}k" if size >= 4096 else size for size in sizes])
             ax.minorticks_off()
-            ax.set_xlabel(name if line else "")
+            ax.set_xlabel(SHOWN.get(name, name) if line else "")
     for ax in axes.flat:
         ax.legend(loc="lower left", bbox_to_anchor=(-0.04, 1), handlelength=1.2)
     axes[0, 0].set_ylabel("time (s)")

