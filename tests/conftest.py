@@ -17,7 +17,7 @@ import jaxtyping
 PACKAGE = Path(__file__).parents[1] / "transformer_lens_taskvec"
 # Shapes and types are checked at every call, except where time is measured, and in the command
 # line, whose arguments typer makes.
-if not any("benchmarks" in argument for argument in sys.argv):
+if not any(room in argument for argument in sys.argv for room in ("benchmarks", "tests/gpu")):
     rooms = [path.stem for path in PACKAGE.iterdir() if path.stem not in ("cli", "__main__")]
     jaxtyping.install_import_hook([f"{PACKAGE.name}.{room}" for room in rooms], "checked.beartyped")
 
@@ -32,6 +32,16 @@ SHARED = Path(__file__).parents[2] / "shared"
 CLASSES = ["bridge"] if zoo.HookedTransformer is None else ["bridge", "hooked_transformer"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="device of the models in tests/benchmarks and tests/gpu")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device asked for, the CPU by default."""
+    return str(request.config.getoption("--device") or "cpu")
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Calls without the checks: of what the package itself must refuse, or must not disturb."""
@@ -41,9 +51,9 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Any:
+def smollm2(device: str) -> Any:
     """The real SmolLM2-135M-Instruct."""
-    return tv.load_model("smollm2", device="cpu")
+    return tv.load_model("smollm2", device=device)
 
 
 @pytest.fixture(scope="session")

@@ -4,58 +4,58 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from timing import ROWS, paired, record, table
 
-_ROWS: list[dict[str, Any]] = []
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--peers",
+        default=os.environ.get("TASKVEC_PEERS"),
+        help="folder of the peers' environments, see tests/benchmarks/peers/README.md",
+    )
 
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., float]:
-    """Time ``ours`` against ``other``, alternating; returns the ratio of their medians."""
+    """Time ``ours`` against ``other``, alternating; returns the ratio of their medians.
+
+    ``agree`` gets both results; it checks them and returns what to say of them. Without ``warm``
+    the first calls are timed: for work so long that what a first call does once does not matter.
+    """
 
     def measure(
-        work: str, against: str, target: float, ours: Any, other: Any, rounds: int = 3
+        work: str,
+        against: str,
+        target: float,
+        ours: Any,
+        other: Any,
+        rounds: int = 3,
+        warm: bool = True,
+        agree: Callable[[Any, Any], str] | None = None,
     ) -> float:
-        ours()
-        mine: list[float] = []
-        theirs: list[float] = []
-        for _ in range(rounds):
-            mine.append(_seconds(ours))
-            theirs.append(_seconds(other))
-        benchmark.pedantic(ours, rounds=1)
-        ratio = statistics.median(theirs) / statistics.median(mine)
-        record(work, against, target, ratio, ours_s=statistics.median(mine))
-        return ratio
+        if warm:
+            ours()
+        mine, theirs, *results = paired(ours, other, rounds)
+        benchmark.pedantic(ours if warm else lambda: None, rounds=1)
+        note = "" if agree is None else agree(*results)
+        record(work, against, target, theirs / mine, note, ours_s=mine)
+        print(f"\n{work}: {theirs / mine:.1f} x {against} ({mine:.2f} s). {note}")
+        return theirs / mine
 
     return measure
-
-
-def record(work: str, against: str, target: float, ratio: float, **more: float) -> None:
-    """Add a row to the table of ratios."""
-    row = {"work": work, "against": against, "target": target, "ratio": round(ratio, 2)}
-    _ROWS.append({**row, **{name: round(value, 3) for name, value in more.items()}})
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _table() -> Iterator[None]:
     yield
-    if not _ROWS:
+    if not ROWS:
         return
-    print("\n\n| work | against | at least | measured |\n|---|---|---|---|")
-    for row in _ROWS:
-        print(f"| {row['work']} | {row['against']} | {row['target']:g} x | {row['ratio']:.1f} x |")
+    print(f"\n\n{table()}")
     path = Path(os.environ.get("TASKVEC_BENCHMARKS", ".benchmarks")) / "ratios.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_ROWS, indent=1))
+    path.write_text(json.dumps(ROWS, indent=1))

@@ -9,16 +9,15 @@ import resource
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import record
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
+from timing import hook_loop, layer_edits, padded, record, replacing, seconds
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
@@ -28,11 +27,6 @@ from transformer_lens_taskvec.prompts import shuffle_labels
 
 Compare = Callable[..., float]
 TASK = "element_symbol"
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Any:
-    return tv.load_model("smollm2", device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -46,56 +40,18 @@ def vectors(smollm2: Any, sets: dict[str, list[tv.Episode]]) -> tv.TaskVectors:
     return tv.task_vectors(tv.collect(smollm2, sets["train"]))
 
 
-def padded(model: Any, episodes: list[tv.Episode]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Left-padded prompts with their right-padded answers but the last token, and their mask."""
-    encode = model.tokenizer.encode
-    prompts = [encode(episode.prompt, add_special_tokens=False) for episode in episodes]
-    answers = [encode(episode.answer, add_special_tokens=False)[:-1] for episode in episodes]
-    width, length = max(map(len, prompts)), max(map(len, answers))
-    tokens = torch.full((len(prompts), width + length), 2)
-    mask = torch.zeros_like(tokens)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens[row, width - len(prompt) : width + len(answer)] = torch.tensor(prompt + answer)
-        mask[row, width - len(prompt) :] = 1
-    return tokens, mask, width
-
-
-def hook_loop(model: Any, episodes: list[tv.Episode], edits: list[tuple[str, Any]]) -> None:
-    """One teacher-forced ``run_with_hooks`` for every edit: how sweeps are usually written."""
-    tokens, mask, width = padded(model, episodes)
-    for name, edit in edits:
-
-        def hook(activation: torch.Tensor, hook: Any, edit: Any = edit) -> torch.Tensor:
-            edit(activation, width - 1)
-            return activation
-
-        with torch.no_grad():
-            logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[(name, hook)])
-            logits[:, width - 1 :].log_softmax(-1)
-
-
-def replacing(vector: torch.Tensor, head: int | None = None) -> Any:
-    def edit(activation: torch.Tensor, at: int) -> None:
-        if head is None:
-            activation[:, at] = vector
-        else:
-            activation[:, at, head] = vector
-
-    return edit
-
-
 @pytest.mark.parametrize(("shots", "target"), [(5, 20.0), (0, 7.0)])
 def test_layer_sweep(
     compare: Compare,
     smollm2: Any,
     sets: dict[str, list[tv.Episode]],
     vectors: tv.TaskVectors,
+    device: str,
     shots: int,
     target: float,
 ) -> None:
     episodes = sets["test"] if shots else tv.zero_shot(sets["test"])
-    values = vectors[TASK]
-    edits = [(f"blocks.{i}.hook_resid_post", replacing(values[i])) for i in range(30)]
+    edits = layer_edits(vectors[TASK].to(device))
     ratio = compare(
         f"layer sweep, 30 layers, {shots}-shot",
         "one run_with_hooks per layer",
@@ -112,26 +68,29 @@ def test_layer_sweep(
 
 def tokens_predict(model: Any, episodes: list[tv.Episode]) -> float:
     """A layer sweep's time over that of plain passes over as many tokens in the same shapes."""
-    tokens, mask, width = padded(model, episodes)
+    tokens, mask, width, _ = padded(model, episodes)
     vectors = tv.task_vectors(tv.collect(model, episodes))
     suffix = torch.randint(100, 40_000, (len(episodes), 31 * (tokens.shape[1] - width + 1)))
-    ratios = []
-    for _ in range(3):
-        start = time.perf_counter()
+    suffix = suffix.to(tokens.device)
+
+    def plain() -> None:
         with torch.no_grad():
             model(tokens[:, :width], attention_mask=mask[:, :width])
             model(suffix)
-        plain = time.perf_counter() - start
-        start = time.perf_counter()
-        tv.layer_sweep(model, episodes, vectors)
-        ratios.append((time.perf_counter() - start) / plain)
+
+    ratios = []
+    for _ in range(3):
+        plain_s, _ = seconds(plain)
+        ratios.append(seconds(lambda: tv.layer_sweep(model, episodes, vectors))[0] / plain_s)
     record("layer sweep's wall time", "its tokens in plain passes, at most", 1.5, min(ratios))
     return min(ratios)
 
 
-def test_head_effects(compare: Compare, smollm2: Any, sets: dict[str, list[tv.Episode]]) -> None:
+def test_head_effects(
+    compare: Compare, smollm2: Any, sets: dict[str, list[tv.Episode]], device: str
+) -> None:
     clean, measured = sets["train"][:4], sets["test"][:4]
-    z = tv.collect(smollm2, clean, hook="z").values.mean(dim=0)
+    z = tv.collect(smollm2, clean, hook="z").values.mean(dim=0).to(device)
     edits = [
         (f"blocks.{layer}.attn.hook_z", replacing(z[layer, head], head))
         for layer in range(30)
@@ -139,26 +98,37 @@ def test_head_effects(compare: Compare, smollm2: Any, sets: dict[str, list[tv.Ep
     ]
     corrupted = shuffle_labels(measured, seed=0)
 
-    def one_run_per_head() -> None:
+    def one_run_per_head() -> torch.Tensor:
         tv.collect(smollm2, clean, hook="z")
-        hook_loop(smollm2, corrupted, edits)
+        return hook_loop(smollm2, corrupted, edits)
+
+    def agree(ours: tv.HeadEffects, theirs: torch.Tensor) -> str:
+        before = ours.baseline.loss[:, None, None]
+        expected = before - theirs.T.reshape(len(measured), 30, 9)
+        worst = float((ours.log_probability - expected.mean(dim=0)).abs().max())
+        assert worst < 1e-3
+        return f"effects differ by at most {worst:.0e} nats"
 
     ratio = compare(
         "head effects, 270 heads, 5-shot",
         "one run per head",
-        30.0,
+        35.0,
         lambda: tv.head_effects(smollm2, clean, on=measured),
         one_run_per_head,
         rounds=1,
+        agree=agree,
     )
-    assert ratio >= 30
+    assert ratio >= 35
 
 
-def test_perturbation_matrix(compare: Compare, smollm2: Any) -> None:
+def test_perturbation_matrix(compare: Compare, smollm2: Any, device: str) -> None:
     tasks = tv.bitwise_tasks()
     split = tv.sample_splits(tasks, {"train": 4, "test": 4}, n_shots=4, seed=0)
     vectors = tv.task_vectors(tv.collect(smollm2, split["train"], layers=[15]))
-    edits = [("blocks.15.hook_resid_post", replacing(vectors[task, 15])) for task in vectors.tasks]
+    edits = [
+        ("blocks.15.hook_resid_post", replacing(vectors[task, 15].to(device)))
+        for task in vectors.tasks
+    ]
 
     def one_run_per_cell() -> None:
         for task in tasks:
@@ -210,7 +180,7 @@ def test_collect_is_as_fast_as_a_plain_pass(
     compare: Compare, smollm2: Any, sets: dict[str, list[tv.Episode]]
 ) -> None:
     episodes = sets["test"]
-    tokens, mask, width = padded(smollm2, episodes)
+    tokens, mask, width, _ = padded(smollm2, episodes)
     tokens, mask = tokens[:, :width], mask[:, :width].bool()
 
     def plain_pass() -> None:
@@ -229,7 +199,7 @@ def test_collect_is_as_fast_as_a_plain_pass(
 
 
 def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
-    compare: Compare, smollm2: Any
+    compare: Compare, smollm2: Any, device: str
 ) -> None:
     tasks = [*tv.pos_tasks().values(), *tv.bitwise_tasks(null=False).values()]
     episodes = [e for n in (1, 4, 10) for e in tv.sample_episodes(tasks, 2, n, seed=0)]
@@ -238,7 +208,8 @@ def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
     def tokens_alone() -> None:
         with torch.no_grad():
             for batch in batches(encoded, batch_size=4096 // max(map(len, encoded)), pad=2):
-                run_until(smollm2, batch.tokens, batch.mask, [], "blocks.29.hook_resid_post")
+                tokens, mask = batch.tokens.to(device), batch.mask.to(device)
+                run_until(smollm2, tokens, mask, [], "blocks.29.hook_resid_post")
 
     ratio = compare(
         "TD and accuracy, POS and bitwise, 1, 4 and 10 shots",
