@@ -6,8 +6,11 @@ nothing. So tokens and passes are exact. Time and memory are those of a few pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -68,14 +71,19 @@ class Plan(Shown):
         rows = [(kind, *numbers) for kind, numbers in self.by_kind.items()]
         return pd.DataFrame(rows, columns=["kind", "passes", "tokens"])
 
+    @property
+    def lines(self) -> list[str]:
+        """The plan in a few lines."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        minutes = "less than 0.1" if self.minutes < 0.1 else f"about {self.minutes:,.1f}"
+        return [
+            f"{self.tokens:,} tokens in {self.passes:,} passes",
+            f"peak memory {self.peak_memory / 2**20:,.0f} MB above the model's",
+            f"{minutes} minutes, at {rate:,.0f} tokens/s",
+        ]
+
     def __repr__(self) -> str:
-        rate = self.tokens / self.seconds if self.seconds else float("inf")
-        minutes = "less than 0.1" if self.minutes < 0.1 else f"about {self.minutes:.1f}"
-        return (
-            f"Plan({self.tokens:,} tokens in {self.passes:,} passes, "
-            f"{self.peak_memory / 2**20:,.0f} MB above the model's memory, {minutes} minutes at "
-            f"{rate:,.0f} tokens/s)"
-        )
+        return f"Plan({', '.join(self.lines)})"
 
 
 def plan(
@@ -135,6 +143,33 @@ def plan(
     evaluate_many(Counted(model, count), episodes, variants, observe=observe, **options)
     own = counted.clock() - started - count.seconds
     return planned(model, count, own, tokens_per_second)
+
+
+def plan_job(job: Callable[[Callable[[Any], Any], Path], Any]) -> Plan:
+    """Return what a job would run, without running it or keeping what it writes.
+
+    Results are random, so warnings about them are not shown.
+
+    Args:
+        job: Does all of the work, with a function that every model goes through first, and in the
+            folder that it is given.
+    """
+    count, models = Count(), list[Any]()
+
+    def stand_in(model: Any) -> Any:
+        started = counted.clock()
+        with inference(model):
+            capabilities(model)
+        count.seconds += counted.clock() - started
+        models.append(model)
+        return Counted(model, count)
+
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started = counted.clock()
+        job(stand_in, Path(folder))
+        own = counted.clock() - started - count.seconds
+    return planned(models[-1], count, own, None)
 
 
 def planned(model: Any, count: Count, own: float, tokens_per_second: float | None) -> Plan:

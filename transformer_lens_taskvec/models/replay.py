@@ -83,7 +83,7 @@ def peak_bytes(model: Any, count: Count) -> int:
         found = []
         for one in largest.values():
             rows = min(one.rows, max(1, _WATCHED // max(1, one.width)))
-            own = _peak(_run(model, one, rows)) * one.rows / rows
+            own = most_alive(_run(model, one, rows)) * one.rows / rows
             found.append(own + stored * one.stored)
         logits = [_logit_bytes(model, shape) for shape in {*count.reads}]
         # While a pass runs, the logits that were read last are still there.
@@ -218,7 +218,7 @@ def _timed(run: Callable[[], Any], model: Any) -> float:
     return counted.clock() - started
 
 
-def _peak(run: Callable[[], Any]) -> int:
+def most_alive(run: Callable[[], Any]) -> int:
     """Return the most bytes of new tensors that are alive at once during a call."""
     with _Alive() as alive:
         run()
