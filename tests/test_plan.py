@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec import lab
+from transformer_lens_taskvec import controls, lab
 from transformer_lens_taskvec.interventions.packed import Variant
-from transformer_lens_taskvec.models import carried, prefixes
+from transformer_lens_taskvec.models import carried, counted, prefixes
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.counted import Count, Counted
 from transformer_lens_taskvec.models.protocol import inference
+from transformer_lens_taskvec.models.replay import most_alive
+from transformer_lens_taskvec.planning import plan_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 
@@ -230,3 +233,52 @@ def test_a_plan_leaves_the_model_as_it_was(
     ):
         assert torch.equal(one.loss, other.loss)
     assert all(not point.has_hooks() for point in model.hook_dict.values())
+
+
+def test_a_whole_job_is_planned_by_doing_all_but_its_passes(tmp_path: Path) -> None:
+    model, tasks = tv.load_model("toy"), tv.bitwise_tasks(null=False)
+
+    def job(through: Any, folder: Path) -> None:
+        tv.run_experiment(through(model), tasks, n_shots=4, n=12).save(folder)
+
+    plan = plan_job(job)
+    with watching(model) as ran, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(carried, "_OWN", (*carried._OWN, __name__))
+        patch.setattr(controls, "_with_shuffled_weights", lambda same, seed: same)
+        job(lambda same: same, tmp_path)
+    assert plan.passes == ran.calls
+    # Which layer is best, and how many blocks its branches share, shows only in the run.
+    assert plan.tokens == pytest.approx(ran.tokens, rel=0.05)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    assert plan.peak_memory > weights, "one of the controls is a copy of the model"
+
+
+def test_the_memory_of_a_pass_is_that_of_its_tensors() -> None:
+    def work() -> None:
+        kept = torch.zeros(1000, 1000)
+        for _ in range(3):
+            kept = kept + torch.ones(1000, 1000)  # three at once: the old, the ones, the sum
+
+    assert most_alive(work) == 3 * 4_000_000
+
+
+def test_passes_that_take_time_in_proportion_are_planned_in_proportion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Time is fitted to passes with few rows; a clock that counts tokens makes it exact."""
+    model = tv.load_model("toy")
+    episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 20, 4, seed=0)
+    ticks = [0.0]
+    monkeypatch.setattr(counted, "clock", lambda: ticks[0])
+    run = model.run_with_hooks
+
+    def call(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        ticks[0] += 1e-3 + 1e-5 * tokens.numel()
+        return run(tokens, *args, **kwargs)
+
+    monkeypatch.setitem(model.__dict__, "run_with_hooks", call)
+    tv.evaluate_many(model, episodes, [[]])
+    before = ticks[0]
+    tv.evaluate_many(model, episodes, [[]])
+    taken = ticks[0] - before
+    assert tv.plan(model, episodes, [[]]).seconds == pytest.approx(taken, rel=0.02)

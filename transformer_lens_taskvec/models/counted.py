@@ -58,18 +58,27 @@ class Count:
     """What models were asked to run.
 
     Attributes:
-        passes: The forward calls.
-        reads: The shapes ``(row, variant, answer_pos)`` of logits made apart from passes.
+        events: In their order, the forward calls, and the shapes ``(row, variant, answer_pos)`` of
+            logits that were made apart from them.
         kept: The bytes of the activations that were read, in float32.
         copied: The bytes of a copy of the model.
         seconds: The time that counting took, which running would not.
     """
 
-    passes: list[Pass] = field(default_factory=list)
-    reads: list[tuple[int, ...]] = field(default_factory=list)
+    events: list[Pass | tuple[int, ...]] = field(default_factory=list)
     kept: int = 0
     copied: int = 0
     seconds: float = 0.0
+
+    @property
+    def passes(self) -> list[Pass]:
+        """The forward calls."""
+        return [event for event in self.events if isinstance(event, Pass)]
+
+    @property
+    def reads(self) -> list[tuple[int, ...]]:
+        """The shapes of logits that were made apart from calls."""
+        return [event for event in self.events if isinstance(event, tuple)]
 
 
 class Counted:
@@ -135,7 +144,7 @@ class Counted:
 
     def unembed(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Count the tokens, and return random logits."""
-        self._count.reads.append(tuple(hidden.shape[:-1]))
+        self._count.events.append(tuple(hidden.shape[:-1]))
         return self._like(*hidden.shape[:-1], int(self.cfg.d_vocab))
 
     def _call(self, function: Callable[..., Any], rows: int, width: int, *shape: int) -> None:
@@ -166,7 +175,7 @@ class Counted:
             kind = "whole"
         stored = getattr(cache, "stored", 0)
         layers = tuple(entered)
-        self._count.passes.append(Pass(kind, rows, width, before, layers, branches, end, stored))
+        self._count.events.append(Pass(kind, rows, width, before, layers, branches, end, stored))
 
     def _like(self, *shape: int) -> Tensor:
         """Return random numbers of a shape, whose rows overlap in memory."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from math import prod
 from statistics import median
@@ -44,7 +45,7 @@ _WATCHED = 256
 def seconds(model: Any, count: Count) -> float:
     """Return how long the passes of a count take, by passes like them.
 
-    Time is linear in calls, tokens, pairs of tokens that attention compares, keys and values that
+    Time is linear in blocks, tokens, pairs of tokens that attention compares, keys and values that
     are put together, and logits. The factors are fitted to passes of each kind with few rows.
     """
     with inference(model):
@@ -70,37 +71,49 @@ def seconds(model: Any, count: Count) -> float:
 
 
 def peak_bytes(model: Any, count: Count) -> int:
-    """Return the most bytes of tensors that the passes of a count need at once."""
-    if not count.passes:
-        return 0
+    """Return the most bytes of tensors that are there at once in what was counted."""
+    size, vocab = torch.finfo(mask_dtype(model)).bits // 8, int(getattr(model.cfg, "d_vocab", 0))
     with inference(model):
         stored = _kv_bytes(model) if any(one.stored for one in count.passes) else 0
-        largest: dict[str, Pass] = {}
-        for one in {*count.passes}:
-            other = largest.setdefault(one.kind, one)
-            if _proxy(model, one) > _proxy(model, other):
-                largest[one.kind] = one
-        found = []
-        for one in largest.values():
-            rows = min(one.rows, max(1, _WATCHED // max(1, one.width)))
-            own = most_alive(_run(model, one, rows)) * one.rows / rows
-            found.append(own + stored * one.stored)
-        logits = [_logit_bytes(model, shape) for shape in {*count.reads}]
-        # While a pass runs, the logits that were read last are still there.
-        return int(max(found) + max(logits, default=0)) + count.kept + count.copied
+        bytes_of = _bytes_by_proxy(model, set(count.passes))
+    most = before = 0.0
+    for event in count.events:
+        # The logits that were read last are dropped only when the next ones are there.
+        if isinstance(event, Pass):
+            now = stored * event.stored + _proxy(model, event) * bytes_of[event.kind]
+            logits = event.rows * event.width if event.kind == "whole" else 0
+            most, before = max(most, before + now), float(logits * size * vocab)
+        else:
+            tile = prod(event) * size * vocab
+            probabilities = prod(event[1:]) * vocab * (4 if size == 4 else 8)  # of one row
+            most, before = max(most, before + tile, tile + probabilities), float(tile)
+    return int(most) + count.kept + count.copied
+
+
+def _bytes_by_proxy(model: Any, passes: Set[Pass]) -> dict[str, float]:
+    """Return what to multiply :func:`_proxy` by, by kind: of the largest pass, with few rows."""
+    factors = {}
+    for kind in {one.kind for one in passes}:
+        one = max((one for one in passes if one.kind == kind), key=partial(_proxy, model))
+        rows = min(one.rows, max(1, _WATCHED // max(1, one.width)))
+        factors[kind] = most_alive(_run(model, one, rows)) / _proxy(model, replace(one, rows=rows))
+    return factors
 
 
 def _samples(passes: Sequence[Pass]) -> list[tuple[Pass, int]]:
     """Return passes of each kind, and with how many rows to run them, those of few tokens first."""
     chosen: dict[tuple[Any, ...], tuple[Pass, int]] = {}
-    for kind in dict.fromkeys(one.kind for one in passes):
-        of_kind = sorted((one for one in passes if one.kind == kind), key=_row_tokens)
+    kinds: dict[tuple[Any, ...], list[Pass]] = {}
+    for one in passes:
+        kinds.setdefault((one.kind, one.end, one.before > 0), []).append(one)
+    for kind, some in kinds.items():
+        of_kind = sorted(some, key=_row_tokens)
         for place in (0.5, 0.0, 1.0):
             one = of_kind[round(place * (len(of_kind) - 1))]
             tokens = float(_FEW_TOKENS)
             while True:
                 rows = min(one.rows, max(1, round(tokens / max(1.0, _row_tokens(one)))))
-                chosen[one.kind, one.width, one.before, one.branches, rows] = one, rows
+                chosen[kind, one.width, one.before, one.branches, rows] = one, rows
                 if rows == one.rows:
                     break
                 tokens *= 4
@@ -117,7 +130,7 @@ def _features(one: Pass, rows: int) -> list[float]:
     keys = one.before + one.width
     copied = rows * keys * len(one.layers) if one.before else 0
     logits = rows * one.width if one.kind == "whole" else 0
-    return [1.0, rows * depth, rows * depth * keys, copied, logits]
+    return [float(len(one.layers)), rows * depth, rows * depth * keys, copied, logits]
 
 
 def _fitted(features: np.ndarray, measured: np.ndarray) -> np.ndarray:
@@ -195,19 +208,13 @@ def _kv_bytes(model: Any) -> int:
     return sum(one.numel() * one.element_size() for pair in pairs for one in pair)
 
 
-def _logit_bytes(model: Any, shape: Sequence[int]) -> int:
-    """Return the bytes of logits, and of the log-probabilities of one row of them."""
-    size, vocab = torch.finfo(mask_dtype(model)).bits // 8, int(model.cfg.d_vocab)
-    return vocab * (size * prod(shape) + 4 * prod(shape[1:]) * (2 if size < 4 else 1))
-
-
 def _proxy(model: Any, one: Pass) -> float:
     """Return about how many numbers a pass needs at once."""
     cfg = model.cfg
     wide = 3 * int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     keys = 3 * int(getattr(cfg, "n_heads", None) or 1) * (one.before + one.width)
     logits = int(cfg.d_vocab) if one.kind == "whole" else 0
-    return float(one.rows * max(one.layers, default=0) * (wide + keys + logits) + one.stored)
+    return float(one.rows * max(one.layers, default=0) * (wide + keys + logits))
 
 
 def _timed(run: Callable[[], Any], model: Any) -> float:
