@@ -50,9 +50,10 @@ def watching(model: Any) -> Iterator[Ran]:
 
     handles = []
     for layer in range(ran.depth):
-        # Inside the block, since the engine's own hooks narrow what enters it.
-        block = model.blocks[layer]
-        inner = block.ln1 if hasattr(block, "ln1") else block.norm
+        inner = block = model.blocks[layer]
+        if hasattr(model, "original_model"):
+            # Inside the block, since the engine's own hooks narrow what enters it.
+            inner = block.ln1 if hasattr(block, "ln1") else block.norm
 
         def enter(module: Any, args: Any, kwargs: Any = None) -> None:
             found = args[0] if args else next(iter(kwargs.values()))
