@@ -163,7 +163,7 @@ def test_a_model_that_carries_hooks_is_planned_as_it_runs(
             check(model, episodes[:3], all_layers(vectors))
         before = len(called)
         with pytest.warns(UserWarning, match="hooks of yours"):
-            tv.evaluate_many(Counted(model, Count()), episodes[:3], all_layers(vectors))
+            tv.plan(model, episodes[:3], all_layers(vectors))
     assert len(called) == before
     with model.hooks(fwd_hooks=[vectors.inject("en_fr", 1)[0]]):
         check(model, episodes, all_layers(vectors))

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from transformer_lens_taskvec.models import counted
 from transformer_lens_taskvec.models.capabilities import capabilities
+from transformer_lens_taskvec.models.carried import hooks_of_callers, without_hooks
 from transformer_lens_taskvec.models.counted import Count, Pass
 from transformer_lens_taskvec.models.forward import (
     mask_dtype,
@@ -48,7 +49,7 @@ def seconds(model: Any, count: Count) -> float:
     Time is linear in blocks, tokens, pairs of tokens that attention compares, keys and values that
     are put together, and logits. The factors are fitted to passes of each kind with few rows.
     """
-    with inference(model):
+    with inference(model), without_hooks(model, hooks_of_callers(model)):
         features, measured, started = list[list[float]](), list[float](), counted.clock()
         tokens, expected = 1.0, 0.0
         for one, rows in _samples(count.passes):
@@ -73,7 +74,7 @@ def seconds(model: Any, count: Count) -> float:
 def peak_bytes(model: Any, count: Count) -> int:
     """Return the most bytes of tensors that are there at once in what was counted."""
     size, vocab = torch.finfo(mask_dtype(model)).bits // 8, int(getattr(model.cfg, "d_vocab", 0))
-    with inference(model):
+    with inference(model), without_hooks(model, hooks_of_callers(model)):
         stored = _kv_bytes(model) if any(one.stored for one in count.passes) else 0
         bytes_of = _bytes_by_proxy(model, set(count.passes))
     most = before = 0.0
