@@ -32,7 +32,8 @@ class Plan(Shown):
 
     Attributes:
         by_kind: The numbers of passes and of tokens by kind of pass: ``prompts``, ``branches`` of
-            prompts that run once, ``whole`` sequences, and ``numbers`` (vectors of the lab).
+            prompts that run once, ``whole`` sequences, and ``numbers`` (vectors of the lab); of a
+            training, ``training`` and ``evaluation``.
         peak_memory: The bytes of tensors that are there at once, above the model's. A CPU's
             allocator may keep as much again of what was freed.
         seconds: The time, by ``tokens_per_second`` if they were given, or measured on passes of

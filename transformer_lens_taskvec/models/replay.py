@@ -77,17 +77,20 @@ def peak_bytes(model: Any, count: Count) -> int:
     with inference(model), without_hooks(model, hooks_of_callers(model)):
         stored = _kv_bytes(model) if any(one.stored for one in count.passes) else 0
         bytes_of = _bytes_by_proxy(model, set(count.passes))
-    most = before = 0.0
+    most = before = held = 0.0
     for event in count.events:
         # The logits that were read last are dropped only when the next ones are there.
         if isinstance(event, Pass):
-            now = stored * event.stored + _proxy(model, event) * bytes_of[event.kind]
+            held = float(stored * event.stored)
+            most = max(most, before + held + _proxy(model, event) * bytes_of[event.kind])
             logits = event.rows * event.width if event.kind == "whole" else 0
-            most, before = max(most, before + now), float(logits * size * vocab)
+            before = float(logits * size * vocab)
+            held += event.rows * event.width * int(model.cfg.d_model) * size  # what is read
         else:
             tile = prod(event) * size * vocab
             probabilities = prod(event[1:]) * vocab * (4 if size == 4 else 8)  # of one row
-            most, before = max(most, before + tile, tile + probabilities), float(tile)
+            most = max(most, held + tile + max(before, probabilities))
+            before = float(tile)
     return int(most) + count.kept + count.copied
 
 
