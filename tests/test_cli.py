@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,48 @@ def test_a_mistake_is_answered_in_one_line_and_leaves_nothing_behind(
     assert outcome.exit_code == 2, outcome.output
     assert answer in outcome.stderr and len(outcome.stderr.splitlines()) == 1
     assert outcome.stderr.startswith("taskvec: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+DRY = {
+    "run": ["run", "--model", "toy", "--tasks", "AND,XOR", "--shots", "2", "--n", "12"],
+    "study": ["study", "bitwise", "--model", "toy", "--quick"],
+    "checkpoints": ["study", "checkpoints", "--model", "toy", "--quick"],
+    "train": ["train", "--preset", "small", "--steps", "100"],
+}
+SLOW_DRY = {
+    "demo": ["demo"],
+    "pos": ["study", "pos", "--quick", "--model", "toy"],
+    "prompting": ["study", "prompting", "--quick", "--model", "toy"],
+    "finetune": ["study", "finetune", "--quick"],
+    "emergence": ["emergence", "--n", "11"],
+    "toy": ["train", "--preset", "toy"],
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *DRY.values(),
+        *(pytest.param(some, marks=pytest.mark.slow) for some in SLOW_DRY.values()),
+    ],
+    ids=[*DRY, *SLOW_DRY],
+)
+def test_a_dry_run_says_what_would_run_and_leaves_nothing_behind(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = CliRunner().invoke(app, [*arguments, "--dry-run", "--out", "new/results"])
+    assert outcome.exit_code == 0, outcome.output
+    said = outcome.output
+    for pattern in (
+        r"^[\d,]+ tokens in [\d,]+ passes$",
+        r"^peak memory [\d,]+ MB above the model's$",
+        r"^(less than 0.1|about [\d,.]+) minutes, at [\d,]+ tokens/s$",
+    ):
+        assert re.search(pattern, said, re.MULTILINE), said
+    assert ("not included: finetuning" in said) == ("finetune" in arguments)
+    assert "wrote" not in said and len(said.splitlines()) <= 5
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,6 +24,7 @@ from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.interventions import Intervention, ablate, inject
 from transformer_lens_taskvec.loading import load_hf_model, load_model
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
+from transformer_lens_taskvec.planning import Plan, plan
 from transformer_lens_taskvec.plots import (
     explore_embedding,
     plot_decodability,
@@ -90,6 +91,7 @@ __all__ = [
     "LayerSweep",
     "Observe",
     "PerturbationMatrix",
+    "Plan",
     "PromptTemplate",
     "Scores",
     "SteeringEffect",
@@ -117,6 +119,7 @@ __all__ = [
     "mapping_task",
     "paper",
     "perturbation_matrix",
+    "plan",
     "plot_decodability",
     "plot_embedding",
     "plot_head_effects",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,9 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Through = Callable[[Any], Any]
+"""What every model goes through before it is used: itself, or what counts in its place."""
 
 STUDIES = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
 DEMO_TASKS = (
@@ -110,6 +114,12 @@ Seed = Annotated[
     int,
     typer.Option(min=0, max=2**32 - 1, help="Seed; the same seed gives the same results."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Say what it would run, and how long it would take. Write nothing."
+    ),
+]
 Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Prepend a BOS token; by default as the tokenizer does."),
@@ -130,12 +140,17 @@ def main(
 
 
 @app.command()
-def demo(out: Out = Path("taskvec-demo"), n_test: TestCount = None, seed: Seed = 0) -> None:
+def demo(
+    out: Out = Path("taskvec-demo"),
+    n_test: TestCount = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
     """Measure eight task vectors in SmolLM2-135M-Instruct.
 
     Example: taskvec demo --out demo
     """
-    run(",".join(DEMO_TASKS), n_test=n_test, seed=seed, out=out)
+    run(",".join(DEMO_TASKS), n_test=n_test, seed=seed, out=out, dry_run=dry_run)
 
 
 @app.command()
@@ -154,27 +169,37 @@ def run(
     seed: Seed = 0,
     bos: Bos = None,
     out: Out = Path("taskvec-run"),
+    dry_run: DryRun = False,
 ) -> None:
     """Measure task vectors of chosen tasks in any model.
 
     Example: taskvec run --model gpt2 --tasks upper_case,en_fr --shots 5 --out gpt2
     """
-    from transformer_lens_taskvec.experiment import run_experiment
+    from transformer_lens_taskvec.experiment import Experiment, run_experiment
     from transformer_lens_taskvec.loading import load_model
     from transformer_lens_taskvec.tasks import find_tasks
 
     chosen = find_tasks(_names(tasks))
     typer.echo(f"loading {model} ...")
-    result = run_experiment(
-        load_model(model),
-        chosen,
-        n_shots=shots,
-        n=n,
-        n_test=n_test,
-        seed=seed,
-        template=_template(bos),
-        progress=True,
-    )
+
+    def work(through: Through, folder: Path) -> tuple[Experiment, list[Path]]:
+        found = run_experiment(
+            through(load_model(model)),
+            chosen,
+            n_shots=shots,
+            n=n,
+            n_test=n_test,
+            seed=seed,
+            template=_template(bos),
+            progress=not dry_run,
+        )
+        from transformer_lens_taskvec.plots import experiment_figures, save_figures
+
+        return found, [*found.save(folder), *save_figures(experiment_figures(found), folder)]
+
+    if dry_run:
+        return _say(work)
+    result, paths = work(_as_it_is, out)
     frame = result.to_frame()
     typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
     typer.echo("\naccuracy with each control in place of the task's vector:")
@@ -185,9 +210,7 @@ def run(
         f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "
         f"(chance {result.decodability.chance:.2f})"
     )
-    from transformer_lens_taskvec.plots import experiment_figures, save_figures
-
-    for path in [*result.save(out), *save_figures(experiment_figures(result), out)]:
+    for path in paths:
         typer.echo(f"wrote {path}")
 
 
@@ -238,6 +261,7 @@ def study(
     quick: Annotated[bool, typer.Option("--quick", help="20 episodes per task, not 100.")] = False,
     seed: Seed = 0,
     bos: Bos = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run the paper's experiments on a pretrained model.
 
@@ -247,11 +271,20 @@ def study(
         "n": 20 if quick else 100,
         "seed": seed,
         "template": _template(bos),
-        "progress": True,
+        "progress": not dry_run,
     }
     steps = _names(checkpoints)
     samples = 240 if quick else samples
-    paths = _write_study(kind, model, out, data, steps, samples, **options)
+
+    def work(through: Through, folder: Path) -> list[Path]:
+        return _write_study(kind, model, folder, data, steps, samples, through, **options)
+
+    if dry_run:
+        _say(work)
+        if kind == "finetune":
+            _say_of_finetuning(model, samples, seed)
+        return
+    paths = work(_as_it_is, out)
     typer.echo((out / "report.md").read_text())
     for path in paths:
         typer.echo(f"wrote {path}")
@@ -264,21 +297,28 @@ def _write_study(
     data: Path | None,
     checkpoints: list[str],
     samples: int,
+    through: Through,
     **options: Any,
 ) -> list[Path]:
     """Load what the study needs, run it, and return the files written."""
     from transformer_lens_taskvec.loading import load_checkpoint, load_hf_model, load_model
+    from transformer_lens_taskvec.models.bridge import bridge_from_hf
     from transformer_lens_taskvec.paper import LoraSettings, runner
 
     sentences = None if data is None else runner.read_sentences(data)
     if kind in ("pos", "bitwise"):
-        return runner.write_shot_study(load_model(model), kind, out, sentences=sentences, **options)
+        loaded = through(load_model(model))
+        return runner.write_shot_study(loaded, kind, out, sentences=sentences, **options)
     if kind == "prompting":
-        return runner.write_instruction_study(
-            load_model(model), out, sentences=sentences, **options
-        )
+        loaded = through(load_model(model))
+        return runner.write_instruction_study(loaded, out, sentences=sentences, **options)
     if kind == "finetune":
         hf_model, tokenizer = load_hf_model(model)
+        if through is not _as_it_is:
+            for _ in ("pretrained", "first layers", "last layers"):
+                loaded = through(bridge_from_hf(hf_model, tokenizer))
+                runner.study_finetuned(loaded, **options)
+            return []
         settings = LoraSettings(n_samples=samples)
         return runner.write_finetuning_study(hf_model, tokenizer, out, settings=settings, **options)
     if kind != "checkpoints":
@@ -290,9 +330,13 @@ def _write_study(
 
         steps = steps or [*shipped_toy_run().steps]
         shots = (1, 4, 8)  # it was trained on at most eight demonstrations
-    return runner.write_checkpoint_study(
-        model, steps, out, load=partial(load_checkpoint, model), shots=shots, **options
-    )
+
+    def load(checkpoint: int | str) -> Any:
+        # All checkpoints cost the same, so one of them is enough to count.
+        first = checkpoint if through is _as_it_is else steps[0]
+        return through(load_checkpoint(model, first))
+
+    return runner.write_checkpoint_study(model, steps, out, load=load, shots=shots, **options)
 
 
 @app.command()
@@ -316,6 +360,7 @@ def train(
     ] = None,
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a small transformer in which task vectors emerge.
 
@@ -323,9 +368,18 @@ def train(
     """
     from transformer_lens_taskvec import lab
 
-    run = lab.train(
-        preset, out, seed=seed, steps=steps, device=device, autocast=autocast, compile=compiled
-    )
+    options: dict[str, Any] = {
+        "seed": seed,
+        "steps": steps,
+        "device": device,
+        "autocast": autocast,
+        "compile": compiled,
+    }
+    if dry_run:
+        for line in lab.plan_training(preset, **options).lines:
+            typer.echo(line)
+        return
+    run = lab.train(preset, out, **options)
     typer.echo(repr(run))
     if preset != "toy":
         typer.echo(f"measure and draw it with: taskvec emergence {out}")
@@ -342,6 +396,7 @@ def emergence(
     ] = Path("taskvec-emergence"),
     n: Annotated[int, typer.Option(min=11, help="Sequences per task.")] = 100,
     seed: Seed = 0,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure and draw a run: errors, decodability, swaps, embeddings, ablated heads.
 
@@ -351,11 +406,47 @@ def emergence(
     from transformer_lens_taskvec.plots import save_figures
 
     loaded = lab.shipped_run() if run is None else lab.load_run(run)
-    found = lab.measure_emergence(loaded, n=n, seed=seed)
+
+    def work(through: Through, folder: Path) -> tuple[lab.Emergence, list[Path]]:
+        through_it = copy.copy(loaded)
+        make = lambda step=None: through(loaded.model(step))  # noqa: E731
+        object.__setattr__(through_it, "model", make)
+        found = lab.measure_emergence(through_it, n=n, seed=seed, progress=not dry_run)
+        figures = lab.emergence_figures(through_it, found, n=n)
+        return found, [found.save(folder), *save_figures(figures, folder)]
+
+    if dry_run:
+        return _say(work)
+    found, paths = work(_as_it_is, out)
     typer.echo(repr(found))
-    figures = lab.emergence_figures(loaded, found, n=n)
-    for path in [found.save(out), *save_figures(figures, out)]:
+    for path in paths:
         typer.echo(f"wrote {path}")
+
+
+def _as_it_is(model: Any) -> Any:
+    return model
+
+
+def _say(work: Callable[[Through, Path], Any]) -> None:
+    """Say what a command would run."""
+    from transformer_lens_taskvec.planning import plan_job
+
+    for line in plan_job(work).lines:
+        typer.echo(line)
+
+
+def _say_of_finetuning(model: str, samples: int, seed: int) -> None:
+    from transformer_lens_taskvec.loading import load_hf_model
+    from transformer_lens_taskvec.paper import LoraSettings
+    from transformer_lens_taskvec.paper.finetune import training_tokens
+    from transformer_lens_taskvec.tasks import bitwise_tasks
+
+    _, tokenizer = load_hf_model(model)
+    tokens = training_tokens(tokenizer, bitwise_tasks(), LoraSettings(n_samples=samples), seed)
+    typer.echo(
+        f"not included: finetuning on {tokens:,} tokens, each of which costs about three times a "
+        "token above, and more memory"
+    )
 
 
 def _names(text: str) -> list[str]:

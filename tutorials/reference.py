@@ -60,6 +60,7 @@ MODULES = {
     "vectors": "Vectors",
     "interventions": "Interventions",
     "scoring": "Scores",
+    "planning": "Plans",
     "generation": "Generation",
     "controls": "Controls",
     "analysis": "Analyses",

@@ -19,7 +19,7 @@ from transformer_lens_taskvec.lab.oracles import (
     ridge,
     true_basis_ridge,
 )
-from transformer_lens_taskvec.lab.presets import PRESETS, train
+from transformer_lens_taskvec.lab.presets import PRESETS, plan_training, train
 from transformer_lens_taskvec.lab.problems.base import Batch, Family, Mixture, balanced_labels
 from transformer_lens_taskvec.lab.problems.families import (
     LeakyReLU,
@@ -72,6 +72,7 @@ __all__ = [
     "load_run",
     "measure_emergence",
     "oracle_errors",
+    "plan_training",
     "plot_oracles",
     "plot_training",
     "posterior_agreement",

@@ -27,6 +27,7 @@ from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, m
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
 from transformer_lens_taskvec.lab.evaluation import OracleErrors, checked_oracles, oracle_errors
+from transformer_lens_taskvec.lab.model import interleave
 from transformer_lens_taskvec.lab.problems.base import Batch, balanced_labels
 from transformer_lens_taskvec.lab.training.regression import Run
 from transformer_lens_taskvec.vectors.means import task_vectors
@@ -222,7 +223,7 @@ def measure_emergence(
         td.append(task_decodability(collect(model, test), k=k).scores)
         swaps.append(swap_matrix(model, train, test, swap_layer))
         with torch.no_grad():
-            predicted = model(batch.xs, batch.ys)
+            predicted = model.run_with_hooks(interleave(batch.xs, batch.ys))
         late = slice(predicted.shape[1] // 2, None)
         distances.append(
             [float((predicted - of)[:, late].square().mean()) for of in predictions.values()]

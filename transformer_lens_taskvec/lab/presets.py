@@ -13,9 +13,10 @@ import torch
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.model import ToyConfig
 from transformer_lens_taskvec.lab.training.folder import open_folder
-from transformer_lens_taskvec.lab.training.loop import train_recipe
+from transformer_lens_taskvec.lab.training.loop import sample_training, train_recipe
 from transformer_lens_taskvec.lab.training.recipe import Recipe
 from transformer_lens_taskvec.lab.training.regression import TrainConfig
+from transformer_lens_taskvec.planning import Plan
 
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -81,16 +82,64 @@ def train(
         >>> half.steps[-1], half.finished
         (4, True)
     """
+    config, device = _chosen(config, steps), _device(device)
+    path = Path(out_dir)
+    numerics = {"autocast": autocast, "compile": compile}
+    settings = {"seed": seed, **config.to_json(), "device": device.type, **numerics}
+    open_folder(path, settings, resume=resume)
+    train_recipe(config, path, seed=seed, device=device, progress=progress, **numerics)
+    return config.load(path)
+
+
+def plan_training(
+    config: str | Recipe,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    device: torch.device | str | None = None,
+    autocast: bool = False,
+    compile: bool = False,
+) -> Plan:
+    """Return what :func:`train` would run in an empty folder, by a few steps; nothing is written.
+
+    Args:
+        config: As for :func:`train`.
+        seed: As for :func:`train`.
+        steps: As for :func:`train`.
+        device: As for :func:`train`.
+        autocast: As for :func:`train`.
+        compile: As for :func:`train`.
+
+    Raises:
+        ValueError: If there is no such preset.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> plan = lab.plan_training("small", steps=1000)
+        >>> plan.by_kind["training"]  # passes and tokens
+        (1000, 1984000)
+    """
+    config, device = _chosen(config, steps), _device(device)
+    sampled, most = sample_training(
+        config, seed=seed, device=device, autocast=autocast, compile=compile
+    )
+    times = {"training": config.steps, "evaluation": len(config.checkpoint_steps())}
+    by_kind, seconds = {}, 0.0
+    for kind, (passes, tokens, each) in sampled.items():
+        by_kind[kind] = times[kind] * passes, times[kind] * tokens
+        seconds += times[kind] * each
+    return Plan(by_kind, most, seconds)
+
+
+def _chosen(config: str | Recipe, steps: int | None) -> Recipe:
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"no preset {config!r}; there are {', '.join(PRESETS)}")
         config = PRESETS[config]
     if steps is not None:
         config = replace(config, steps=steps, warmup=min(config.warmup, steps // 10))
-    path = Path(out_dir)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    numerics = {"autocast": autocast, "compile": compile}
-    settings = {"seed": seed, **config.to_json(), "device": device.type, **numerics}
-    open_folder(path, settings, resume=resume)
-    train_recipe(config, path, seed=seed, device=device, progress=progress, **numerics)
-    return config.load(path)
+    return config
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -24,7 +24,7 @@ from transformer_lens_taskvec.models.forward import (
     run_prompts,
 )
 from transformer_lens_taskvec.models.limits import limits
-from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
+from transformer_lens_taskvec.models.protocol import counted_for, device_of, hook_name, inference
 from transformer_lens_taskvec.models.readout import ENTERS, Keep, Readout, candidates
 from transformer_lens_taskvec.models.tokens import Batch
 
@@ -65,6 +65,7 @@ def capabilities(model: Any) -> Capabilities:
 
     What is found under autocast is not remembered, and under hooks nothing is tried.
     """
+    model = counted_for(model)
     if carries_hooks(model):
         reason = "it carries hooks that were written for plain passes"
         return Capabilities(False, False, False, reason=reason, hooked=True)

@@ -32,6 +32,16 @@ def carries_hooks(model: Any) -> bool:
     return any(not _is_own(function) for function in _functions(model))
 
 
+def hooks_of_callers(model: Any) -> set[int]:
+    """Return the numbers of the handles of hooks that are not the frameworks', at hook points."""
+    return {
+        handle.hook.id
+        for point in model.hook_dict.values()
+        for handle in point.fwd_hooks
+        if not _is_own(handle.user_hook)
+    }
+
+
 def warn_of_hooks(model: Any, stacklevel: int) -> None:
     """Say that the model has hooks, and what follows."""
     warnings.warn(

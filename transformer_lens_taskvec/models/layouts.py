@@ -19,6 +19,7 @@ from torch import Tensor
 from transformer_lens_taskvec.models.carried import without_hooks
 from transformer_lens_taskvec.models.protocol import (
     check_layers,
+    counted_for,
     device_of,
     hook_name,
     inference,
@@ -74,6 +75,7 @@ def position_shapes(model: Any, names: Sequence[str]) -> dict[str, tuple[int, ..
         >>> list(position_shapes(tv.load_model("toy"), names).values())
         [(64,), (4, 16)]
     """
+    model = counted_for(model)
     known = _SEEN.setdefault(model, {})
     state = (
         *(bool(getattr(model.cfg, switch, False)) for switch in _SWITCHES),

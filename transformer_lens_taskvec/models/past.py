@@ -113,6 +113,11 @@ class Continued(DynamicCache):  # type: ignore[misc]
         """Return the number of keys of a pass, and the offset of the first."""
         return self._past.width + query_length, 0
 
+    @property
+    def stored(self) -> int:
+        """The number of tokens of the past that are stored, padding included."""
+        return sum(segment.mask.numel() for segment, _ in self._past.parts)
+
     def added(self, mask: Bool[Tensor, "row pos"]) -> Segment:
         """Return what the pass added."""
         return Segment(self._added, mask)

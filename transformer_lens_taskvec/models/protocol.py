@@ -49,6 +49,11 @@ def model_name(model: Any) -> str:
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
 
+def counted_for(model: Any) -> Any:
+    """Return the model that a stand-in counts for, or the model itself."""
+    return getattr(model, "counts_for", model)
+
+
 def fingerprint(model: Any) -> str | None:
     """Return a hash of a few hundred entries of each parameter, or None without parameters.
 

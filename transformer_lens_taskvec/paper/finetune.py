@@ -334,6 +334,15 @@ def _batches(
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+def training_tokens(
+    tokenizer: Any, tasks: Mapping[str, Task], settings: LoraSettings, seed: int
+) -> int:
+    """Return how many tokens :func:`finetuning_study` trains on, padding included."""
+    learned = {name: task for name, task in tasks.items() if name != NULL}
+    batches = _batches(tokenizer, learned, settings, seed)
+    return 2 * sum(len(rows) * max(len(ids) for ids, _ in rows) for rows in batches)
+
+
 def _collated(rows: Sequence[tuple[list[int], int]], tokenizer: Any) -> dict[str, Tensor]:
     """Return right-padded tokens, and the answers as labels."""
     tokens = [torch.tensor(ids) for ids, _ in rows]

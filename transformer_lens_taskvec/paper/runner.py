@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ def write_checkpoint_study(
     return write_study(out, rows, "\n".join(lines), figures)
 
 
+def study_finetuned(model: Any, **options: Any) -> ShotStudy:
+    """Return :func:`run_study` of one model of Table 1."""
+    return run_study(model, bitwise_tasks(), shots=(4,), steer_shots=(), **options)
+
+
 def write_finetuning_study(
     hf_model: Any,
     tokenizer: Any,
@@ -121,7 +127,7 @@ def write_finetuning_study(
         hf_model,
         tokenizer,
         tasks,
-        lambda loaded: run_study(loaded, tasks, shots=(4,), steer_shots=(), **options),
+        partial(study_finetuned, **options),
         settings=settings,
         seed=options["seed"],
         folder=Path(out) / "adapters",

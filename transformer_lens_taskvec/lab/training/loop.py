@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ from transformer_lens_taskvec.lab.training.folder import (
 )
 from transformer_lens_taskvec.lab.training.muon import Muon
 from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.models.replay import most_alive
 
 _DATA_SEED = 1_000_003
 _SAVES = 100
 _DIVERGED = 10.0
+_WARMING, _SAMPLED = 3, 9
 
 
 class TrainingDiverged(RuntimeError):
@@ -88,6 +91,44 @@ def train_recipe(
                 bar.set_postfix_str(config.summary(records[-1]))
                 state.error_sum.zero_()
             saved.save(step)
+
+
+def sample_training(
+    config: Recipe, *, seed: int, device: torch.device, autocast: bool, compile: bool
+) -> tuple[dict[str, tuple[int, int, float]], int]:
+    """Return what a training step and an evaluation take: passes, tokens and seconds each.
+
+    A few steps of a model are taken that is then dropped. The second number is the most bytes of
+    new tensors at once.
+    """
+    state = _State.start(config, seed, device)
+    blocks = next(part for part in state.model.modules() if isinstance(part, nn.ModuleList))
+    entering: list[int] = []
+
+    def note(block: nn.Module, args: Any, kwargs: Any) -> None:
+        entering.append(next(iter((*args, *kwargs.values()))).shape[:2].numel())
+
+    def timed(run: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    with _matmul_precision(device):
+        with blocks[0].register_forward_pre_hook(note, with_kwargs=True):
+            evaluating = timed(partial(config.evaluate, state.model))
+            evaluation = len(entering), sum(entering), evaluating
+            entering.clear()
+            plain = partial(config.loss, state.model.forward, state.generator, autocast)
+            most = most_alive(partial(_take_step, config, state, 1, plain))
+        forward = torch.compile(state.model.forward) if compile else state.model.forward
+        draw_loss = partial(config.loss, forward, state.generator, autocast)
+        step = partial(_take_step, config, state, 1, draw_loss)
+        for _ in range(_WARMING):
+            step()
+        seconds = median(timed(step) for _ in range(_SAMPLED))
+    return {"training": (1, sum(entering), seconds), "evaluation": evaluation}, most
 
 
 @dataclass
