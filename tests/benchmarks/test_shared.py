@@ -5,7 +5,6 @@ pytest tests/benchmarks/test_shared.py -s
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import textwrap
@@ -31,26 +30,13 @@ from torch import Tensor
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
 
-pytestmark = pytest.mark.timeout(7200)
+pytestmark = [
+    pytest.mark.timeout(7200),
+    pytest.mark.filterwarnings("ignore:demo_sets is"),  # a few are enough to measure speed
+]
 
 Compare = Callable[..., float]
 ROWS_PER_BATCH = 32
-
-
-def with_demo_sets(
-    task: tv.Task, demo_sets: int, per_set: int, n_shots: int, seed: int = 0
-) -> list[tv.Episode]:
-    """Episodes with distinct queries, in groups that share their demonstrations."""
-    rng = random.Random(seed)
-    queries = task.sample(demo_sets * per_set, rng)
-    episodes = []
-    for first in range(demo_sets):
-        own = queries[first::demo_sets]
-        asked = {query.x for query in own}
-        drawn = task.sample(n_shots + per_set, rng)
-        demos = tuple([example for example in drawn if example.x not in asked][:n_shots])
-        episodes += [tv.Episode(task.name, demos, query) for query in own]
-    return episodes
 
 
 def by_length(model: Any, episodes: Sequence[tv.Episode]) -> list[list[int]]:
@@ -101,7 +87,7 @@ def whole_activations(model: Any, episodes: list[tv.Episode]) -> Tensor:
 @pytest.fixture(scope="module")
 def eight_shot() -> list[tv.Episode]:
     [task] = tv.find_tasks(["es_en"]).values()
-    return with_demo_sets(task, demo_sets=5, per_set=40, n_shots=8)
+    return tv.sample_episodes([task], n=200, n_shots=8, seed=0, demo_sets=5)
 
 
 def test_accuracy_with_demonstration_sets(
@@ -148,11 +134,7 @@ def test_collect_with_demonstration_sets(
 def test_ten_shot_accuracy_with_demonstration_sets(compare: Compare, smollm2: Any) -> None:
     tasks = [*tv.bitwise_tasks(null=False).values(), *tv.pos_tasks(null=False).values()]
     fresh = tv.sample_episodes(tasks, 100, 10, seed=0)
-    shared = [
-        episode
-        for task in tasks
-        for episode in with_demo_sets(task, demo_sets=10, per_set=10, n_shots=10)
-    ]
+    shared = tv.sample_episodes(tasks, 100, 10, seed=0, demo_sets=10)
 
     def agree(ours: tv.Scores, theirs: tv.Scores) -> str:
         a_few = [100 * task + 37 for task in range(len(tasks))]
@@ -189,7 +171,9 @@ def test_five_shot_layer_sweep(
 ) -> None:
     task = task_with_answers(smollm2, n_tokens)
     split = tv.sample_splits([task], {"train": 8, "test": 24}, n_shots=5, seed=0)
-    episodes = split["test"] if demo_sets is None else with_demo_sets(task, demo_sets, 8, 5)
+    episodes = split["test"]
+    if demo_sets is not None:
+        episodes = tv.sample_episodes([task], 8 * demo_sets, 5, seed=1, demo_sets=demo_sets)
     vectors = tv.task_vectors(tv.collect(smollm2, split["train"]))
     edits = layer_edits(vectors[task.name].to(device))
 

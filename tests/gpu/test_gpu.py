@@ -205,18 +205,7 @@ class Waits(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param(
-            "evaluate_many",
-            marks=pytest.mark.xfail(
-                strict=True, reason="edits of a layer are compared on the host"
-            ),
-        ),
-        "collect",
-    ],
-)
+@pytest.mark.parametrize("call", ["evaluate_many", "collect"])
 def test_the_host_does_not_wait_for_every_layer(
     full: Any, sets: dict[str, list[tv.Episode]], device: str, call: str
 ) -> None:
