@@ -142,7 +142,7 @@ def main(
 @app.command()
 def demo(
     out: Out = Path("taskvec-demo"),
-    n_test: TestCount = None,
+    n_test: TestCount = 100,
     seed: Seed = 0,
     dry_run: DryRun = False,
 ) -> None:
@@ -183,6 +183,14 @@ def run(
     typer.echo(f"loading {model} ...")
 
     def work(through: Through, folder: Path) -> tuple[Experiment, list[Path]]:
+        from transformer_lens_taskvec.plots import experiment_figures, part_figure, save_figures
+
+        def draw(name: str, part: Any) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in save_figures({name: part_figure(name, part)}, folder):
+                if not dry_run:
+                    typer.echo(f"wrote {path}")
+
         found = run_experiment(
             through(load_model(model)),
             chosen,
@@ -191,10 +199,9 @@ def run(
             n_test=n_test,
             seed=seed,
             template=_template(bos),
+            report=draw,
             progress=not dry_run,
         )
-        from transformer_lens_taskvec.plots import experiment_figures, save_figures
-
         return found, [*found.save(folder), *save_figures(experiment_figures(found), folder)]
 
     if dry_run:

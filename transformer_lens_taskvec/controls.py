@@ -8,6 +8,7 @@ vector, so every function that takes vectors takes controls.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,10 @@ FROM_VECTORS = ("random", "other task", "mean")
 
 FROM_PROMPTS: Mapping[str, int] = {"shuffled labels": 2, "zero-shot": 1, "reinitialised": 0}
 """Controls that need passes over the prompts, and how many demonstrations each needs."""
+
+_SHUFFLED = 8
+"""Prompts per task that the control in a model of shuffled weights takes: its direction is chance,
+and its length the task vector's."""
 
 Extract = Callable[[Any, Sequence[Any]], Injectable]
 """Makes vectors from a model and episodes."""
@@ -98,8 +103,8 @@ def control_vectors(
     - ``mean``: the mean over all tasks;
     - ``shuffled labels``: the mean over the same prompts with the answers of each prompt shuffled;
     - ``zero-shot``: the mean over the same queries without demonstrations;
-    - ``reinitialised``: the mean over the same prompts in a model whose weights are shuffled within
-      each matrix, rescaled to the norm of the task's vector.
+    - ``reinitialised``: the mean over up to eight of each task's prompts in a model whose weights
+      are shuffled within each matrix, rescaled to the norm of the task's vector.
 
     Args:
         vectors: Task vectors, or anything else that can be injected.
@@ -181,9 +186,20 @@ def _control(
         mean = reduce(values, "task ... -> ...", "mean")
         values = repeat(mean, "... -> task ...", task=len(values))
     else:
-        found = extract(_with_shuffled_weights(model, seed), episodes)
+        found = extract(_with_shuffled_weights(model, seed), _first(episodes, _SHUFFLED))
         values = _as_long_as(_values(found, vectors), values)
     return ControlVectors(vectors, values)
+
+
+def _first(episodes: Sequence[Episode], n: int) -> list[Episode]:
+    """Return the first ``n`` episodes of each task."""
+    counts: Counter[str] = Counter()
+    found = []
+    for episode in episodes:
+        counts[episode.task] += 1
+        if counts[episode.task] <= n:
+            found.append(episode)
+    return found
 
 
 def _values(vectors: Injectable, like: Injectable) -> Float[Tensor, "task layer *part d"]:

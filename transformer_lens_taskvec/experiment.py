@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -180,6 +180,7 @@ def run_experiment(
     stop: str | None = None,
     k: int = 10,
     demo_sets: int | str | None = ENOUGH,
+    report: Callable[[str, Any], None] | None = None,
     progress: bool = False,
 ) -> Experiment:
     """Return zero-shot, few-shot and injected accuracy, and decodability, of tasks in a model.
@@ -198,6 +199,8 @@ def run_experiment(
         demo_sets: Sets of demonstrations that the few-shot test prompts of a task share, which
             changes ``icl`` alone: fewer sets are faster, and their interval is wider. None draws
             fresh ones for every prompt. ``"enough"`` takes :func:`enough_sets`.
+        report: Called with ``"decodability"`` and ``"layer_sweep"`` and that part of the result, as
+            soon as it is measured.
         progress: Whether to show progress bars.
 
     Raises:
@@ -240,11 +243,16 @@ def run_experiment(
         demo_sets={"test": demo_sets},
     )
     activations = collect(model, sets["train"], progress=progress)
+    decodability = task_decodability(activations, k)
+    if report is not None:
+        report("decodability", decodability)
     vectors = task_vectors(activations)
     made = control_vectors(vectors, model, sets["train"], seed=seed)
     options: dict[str, Any] = {"metrics": list(metrics), "stop": stop, "progress": progress}
     random_ones = {"random": made["random"]}
     sweep = layer_sweep(model, zero_shot(sets["dev"]), vectors, controls=random_ones, **options)
+    if report is not None:
+        report("layer_sweep", sweep)
     layers = {task: sweep.best_layer(task) for task in vectors.tasks}
     plain, injected, *controlled = evaluate_many(
         model,
@@ -264,7 +272,7 @@ def run_experiment(
         controls=dict(zip(made, controlled, strict=True)),
         layers=layers,
         sweep=sweep,
-        decodability=task_decodability(activations, k),
+        decodability=decodability,
         activations=activations,
         vectors=vectors,
         settings={

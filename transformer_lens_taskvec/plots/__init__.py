@@ -10,7 +10,7 @@ from transformer_lens_taskvec.plots.decodability import (
     plot_td_vs_accuracy,
 )
 from transformer_lens_taskvec.plots.embedding import explore_embedding, plot_embedding
-from transformer_lens_taskvec.plots.experiment import experiment_figures
+from transformer_lens_taskvec.plots.experiment import experiment_figures, part_figure
 from transformer_lens_taskvec.plots.heads import plot_head_effects, plot_vectors
 from transformer_lens_taskvec.plots.interventions import (
     plot_layer_sweep,
@@ -32,6 +32,7 @@ __all__ = [
     "experiment_figures",
     "explore_embedding",
     "figure_of",
+    "part_figure",
     "plot_decodability",
     "plot_embedding",
     "plot_head_effects",
