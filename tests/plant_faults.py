@@ -43,7 +43,7 @@ QUERIES = "tests/test_evaluate.py"
 PROMPTS = "tests/test_prompts.py"
 FAULTS = [
     Fault(
-        "interventions/packed.py",
+        "interventions/branches.py",
         "(index * length, hook)",
         "((index + 1) * length % 2, hook)",
         ENGINE,
@@ -58,8 +58,10 @@ FAULTS = [
         "interventions/packed.py", "layer=hook.layer + 1, hook=", "layer=hook.layer, hook=", ENGINE
     ),
     Fault("interventions/packed.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
-    Fault("interventions/packed.py", "answers[:, :-1]], dim=1)", "answers[:, 1:]], dim=1)", ENGINE),
-    Fault("interventions/packed.py", "logits[:, 1:], answers", "logits[:, :-1], answers", ENGINE),
+    Fault(
+        "interventions/packed.py", "-1:], ids[:, :-1]], dim=1)", "-1:], ids[:, 1:]], dim=1)", ENGINE
+    ),
+    Fault("interventions/packed.py", "values[:, 1:], numbers", "values[:, :-1], numbers", ENGINE),
     Fault(
         "models/forward.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool)", ENGINE
     ),
@@ -70,11 +72,15 @@ FAULTS = [
         ENGINE,
     ),
     Fault(
-        "models/forward.py",
-        "layer.keys[rows], layer.values[rows]",
-        "layer.keys[rows], layer.values[rows * 0]",
+        "models/past.py",
+        "return values[index]",
+        "return values[index * 0]",
         ENGINE,
     ),
+    Fault("models/prefixes.py", "nodes[place].end :]", "nodes[place].start :]", ENGINE),
+    Fault("models/prefixes.py", "min(common[start + 1 : end])", "common[start + 1]", ENGINE),
+    Fault("models/forward.py", "+ real.cumsum(dim=1) - 1", "+ real.cumsum(dim=1)", ENGINE),
+    Fault("models/readout.py", "if self.cap is None else", "if True else", ENGINE),
     Fault("interventions/modes.py", "rows + vector.to(rows)", "rows + 2 * vector.to(rows)", EDITS),
     Fault(
         "interventions/intervention.py",
@@ -88,8 +94,8 @@ FAULTS = [
     Fault("interventions/modes.py", "einsum(along, unit,", "2 * einsum(along, unit,", EDITS),
     Fault(
         "models/tokens.py",
-        "width - lengths.cpu() + one",
-        "torch.full_like(lengths.cpu(), one)",
+        "else width - length + one",
+        "else one",
         f"tests/test_evaluate.py tests/test_generate.py {PACKAGE}/models/tokens.py",
     ),
     Fault(
@@ -184,12 +190,12 @@ FAULTS = [
     Fault("interventions/packed.py", "- 1 > can.apart)", "- 1 > 3 * can.apart)", LENGTHS),
     Fault("models/limits.py", "yield name, size, kind is None", "yield name, size, False", LENGTHS),
     Fault(
-        "interventions/packed.py",
+        "interventions/branches.py",
         "edits.setdefault(id(points[hook.name])",
         "edits.setdefault(hook.name",
         "tests/test_evaluate.py",
     ),
-    Fault("interventions/packed.py", "steps=can.hooked", "steps=False", CARRIED),
+    Fault("interventions/packed.py", "if can.hooked else [width", "if False else [width", CARRIED),
     Fault("models/carried.py", "in sorted(found)]", "in sorted(found)[::-1]]", CARRIED),
     Fault(
         "models/protocol.py", "with lock, _evaluating(model):", "with _evaluating(model):", CARRIED
@@ -198,7 +204,7 @@ FAULTS = [
     Fault("interventions/checks.py", "if head >= shape[0]:", "if head > shape[0]:", HOOK_POINTS),
     Fault(
         "interventions/packed.py",
-        "if bool(logits[..., 0].isnan().any()):",
+        "if bool(values[..., 0].isnan().any()):",
         "if False:",
         HOOK_POINTS,
     ),

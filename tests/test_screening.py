@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import zoo
@@ -133,6 +134,7 @@ def test_what_was_not_measured_is_nan_in_tables_and_grey_in_figures(
     assert ax.images[0].get_clim()[1] == pytest.approx(
         float(effects.log_probability.nan_to_num(0).abs().max())
     )
+    plt.close(ax.figure)
     vectors = tv.function_vectors(model, few_shot, n_heads=3, effects=effects)
     assert vectors.source.heads == effects.top(3) and vectors.values.isfinite().all()
 
