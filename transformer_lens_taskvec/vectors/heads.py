@@ -208,9 +208,8 @@ def head_effects(
         position: Where the head is changed: -1, the last prompt token, is by far the fastest;
             None changes it at every token. Means always come from the last prompt token.
         screen: How many heads to measure, for large models: all are estimated by attribution
-            patching (one backward pass, :mod:`~transformer_lens_taskvec.vectors.screening`), and
-            those with the largest absolute effect on the answer's probability, in the mean over
-            tasks, are measured. None measures all.
+            patching (one backward pass), and those with the largest absolute effect on the answer's
+            probability, in the mean over tasks, are measured. None measures all.
         metrics: Further metrics, as for :func:`evaluate_many`.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
