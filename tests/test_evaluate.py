@@ -398,6 +398,18 @@ def test_an_intervention_in_a_pair_is_refused(model: Any, episodes: list[tv.Epis
             tv.evaluate(model, episodes, [(name, edit)])
 
 
+@pytest.mark.model
+def test_variants_may_share_an_intervention(model: Any, episodes: list[tv.Episode]) -> None:
+    direction = torch.arange(32.0)
+    halved = tv.inject(direction, 1, mode=lambda rows, vector: rows / 2 + vector, hook="mlp_out")
+    removed = tv.ablate(1, direction=direction, hook="mlp_out")
+    variants = [[removed], [removed, tv.ablate(2)], [halved], [tv.ablate(2), halved], [halved]]
+    together = tv.evaluate_many(model, episodes, variants)
+    for scores, variant in zip(together, variants, strict=True):
+        alone = tv.evaluate(model, episodes, variant)
+        torch.testing.assert_close(scores.loss, alone.loss, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("answer", ["cat", " cat", "dog", " 1 2", "\n", " ", "b:0a", "\u00e9"])
 def test_an_answer_has_the_tokens_that_continue_its_prompt(answer: str) -> None:
     tokenizer = zoo.sentencepiece_tokenizer()

@@ -36,23 +36,20 @@ def branch_hooks(
 
 
 def _in_branches(edits: Sequence[tuple[int, Intervention]]) -> Callable[..., Tensor]:
-    rounds = _rounds(edits)
+    rounds = [_at_once(some) for some in _rounds(edits)]
 
     def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
         edited = activation.clone()
-        for some in rounds:
-            _edit(edited, some)
+        for edit in rounds:
+            edit(edited)
         return edited
 
     return hook_function
 
 
-Edits = list[tuple[int, Intervention]]
-
-
-def _rounds(edits: Sequence[tuple[int, Intervention]]) -> list[Edits]:
+def _rounds(edits: Sequence[tuple[int, Intervention]]) -> list[list[tuple[int, Intervention]]]:
     """Return the edits in groups that can be made at once, each after those it depends on."""
-    found: list[Edits] = []
+    found: list[list[tuple[int, Intervention]]] = []
     place: dict[Any, int] = {}
     for column, edit in edits:
         key = _kind(edit)
@@ -66,31 +63,31 @@ def _rounds(edits: Sequence[tuple[int, Intervention]]) -> list[Edits]:
 
 
 def _kind(edit: Intervention) -> Any:
-    """Return what edits that are made at once have in common."""
+    """Return what edits that are made at once have in common; nothing else is equal to others."""
     if edit.mode not in _AT_ONCE:
-        return id(edit)
+        return object()  # variants may share one intervention
     vector = edit.vector
     return edit.mode, edit.head is None, None if vector is None else (vector.dtype, vector.shape)
 
 
-def _edit(activation: Tensor, edits: Edits) -> None:
-    """Edit the activation's columns in place."""
+def _at_once(edits: Sequence[tuple[int, Intervention]]) -> Callable[[Tensor], None]:
+    """Return a function that makes edits of one kind in an activation's columns, in place."""
+    column, first = edits[0]
     if len(edits) == 1:
-        ((column, edit),) = edits
-        activation[:, column] = edit.edit(activation[:, column])
-        return
-    first, device = edits[0][1], activation.device
-    where: tuple[Any, ...] = (
-        slice(None),
-        torch.tensor([column for column, _ in edits], device=device),
-    )
+
+        def edit_one(activation: Tensor) -> None:
+            activation[:, column] = first.edit(activation[:, column])
+
+        return edit_one
+    vectors = [edit.vector * edit.scale for _, edit in edits if edit.vector is not None]
+    new = torch.stack(vectors) if vectors else torch.zeros(())
+    columns = torch.tensor([column for column, _ in edits], device=new.device)
+    where: tuple[Any, ...] = (slice(None), columns)
     if first.head is not None:
-        where = (*where, torch.tensor([edit.head for _, edit in edits], device=device))
-    if first.vector is None:
-        activation[where] = 0
-        return
-    vectors = torch.stack(
-        [edit.vector * edit.scale for _, edit in edits if edit.vector is not None]
-    )
-    vectors = vectors.to(activation)
-    activation[where] = activation[where] + vectors if first.mode == "add" else vectors
+        where = (*where, torch.tensor([edit.head for _, edit in edits], device=new.device))
+
+    def edit_all(activation: Tensor) -> None:
+        written = new.to(activation)
+        activation[where] = activation[where] + written if first.mode == "add" else written
+
+    return edit_all
