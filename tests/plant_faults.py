@@ -49,19 +49,22 @@ FAULTS = [
         ENGINE,
     ),
     Fault(
-        "interventions/packed.py",
-        "1 + bisect_right(first, layer)",
-        "1 + bisect_right(first, layer - 1)",
+        "interventions/variants.py",
+        "1 + bisect_right(some, layer)",
+        "1 + bisect_right(some, layer - 1)",
         ENGINE,
     ),
     Fault(
-        "interventions/packed.py", "layer=hook.layer + 1, hook=", "layer=hook.layer, hook=", ENGINE
+        "interventions/variants.py",
+        "layer=hook.layer + 1, hook=",
+        "layer=hook.layer, hook=",
+        ENGINE,
     ),
-    Fault("interventions/packed.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
+    Fault("interventions/variants.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
     Fault(
         "interventions/packed.py", "-1:], ids[:, :-1]], dim=1)", "-1:], ids[:, 1:]], dim=1)", ENGINE
     ),
-    Fault("interventions/packed.py", "values[:, 1:], numbers", "values[:, :-1], numbers", ENGINE),
+    Fault("interventions/packed.py", "values[:, 1:], ids", "values[:, :-1], ids", ENGINE),
     Fault(
         "models/forward.py", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool)", ENGINE
     ),

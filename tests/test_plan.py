@@ -14,7 +14,7 @@ import zoo
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import controls, lab
-from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models import carried, counted, prefixes
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.counted import Count, Counted

@@ -14,12 +14,8 @@ from torch import Tensor
 
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
-from transformer_lens_taskvec.interventions.packed import (
-    Variant,
-    acts_at_end,
-    default_max_tokens,
-    placed,
-)
+from transformer_lens_taskvec.interventions.packed import default_max_tokens
+from transformer_lens_taskvec.interventions.variants import Variant, acts_at_end, placed
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.carried import taking_along, warn_of_hooks
 from transformer_lens_taskvec.models.forward import new_cache, run_cached, run_prompts
@@ -120,7 +116,7 @@ def generate(
         at_end = all(acts_at_end(hook) for hook in edits)
         plan = steps(
             encoded,
-            budget=max(default_max_tokens(model), longest),
+            budget=max(default_max_tokens(model, can), longest),
             can=replace(can, apart=apart),
             # Padding between tokens counts where attention does by index.
             fewest=fewest_saved(model) if caching and at_end and can.apart is None else None,

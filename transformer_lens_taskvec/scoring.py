@@ -41,10 +41,10 @@ from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import (
     Chunk,
     NumberChunk,
-    Variant,
     answer_logits,
     answer_numbers,
 )
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.layouts import check_readable
 from transformer_lens_taskvec.models.protocol import inference

@@ -16,7 +16,7 @@ from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.interventions.modes import Mode
-from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import (
     LOSS_LABELS,

@@ -16,6 +16,7 @@ from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import run_until
 from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
+from transformer_lens_taskvec.models.readout import Keep
 from transformer_lens_taskvec.models.tokens import batches, encode_prompts, pad_id
 from transformer_lens_taskvec.prompts import AnyEpisode
 
@@ -54,14 +55,10 @@ def input_embeddings(model: Any, episodes: Sequence[AnyEpisode]) -> Activations:
             same_length=not can.pads,
             apart=can.apart,
         ):
-            kept: list[Tensor] = []
-
-            def keep(activation: Tensor, hook: Any = None, kept: list[Tensor] = kept) -> None:
-                kept.append(activation.to("cpu", torch.float32))
-
-            there = batch.to(device)
-            run_until(model, there.tokens, there.padding, [(name, keep)], name)
-            values[list(batch.rows), 0] = _mean_of_real(kept[0], batch.mask)
+            there, embedded = batch.to(device), Keep()
+            run_until(model, there.tokens, there.padding, [(name, embedded)], name)
+            kept = embedded.take().to("cpu", torch.float32)
+            values[list(batch.rows), 0] = _mean_of_real(kept, batch.mask)
     return labelled(model, episodes, values, hook="resid_pre", layers=(0,), bos=bos)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.interventions.modes import Mode
-from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import Scores, evaluate_many
 from transformer_lens_taskvec.tasks.base import NULL

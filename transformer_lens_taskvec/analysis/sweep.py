@@ -22,7 +22,7 @@ from transformer_lens_taskvec._utils.statistics import cross_fitted_best, means_
 from transformer_lens_taskvec.activations import layer_index
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.interventions.modes import Mode
-from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import (
     Scores,

@@ -1,8 +1,9 @@
-"""Hook functions that edit the first token of each branch of a packed pass."""
+"""Branches of a packed pass: which run together, and the hooks that edit their first tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,62 @@ from torch import Tensor
 
 from transformer_lens_taskvec.interventions.intervention import Intervention
 
+BRANCH_TOKENS = 256
+"""The most suffix tokens per prompt: attention among them grows with their square."""
+
+_FEW = 4
+"""Up to this number of variants, large batches save more than answers of one length."""
+
 _AT_ONCE = ("replace", "add", "zero")
 """The modes in which many branches are edited by one operation."""
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """A pass over branches of some prompts.
+
+    Attributes:
+        rows: The prompts' indices in their batch.
+        start: The first of the edited variants that run.
+        end: The end of these variants.
+    """
+
+    rows: tuple[int, ...]
+    start: int
+    end: int
+
+
+def suffixes(
+    lengths: Sequence[int], n_edited: int, n_variants: int, *, budget: int, most: int | None
+) -> list[Suffix]:
+    """Return the passes over the branches of a batch of prompts.
+
+    With many variants, prompts with answers of one length run together; otherwise every variant
+    would run the padding of shorter answers.
+
+    Args:
+        lengths: The number of tokens of each prompt's answer.
+        n_edited: The number of variants that edit something.
+        n_variants: The number of all variants.
+        budget: The most tokens of a pass.
+        most: The most tokens of one prompt's branches, None for no limit.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(0 if n_variants <= _FEW else length, []).append(row)
+    found: list[Suffix] = []
+    for _, group in sorted(groups.items()):
+        length = max(lengths[row] for row in group)
+        tokens = min(one for one in (BRANCH_TOKENS, budget, most) if one is not None)
+        branches = max(1, tokens // length - 1)
+        size = max(1, budget // ((1 + min(branches, n_edited)) * length))
+        for first in range(0, len(group), size):
+            rows = tuple(group[first : first + size])
+            found.extend(
+                Suffix(rows, start, min(start + branches, n_edited))
+                for start in range(0, max(n_edited, 1), branches)
+            )
+    return found
 
 
 def branch_hooks(

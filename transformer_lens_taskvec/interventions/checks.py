@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformer_lens_taskvec.interventions.intervention import Intervention
-from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models.layouts import position_shapes
 from transformer_lens_taskvec.models.protocol import check_hook, check_layers, model_name
 

@@ -16,8 +16,7 @@ the same results.
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +27,19 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.metrics import Answered
 from transformer_lens_taskvec.activations import Reader, read_prompts
-from transformer_lens_taskvec.interventions.branches import branch_hooks
-from transformer_lens_taskvec.interventions.intervention import Intervention, altered
+from transformer_lens_taskvec.interventions.branches import (
+    BRANCH_TOKENS,
+    branch_hooks,
+    suffixes,
+)
+from transformer_lens_taskvec.interventions.intervention import Intervention
+from transformer_lens_taskvec.interventions.variants import (
+    Branching,
+    Variant,
+    acts_at_end,
+    branching,
+    placed,
+)
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.models.carried import warn_of_hooks
 from transformer_lens_taskvec.models.forward import (
@@ -41,27 +51,15 @@ from transformer_lens_taskvec.models.forward import (
 from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.past import Past
 from transformer_lens_taskvec.models.prefixes import Step, fewest_saved, in_steps, steps
-from transformer_lens_taskvec.models.protocol import device_of, hook_name, model_name
+from transformer_lens_taskvec.models.protocol import device_of, model_name
 from transformer_lens_taskvec.models.readout import ENTERS, Keep
 from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id
-
-Hook = Intervention | tuple[str, Callable[..., Any]]
-"""An intervention, or any pair of a hook name and a hook function."""
-
-Variant = Sequence[Hook]
-"""Interventions applied together, in order; the empty variant is the unedited model."""
-
-_BRANCH_TOKENS = 256
-"""The most suffix tokens per prompt: attention among them grows with their square."""
 
 _LOGITS = 1 << 24
 """The most logits that are made at a time, where that is up to the library."""
 
 _VECTORS = 1 << 15
 """Vectors per pass of a model of the lab."""
-
-_FEW = 4
-"""Up to this number of variants, large batches save more than answers of one length."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +129,14 @@ def answer_logits(
         _warn_plain(model, f"some prompts, with their answers, are longer than {can.why_apart}")
     device = device_of(model)
     there = [[placed(hook, device) for hook in variant] for variant in variants]
-    budget = max_tokens or default_max_tokens(model)
+    budget = max_tokens or default_max_tokens(model, can)
     work = _Work(model, can, prompts, answers, there, observe, budget)
     packed = packable if can.packs and together else []
     if packed:
+        branches = branching(model, there, packed, shares_layers=can.shares_layers)
         for batch, past in in_steps(model, work.plan(together)):
             rows = tuple(together[row] for row in batch.rows)
-            yield from _packed(work, replace(batch, rows=rows), past, packed)
+            yield from _packed(work, replace(batch, rows=rows), past, branches)
     alone = [index for index in every if index not in packed]
     yield from _plainly(work, together, alone, () if packed else observe)
     for group in apart:
@@ -177,6 +176,8 @@ class _Work:
     def chunks(
         self,
         values: Float[Tensor, "row variant answer_pos d"],
+        ids: Int[Tensor, "row answer_pos"],
+        real: Bool[Tensor, "row answer_pos"],
         rows: tuple[int, ...],
         variants: tuple[int, ...],
         observed: Float[Tensor, "row layer ..."] | None = None,
@@ -185,14 +186,13 @@ class _Work:
 
         Args:
             values: Logits, or what enters the unembedding if the model has a ``readout``.
+            ids: The answers, from :meth:`answers_of`.
+            real: Where they are real.
             rows: The prompts.
             variants: The variants.
             observed: As for :class:`Chunk`.
         """
-        ids, real = self.answers_of(rows)
-        length = values.shape[2]
-        ids, real = ids[:, :length], real[:, :length]
-        readout = self.can.readout
+        readout, length = self.can.readout, values.shape[2]
         tokens = max(1, _LOGITS // int(self.model.cfg.d_vocab))
         if readout is None:
             tokens = values.shape[:3].numel()
@@ -258,30 +258,18 @@ def prompt_hooks(hooks: Variant, prompts: Batch) -> list[tuple[str, Callable[...
     ]
 
 
-def default_max_tokens(model: Any) -> int:
+def default_max_tokens(model: Any, can: Capabilities) -> int:
     """Return how many tokens per pass use a modest part of the free memory."""
     cfg = model.cfg
     width = int(getattr(cfg, "d_mlp", None) or 4 * int(cfg.d_model))
     heads = int(getattr(cfg, "n_heads", None) or 1)
-    logits = 0 if capabilities(model).readout else 3 * int(cfg.d_vocab)
-    per_token = 4 * (logits + 8 * width + 4 * heads * 2 * _BRANCH_TOKENS)
+    logits = 0 if can.readout else 3 * int(cfg.d_vocab)
+    per_token = 4 * (logits + 8 * width + 4 * heads * 2 * BRANCH_TOKENS)
     device = device_of(model)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(min(max(free // 4 // per_token, 256), 65536))
     return int(min(max((1 << 30) // per_token, 256), 1024))
-
-
-def acts_at_end(hook: Hook) -> bool:
-    """Return whether a hook is an intervention that acts at the last prompt token only."""
-    return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
-
-
-def placed(hook: Hook, device: torch.device) -> Hook:
-    """Return an intervention with its vector on a device."""
-    if not isinstance(hook, Intervention) or hook.vector is None or hook.vector.device == device:
-        return hook
-    return altered(hook, vector=hook.vector.to(device))
 
 
 def _portions(
@@ -320,92 +308,48 @@ def _pad_right(
     return ids.to(device), mask.to(device)
 
 
-@dataclass(frozen=True)
-class Suffix:
-    """A pass over branches of some prompts.
-
-    Attributes:
-        rows: The prompts' indices in their batch.
-        length: The tokens of a branch: the last prompt token, and the answer's but the last.
-        start: The first of the edited variants that run.
-        end: The end of these variants.
-    """
-
-    rows: tuple[int, ...]
-    length: int
-    start: int
-    end: int
-
-
-def suffixes(
-    lengths: Sequence[int], n_edited: int, n_variants: int, *, budget: int, most: int | None
-) -> list[Suffix]:
-    """Return the passes over the branches of a batch of prompts.
-
-    With many variants, prompts with answers of one length run together; otherwise every variant
-    would run the padding of shorter answers.
-
-    Args:
-        lengths: The number of tokens of each prompt's answer.
-        n_edited: The number of variants that edit something.
-        n_variants: The number of all variants.
-        budget: The most tokens of a pass.
-        most: The most tokens of one prompt's branches, None for no limit.
-    """
-    groups: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        groups.setdefault(0 if n_variants <= _FEW else length, []).append(row)
-    found: list[Suffix] = []
-    for _, group in sorted(groups.items()):
-        length = max(lengths[row] for row in group)
-        tokens = min(one for one in (_BRANCH_TOKENS, budget, most) if one is not None)
-        branches = max(1, tokens // length - 1)
-        size = max(1, budget // ((1 + min(branches, n_edited)) * length))
-        for first in range(0, len(group), size):
-            rows = tuple(group[first : first + size])
-            found.extend(
-                Suffix(rows, length, start, min(start + branches, n_edited))
-                for start in range(0, max(n_edited, 1), branches)
-            )
-    return found
-
-
-def _packed(work: _Work, batch: Batch, past: Past | None, chosen: Sequence[int]) -> Iterator[Chunk]:
-    """Run the prompts once, then the chosen variants of prompts with similar answers.
+def _packed(work: _Work, batch: Batch, past: Past | None, branches: Branching) -> Iterator[Chunk]:
+    """Run the prompts once, then the variants of prompts with similar answers.
 
     Args:
         work: What was asked for.
         batch: The prompts, without what stands before.
         past: What stands before.
-        chosen: The variants, all of which pack.
+        branches: The variants.
     """
     model, can = work.model, work.can
-    moved = {index: work.variants[index] for index in chosen}
-    if can.shares_layers:
-        points = model.hook_dict  # made anew at every look
-        moved = {index: _early(model, points, variant) for index, variant in moved.items()}
-    unedited = tuple(index for index in chosen if not moved[index])
-    edited = sorted((i for i in chosen if moved[i]), key=lambda index: _first(moved[index]))
+    unedited, edited = branches.unedited, branches.edited
     lengths = [len(work.answers[row]) for row in batch.rows]
     width = batch.tokens.shape[1] + (past.width if past else 0)
     room = None if can.indexed is None else can.indexed - width + 1
     if room is not None and room < 2 * max(lengths):
-        yield from _plainly(work, batch.rows, chosen, work.observe)
+        yield from _plainly(work, batch.rows, sorted([*unedited, *edited]), work.observe)
         return
     if not edited and can.readout is not None:
         yield from _unedited(work, batch, past, unedited)
         return
     before = run_prefix(model, batch.before_last(), past)
-    for suffix in suffixes(lengths, len(edited), len(chosen), budget=work.budget, most=room):
-        some = tuple(edited[suffix.start : suffix.end])
+    n_variants = len(unedited) + len(edited)
+    for suffix in suffixes(lengths, len(edited), n_variants, budget=work.budget, most=room):
+        some = edited[suffix.start : suffix.end]
+        edits = [(), *branches.edits[suffix.start : suffix.end]]
         numbers = tuple(batch.rows[row] for row in suffix.rows)
         rows = torch.tensor(suffix.rows, device=batch.tokens.device)
-        ids, _ = work.answers_of(numbers)
+        ids, real = work.answers_of(numbers)
         branch = torch.cat([batch.tokens[rows, -1:], ids[:, :-1]], dim=1)
         first = suffix.start == 0
         reader = Reader(work.observe if first else (), 0)
-        edits = [moved[index] for index in some]
-        values = _branches(work, branch, before.rows(rows), edits, reader)
+        active = branches.active(suffix.start, suffix.end, int(model.cfg.n_layers))
+        values = run_branches(
+            model,
+            repeat(branch, "row pos -> row (branch pos)", branch=len(edits)),
+            before.rows(rows),
+            [*reader.hooks, *branch_hooks(model, edits, branch.shape[1])],
+            n_branches=len(edits),
+            active=active if can.shares_layers else None,
+            reads_out=can.readout is None,
+        )
+        values = rearrange(values, "row (branch pos) d -> row branch pos d", branch=len(edits))
         if bool(values[..., 0].isnan().any()):
             # A masked key weighs 0, and 0 times infinity in one branch is NaN in all.
             _warn_plain(model, "an intervention makes activations infinite or NaN")
@@ -414,74 +358,24 @@ def _packed(work: _Work, batch: Batch, past: Past | None, chosen: Sequence[int])
             continue
         if first and (unedited or work.observe):
             alike = values[:, :1].expand(-1, len(unedited), -1, -1)
-            yield from work.chunks(alike, numbers, unedited, reader.take())
+            yield from work.chunks(alike, ids, real, numbers, unedited, reader.take())
         if some:
-            yield from work.chunks(values[:, 1:], numbers, some)
+            yield from work.chunks(values[:, 1:], ids, real, numbers, some)
 
 
 def _unedited(
     work: _Work, batch: Batch, past: Past | None, variants: tuple[int, ...]
 ) -> Iterator[Chunk]:
     """Run prompts and answers in one pass."""
-    ids, _ = work.answers_of(batch.rows)
-    width, length = batch.tokens.shape[1], ids.shape[1]
+    ids, real = work.answers_of(batch.rows)
+    start = batch.tokens.shape[1] - 1
     tokens, padding = _with_answers(batch, ids)
-    reader, entering = Reader(work.observe, width - 1), Keep(lambda hidden: hidden[:, width - 1 :])
+    reader, entering = Reader(work.observe, start), Keep(lambda hidden: hidden[:, start:])
     hooks: list[tuple[str, Callable[..., Any]]] = [*reader.hooks, (ENTERS, entering)]
     run_until(work.model, tokens, padding, hooks, ENTERS, past=past)
     hidden = rearrange(entering.take(), "row pos d -> row 1 pos d")
-    alike = hidden.expand(-1, len(variants), length, -1)
-    yield from work.chunks(alike, batch.rows, variants, reader.take())
-
-
-def _branches(
-    work: _Work,
-    branch: Int[Tensor, "row answer_pos"],
-    past: Past,
-    variants: Sequence[Variant],
-    reader: Reader,
-) -> Float[Tensor, "row branch answer_pos d"]:
-    """Return the logits, or what enters the unembedding, of the unedited branch and the others.
-
-    There is one per variant, in the order of their first edits.
-    """
-    model, can = work.model, work.can
-    length, n_branches = branch.shape[1], 1 + len(variants)
-    first = [_first(variant) for variant in variants]
-    active = [1 + bisect_right(first, layer) for layer in range(int(model.cfg.n_layers))]
-    values = run_branches(
-        model,
-        repeat(branch, "row pos -> row (branch pos)", branch=n_branches),
-        past,
-        [*reader.hooks, *branch_hooks(model, [(), *variants], length)],
-        n_branches=n_branches,
-        active=active if can.shares_layers else None,
-        reads_out=can.readout is None,
-    )
-    return rearrange(values, "row (branch pos) d -> row branch pos d", branch=n_branches)
-
-
-def _early(model: Any, points: Mapping[str, Any], variant: Variant) -> Variant:
-    """Return the variant with edits after a block moved before the next, to share the block.
-
-    They stay ahead of the edits that are already there.
-    """
-    n_layers = int(model.cfg.n_layers)
-    moved: list[Hook] = []
-    rest: list[Hook] = []
-    for hook in variant:
-        assert isinstance(hook, Intervention)
-        after = points[hook_name("resid_post", hook.layer)]
-        if points[hook.name] is after and hook.layer + 1 < n_layers:
-            moved.append(altered(hook, layer=hook.layer + 1, hook="resid_pre"))
-        else:
-            rest.append(hook)
-    return [*moved, *rest]
-
-
-def _first(variant: Variant) -> int:
-    """Return the first layer that a variant edits."""
-    return min(hook.layer for hook in variant if isinstance(hook, Intervention))
+    alike = hidden.expand(-1, len(variants), -1, -1)
+    yield from work.chunks(alike, ids, real, batch.rows, variants, reader.take())
 
 
 def _at_prompt(intervention: Intervention, prompts: Batch) -> Callable[..., Tensor]:

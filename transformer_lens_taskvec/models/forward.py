@@ -83,14 +83,12 @@ def run_until(
     def stop(activation: Tensor, hook: Any = None) -> Tensor:
         raise _Done
 
-    if "attention_mask" in kwargs:
-        pass
-    elif past is None:
-        kwargs |= _masked(model, tokens, padding)
-    else:
-        kwargs = {"past_key_values": Continued(past)} | kwargs
+    if past is not None:
         real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
-        kwargs |= _after(model, past.mask, real)
+        behind = _after(model, past.mask, real)
+        kwargs = {"past_key_values": Continued(past), **behind, **kwargs}
+    elif "attention_mask" not in kwargs:
+        kwargs |= _masked(model, tokens, padding)
     with suppress(_Done):
         model.run_with_hooks(tokens, fwd_hooks=[*hooks, (last, stop)], **kwargs)
 

@@ -67,15 +67,11 @@ class Past:
 
     def whole(self, layer: int, *after: KeysAndValues) -> KeysAndValues:
         """Return a layer's keys and values, with others after them."""
-        every = [
-            *((_rows(k, index), _rows(v, index)) for (k, v), index in self._parts_of(layer)),
-            *after,
+        mine = [
+            [_rows(one, index) for one in segment.layers[layer]] for segment, index in self.parts
         ]
-        keys, values = (torch.cat(some, dim=-2) for some in zip(*every, strict=True))
+        keys, values = (torch.cat(some, dim=-2) for some in zip(*mine, *after, strict=True))
         return keys, values
-
-    def _parts_of(self, layer: int) -> list[tuple[KeysAndValues, Tensor | None]]:
-        return [(segment.layers[layer], index) for segment, index in self.parts]
 
 
 def _rows(values: Tensor, index: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.intervention import inject
-from transformer_lens_taskvec.interventions.packed import Variant
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models.forward import mask_dtype
 from transformer_lens_taskvec.models.layouts import check_readable, position_shapes
 from transformer_lens_taskvec.models.protocol import hook_name, model_name

@@ -86,7 +86,7 @@ def estimated_effects(
     can, device = capabilities(model), device_of(model)
     # Nothing is read after an answer's last token.
     whole = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens = max_tokens or default_max_tokens(model) // _SHARE
+    tokens = max_tokens or default_max_tokens(model, can) // _SHARE
     parts: list[tuple[list[int], Tensor]] = []
     with (
         inference(model),

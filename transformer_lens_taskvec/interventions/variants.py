@@ -1,0 +1,101 @@
+"""Variants: interventions that are applied together, and in what order their branches run."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transformer_lens_taskvec.interventions.intervention import Intervention, altered
+from transformer_lens_taskvec.models.protocol import hook_name
+
+Hook = Intervention | tuple[str, Callable[..., Any]]
+"""An intervention, or any pair of a hook name and a hook function."""
+
+Variant = Sequence[Hook]
+"""Interventions applied together, in order; the empty variant is the unedited model."""
+
+
+def acts_at_end(hook: Hook) -> bool:
+    """Return whether a hook is an intervention that acts at the last prompt token only."""
+    return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
+
+
+def placed(hook: Hook, device: torch.device) -> Hook:
+    """Return an intervention with its vector on a device."""
+    if not isinstance(hook, Intervention) or hook.vector is None or hook.vector.device == device:
+        return hook
+    return altered(hook, vector=hook.vector.to(device))
+
+
+@dataclass(frozen=True)
+class Branching:
+    """Variants that run as branches of one suffix.
+
+    Attributes:
+        unedited: The variants without an edit, which share the unedited branch.
+        edited: The others, by the first layer that they edit.
+        edits: The interventions of each of these.
+        first: The first layer that each of these edits.
+    """
+
+    unedited: tuple[int, ...]
+    edited: tuple[int, ...]
+    edits: tuple[Variant, ...]
+    first: tuple[int, ...]
+
+    def active(self, start: int, end: int, n_layers: int) -> list[int]:
+        """Return how many branches differ by each layer, of some edited ones and the unedited."""
+        some = self.first[start:end]
+        return [1 + bisect_right(some, layer) for layer in range(n_layers)]
+
+
+def branching(
+    model: Any, variants: Sequence[Variant], chosen: Sequence[int], *, shares_layers: bool
+) -> Branching:
+    """Return how some variants branch, all of which act at the last prompt token only.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        variants: The variants.
+        chosen: The indices of those that branch.
+        shares_layers: Whether blocks run on only those branches that differ by then.
+    """
+    moved = {index: variants[index] for index in chosen}
+    if shares_layers:
+        points = model.hook_dict  # made anew at every look
+        n_layers = int(model.cfg.n_layers)
+        moved = {index: _early(points, n_layers, variant) for index, variant in moved.items()}
+    first = {index: _first(variant) for index, variant in moved.items() if variant}
+    edited = tuple(sorted(first, key=first.__getitem__))
+    return Branching(
+        tuple(index for index in chosen if index not in first),
+        edited,
+        tuple(moved[index] for index in edited),
+        tuple(first[index] for index in edited),
+    )
+
+
+def _early(points: Mapping[str, Any], n_layers: int, variant: Variant) -> Variant:
+    """Return the variant with edits after a block moved before the next, to share the block.
+
+    They stay ahead of the edits that are already there.
+    """
+    moved: list[Hook] = []
+    rest: list[Hook] = []
+    for hook in variant:
+        assert isinstance(hook, Intervention)
+        after = points[hook_name("resid_post", hook.layer)]
+        if points[hook.name] is after and hook.layer + 1 < n_layers:
+            moved.append(altered(hook, layer=hook.layer + 1, hook="resid_pre"))
+        else:
+            rest.append(hook)
+    return [*moved, *rest]
+
+
+def _first(variant: Variant) -> int:
+    """Return the first layer that a variant edits."""
+    return min(hook.layer for hook in variant if isinstance(hook, Intervention))
