@@ -273,6 +273,56 @@ def test_collect_needs_a_tenth_of_the_memory(benchmark: Any) -> None:
     assert ratio >= 10
 
 
+_VOCABULARY = """
+    import sys, threading, time, psutil, torch, transformers
+    from unittest import mock
+    import transformer_lens_taskvec as tv
+    from transformer_lens_taskvec.models import capabilities
+    tokenizer = tv.load_model("smollm2", device="cpu").tokenizer
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=262_144, hidden_size=256, intermediate_size=1024, num_hidden_layers=30,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=64, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2, architectures=["Gemma2ForCausalLM"])
+    model = tv.bridge_from_hf(transformers.Gemma2ForCausalLM(config), tokenizer, device="cpu")
+    episodes = tv.sample_episodes(tv.find_tasks(["element_symbol"]), 24, 5, seed=0)
+    variants = [[tv.inject(torch.ones(256), layer)] for layer in range(30)]
+    if sys.argv[1] == "whole":
+        mock.patch.object(capabilities, "_readout", lambda model: None).start()
+    tv.evaluate_many(model, episodes[:1], variants[:1])
+    process, peak, done = psutil.Process(), 0, False
+    start = process.memory_info().rss
+    def watch():
+        global peak
+        while not done:
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.002)
+    thread = threading.Thread(target=watch); thread.start()
+    began = time.perf_counter()
+    scores = tv.evaluate_many(model, episodes, variants)
+    seconds = time.perf_counter() - began
+    done = True; thread.join()
+    print(peak - start, seconds, sum(one.mean_loss for one in scores))
+"""
+
+
+def test_a_large_vocabulary_takes_little_memory(benchmark: Any) -> None:
+    """A sweep of 30 variants over 24 prompts with Gemma's vocabulary."""
+    found = {}
+    for way in ("tiles", "whole"):
+        script = textwrap.dedent(_VOCABULARY)
+        out = subprocess.run(
+            [sys.executable, "-c", script, way], capture_output=True, text=True, check=True
+        ).stdout.split()
+        found[way] = memory, seconds, _ = tuple(map(float, out[-3:]))
+        print(f"\nlogits in {way}: peak +{memory / 2**20:.0f} MiB, {seconds:.1f} s")
+    ratio = found["whole"][0] / found["tiles"][0]
+    record("peak memory of a sweep, vocabulary 262,144", "logits of whole passes", 2.0, ratio)
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert found["tiles"][0] < 1.5e9 and ratio >= 2
+    assert found["tiles"][2] == pytest.approx(found["whole"][2], rel=1e-5)
+
+
 def test_importing_costs_little_more_than_transformer_lens(benchmark: Any) -> None:
     script = (
         "import time, transformer_lens; t = time.perf_counter(); "
