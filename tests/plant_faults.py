@@ -83,7 +83,7 @@ FAULTS = [
     Fault("models/prefixes.py", "nodes[place].end :]", "nodes[place].start :]", ENGINE),
     Fault("models/prefixes.py", "min(common[start + 1 : end])", "common[start + 1]", ENGINE),
     Fault("models/forward.py", "+ real.cumsum(dim=1) - 1", "+ real.cumsum(dim=1)", ENGINE),
-    Fault("models/readout.py", "if self.cap is None else", "if True else", ENGINE),
+    Fault("models/readout.py", "if self.cap is None else", "if True else", "tests/test_models.py"),
     Fault("interventions/modes.py", "rows + vector.to(rows)", "rows + 2 * vector.to(rows)", EDITS),
     Fault(
         "interventions/intervention.py",

@@ -22,6 +22,14 @@ from transformer_lens_taskvec import _smollm as smollm
 from transformer_lens_taskvec.loading import load_checkpoint
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.protocol import inference
+from transformer_lens_taskvec.models.readout import ENTERS, Keep, Readout
+
+READOUTS = [
+    ("llama", {}, Readout()),
+    ("gemma2", {"final_logit_softcapping": 30.0}, Readout(cap=30.0)),
+    ("gemma2", {"final_logit_softcapping": 1e3}, Readout(cap=1e3)),  # a cap that is hardly seen
+    ("gemma2", {"final_logit_softcapping": None}, Readout()),
+]
 
 
 def test_smollm2_loads_in_under_five_seconds_from_a_warm_cache(smollm2: Any) -> None:
@@ -436,3 +444,17 @@ def test_both_classes_give_the_same_logits_on_smollm2(smollm2: Any) -> None:
     tokens = torch.tensor([smollm2.tokenizer.encode("example:cat->cats\nexample:dog->")])
     with torch.no_grad():
         torch.testing.assert_close(hooked(tokens), smollm2(tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "changes", "found"), READOUTS)
+def test_logits_are_made_of_what_enters_the_unembedding(
+    kind: str, changes: dict[str, Any], found: Readout, tokenizer: Any
+) -> None:
+    model = zoo.bridge(kind, tokenizer, **changes)
+    readout = capabilities(model).readout
+    assert readout == found
+    tokens, entering = torch.tensor([[5, 6, 7, 8]]), Keep()
+    with torch.no_grad():
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(ENTERS, entering)])
+        again = readout.logits(model, entering.take())
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
