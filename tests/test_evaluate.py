@@ -399,6 +399,7 @@ def test_an_intervention_in_a_pair_is_refused(model: Any, episodes: list[tv.Epis
 
 
 @pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 def test_variants_may_share_an_intervention(model: Any, episodes: list[tv.Episode]) -> None:
     direction = torch.arange(32.0)
     halved = tv.inject(direction, 1, mode=lambda rows, vector: rows / 2 + vector, hook="mlp_out")
