@@ -98,7 +98,7 @@ def test_accuracy_with_demonstration_sets(
         assert worst < 1e-3 and (ours.correct == theirs[1]).all()
         return f"losses within {worst:.0e}, accuracies equal ({ours.accuracy:.2f})"
 
-    ratio = compare(
+    compare(
         "8-shot accuracy, 5 demonstration sets x 40 queries, one task",
         "batches of whole prompts",
         5.0,
@@ -107,7 +107,6 @@ def test_accuracy_with_demonstration_sets(
         rounds=1,
         agree=agree,
     )
-    assert ratio >= 5
 
 
 def test_collect_with_demonstration_sets(
@@ -119,7 +118,7 @@ def test_collect_with_demonstration_sets(
         assert worst < 1e-3
         return f"activations within {worst:.0e} of their norm"
 
-    ratio = compare(
+    compare(
         "collect, all layers, 5 demonstration sets x 40 queries at 8 shots",
         "batches of whole prompts",
         5.0,
@@ -128,7 +127,6 @@ def test_collect_with_demonstration_sets(
         rounds=1,
         agree=agree,
     )
-    assert ratio >= 5
 
 
 def test_ten_shot_accuracy_with_demonstration_sets(compare: Compare, smollm2: Any) -> None:
@@ -144,7 +142,7 @@ def test_ten_shot_accuracy_with_demonstration_sets(compare: Compare, smollm2: An
         accuracies = f"{ours.accuracy:.3f}, with fresh demonstrations {theirs.accuracy:.3f}"
         return f"losses of whole prompts within {worst:.0e}; accuracy {accuracies}"
 
-    ratio = compare(
+    compare(
         "10-shot accuracy, bitwise and POS, 100 queries per class over 10 demonstration sets",
         "fresh demonstrations",
         3.0,
@@ -154,7 +152,6 @@ def test_ten_shot_accuracy_with_demonstration_sets(compare: Compare, smollm2: An
         warm=False,
         agree=agree,
     )
-    assert ratio >= 3
 
 
 @pytest.mark.parametrize(
@@ -184,7 +181,7 @@ def test_five_shot_layer_sweep(
 
     tokens = float(padded(smollm2, episodes).mask.sum()) / len(episodes)
     demos = "" if demo_sets is None else f", {demo_sets} demonstration sets"
-    ratio = compare(
+    compare(
         f"layer sweep, 30 layers, 5-shot, answers of {n_tokens} token(s), "
         f"{tokens:.0f} tokens a prompt{demos}",
         "one teacher-forced run_with_hooks per layer",
@@ -194,7 +191,6 @@ def test_five_shot_layer_sweep(
         rounds=1,
         agree=agree,
     )
-    assert ratio >= target
 
 
 def points(n: int) -> tv.Activations:
@@ -227,7 +223,7 @@ def test_decodability_of_many_points_takes_the_time_of_brute_force(compare: Comp
         assert worst < 1e-3  # neighbours at equal distance up to rounding
         return f"votes without a tie differ in {worst:.1%} of points"
 
-    ratio = compare(
+    compare(
         "TD, 20,000 points, one layer",
         "scikit-learn's neighbours, brute force",
         0.5,
@@ -236,7 +232,6 @@ def test_decodability_of_many_points_takes_the_time_of_brute_force(compare: Comp
         rounds=1,
         agree=agree,
     )
-    assert ratio >= 0.5
 
 
 _PEAK = """

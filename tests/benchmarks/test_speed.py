@@ -52,7 +52,7 @@ def test_layer_sweep(
 ) -> None:
     episodes = sets["test"] if shots else tv.zero_shot(sets["test"])
     edits = layer_edits(vectors[TASK].to(device))
-    ratio = compare(
+    compare(
         f"layer sweep, 30 layers, {shots}-shot",
         "one run_with_hooks per layer",
         target,
@@ -63,7 +63,6 @@ def test_layer_sweep(
     print(
         f"\nlayer sweep, {shots}-shot: {tokens_predict(smollm2, episodes):.2f} x the tokens' time"
     )
-    assert ratio >= target
 
 
 def tokens_predict(model: Any, episodes: list[tv.Episode]) -> float:
@@ -109,7 +108,7 @@ def test_head_effects(
         assert worst < 1e-3
         return f"effects differ by at most {worst:.0e} nats"
 
-    ratio = compare(
+    compare(
         "head effects, 270 heads, 5-shot",
         "one run per head",
         35.0,
@@ -118,7 +117,6 @@ def test_head_effects(
         rounds=1,
         agree=agree,
     )
-    assert ratio >= 35
 
 
 def test_perturbation_matrix(compare: Compare, smollm2: Any, device: str) -> None:
@@ -135,14 +133,13 @@ def test_perturbation_matrix(compare: Compare, smollm2: Any, device: str) -> Non
             own = [episode for episode in split["test"] if episode.task == task]
             hook_loop(smollm2, own, edits)
 
-    ratio = compare(
+    compare(
         "perturbation matrix, 7 x 7 bitwise tasks, 4-shot",
         "one teacher-forced run per cell",
         4.0,
         lambda: tv.perturbation_matrix(smollm2, split["test"], vectors, 15),
         one_run_per_cell,
     )
-    assert ratio >= 4
 
 
 def test_task_decodability(compare: Compare) -> None:
@@ -165,7 +162,7 @@ def test_task_decodability(compare: Compare) -> None:
             ]
         )
 
-    ratio = compare(
+    compare(
         "TD, 700 points, 30 layers",
         "scikit-learn leave-one-out per layer",
         10.0,
@@ -173,7 +170,6 @@ def test_task_decodability(compare: Compare) -> None:
         by_scikit_learn,
         rounds=1,
     )
-    assert ratio >= 10
 
 
 def test_collect_is_as_fast_as_a_plain_pass(
@@ -187,7 +183,7 @@ def test_collect_is_as_fast_as_a_plain_pass(
         with torch.no_grad():
             run_until(smollm2, tokens, mask, [], "blocks.20.hook_resid_post")
 
-    ratio = compare(
+    compare(
         "collect, layers 0 to 20",
         "a plain pass to the same layer",
         1 / 1.05,
@@ -195,7 +191,6 @@ def test_collect_is_as_fast_as_a_plain_pass(
         plain_pass,
         rounds=7,
     )
-    assert ratio >= 1 / 1.05
 
 
 def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
@@ -211,7 +206,7 @@ def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
                 tokens, mask = batch.tokens.to(device), batch.mask.to(device)
                 run_until(smollm2, tokens, mask, [], "blocks.29.hook_resid_post")
 
-    ratio = compare(
+    compare(
         "TD and accuracy, POS and bitwise, 1, 4 and 10 shots",
         "the prompts' tokens alone",
         1 / 1.3,
@@ -221,7 +216,6 @@ def test_td_and_accuracy_cost_little_more_than_the_prompts_tokens(
         tokens_alone,
         rounds=1,
     )
-    assert ratio >= 1 / 1.3
 
 
 _MEMORY = """

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformer_lens_taskvec as tv
+from transformer_lens_taskvec.models import prefixes
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +53,14 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(device: str, dtype: str) -> Any:
     return tv.load_model("smollm2", device=device, dtype=DTYPES[dtype])
+
+
+@pytest.fixture(params=["shared", "whole"])
+def beginnings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether what prompts have in common runs once, or, as is faster here, every time."""
+    for cost in ("_PASS", "_LAUNCH"):
+        monkeypatch.setattr(prefixes, cost, 0 if request.param == "shared" else 1 << 40)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +115,12 @@ def test_the_model_is_where_it_was_asked_for(model: Any, device: str, dtype: str
 
 
 def test_packed_variants_score_as_one_by_one(
-    model: Any, sets: dict[str, list[tv.Episode]], vectors: tv.TaskVectors, device: str, dtype: str
+    model: Any,
+    sets: dict[str, list[tv.Episode]],
+    vectors: tv.TaskVectors,
+    device: str,
+    dtype: str,
+    beginnings: str,
 ) -> None:
     episodes = sets["test"]
     chosen = vectors.values[0].to(device)
@@ -124,12 +138,12 @@ def test_packed_variants_score_as_one_by_one(
     alone = torch.stack([one_by_one(model, episodes, edit) for edit in edits])
     found = torch.stack([one.loss for one in scores])
     worst = float(((found - alone).abs() / (1 + alone.abs())).max())
-    print(f"\n{dtype}: losses within {worst:.1e}")
+    print(f"\n{dtype}, beginnings {beginnings}: losses within {worst:.1e}")
     assert worst < GRAIN[dtype]
 
 
 def test_collected_activations_are_those_of_one_prompt_at_a_time(
-    model: Any, sets: dict[str, list[tv.Episode]], dtype: str
+    model: Any, sets: dict[str, list[tv.Episode]], dtype: str, beginnings: str
 ) -> None:
     found = tv.collect(model, sets["test"])
     alone = []
@@ -144,12 +158,12 @@ def test_collected_activations_are_those_of_one_prompt_at_a_time(
         alone.append(torch.stack(layers).float().cpu())
     expected = torch.stack(alone)
     worst = float(((found.values - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-    print(f"\n{dtype}: activations within {worst:.1e} of their norm")
+    print(f"\n{dtype}, beginnings {beginnings}: activations within {worst:.1e} of their norm")
     assert worst < {"float32": 1e-4, "bfloat16": 0.05}[dtype]
 
 
 def test_generated_text_is_that_of_whole_passes(
-    full: Any, sets: dict[str, list[tv.Episode]]
+    full: Any, sets: dict[str, list[tv.Episode]], beginnings: str
 ) -> None:
     prompts = [episode.prompt for episode in sets["test"][::2]]
     texts = tv.generate(full, prompts, max_new_tokens=6)

@@ -27,6 +27,12 @@ FEWEST = 4
 _PASS = 1 << 25
 """What a pass costs beside its tokens, in multiplications per layer."""
 
+_LAUNCH = 1 << 33
+"""The same on an accelerator, which waits for its kernels to be launched."""
+
+_FINER = 16
+"""By how much less the beginnings save that are also tried, many of which run in one pass."""
+
 _LIGHT = 4
 """How many tokens of the past weigh as much as one that runs."""
 
@@ -82,9 +88,32 @@ def steps(
         budget: The most tokens of a step, padding included.
         can: What the model can do.
         own: How many tokens at the end of each prompt must be in its own step.
-        fewest: How many tokens a shared beginning must save; None if nothing is shared.
+        fewest: How many tokens must be saved for a step more; None if nothing is shared.
         most_rows: The most prompts of a step.
     """
+    each: list[int | None] = [fewest]
+    if fewest is not None:
+        # Beginnings that save too little for a step of their own may share one with others.
+        while (least := (each[-1] or 0) // _FINER) >= FEWEST:
+            each.append(least)
+    plans = [_steps(prompts, budget, can, own, one, most_rows) for one in each]
+    return min(plans, key=lambda plan: sum(_cost(step) + (fewest or 0) for step in plan))
+
+
+def _cost(step: Step) -> int:
+    """Return the tokens that a step runs, padding included, and what those before it weigh."""
+    return len(step.tokens) * (step.width + step.before // _LIGHT)
+
+
+def _steps(
+    prompts: Sequence[Tokens],
+    budget: int,
+    can: Capabilities,
+    own: int | Sequence[int],
+    fewest: int | None,
+    most_rows: int | None,
+) -> list[Step]:
+    """Return the steps if a beginning is run apart wherever it saves ``fewest`` tokens."""
     after = [own] * len(prompts) if isinstance(own, int) else own
     together: list[int] = []
     if fewest is not None and can.packs and not isinstance(prompts[0], Tensor):
@@ -134,13 +163,14 @@ def steps(
     widest = max(step.before + step.width for step in found)
     if can.indexed is not None and widest > can.indexed and found[-1].level:
         # Attention that counts by index would count the padding between tokens too.
-        return steps(prompts, budget=budget, can=can, own=own, most_rows=most_rows)
+        return _steps(prompts, budget, can, own, None, most_rows)
     return found
 
 
 def fewest_saved(model: Any) -> int:
     """Return how many tokens must be saved for a pass more to be worth it."""
-    return max(FEWEST, _PASS // (12 * int(model.cfg.d_model) ** 2))
+    cost = _PASS if device_of(model).type == "cpu" else _LAUNCH
+    return max(FEWEST, cost // (12 * int(model.cfg.d_model) ** 2))
 
 
 def in_steps(model: Any, plan: Sequence[Step]) -> Iterator[tuple[Batch, Past | None]]:
