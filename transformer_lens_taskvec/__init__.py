@@ -24,6 +24,7 @@ from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.interventions import Intervention, ablate, inject
 from transformer_lens_taskvec.loading import load_hf_model, load_model
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
+from transformer_lens_taskvec.models.tokens import Separator
 from transformer_lens_taskvec.planning import Plan, plan
 from transformer_lens_taskvec.plots import (
     explore_embedding,
@@ -62,9 +63,12 @@ from transformer_lens_taskvec.tasks import (
 from transformer_lens_taskvec.vectors import (
     HeadEffects,
     Injectable,
+    LayerwiseVectors,
     TaskVectors,
     function_vectors,
     head_effects,
+    learn_head_weights,
+    learn_vectors,
     task_vectors,
 )
 
@@ -89,11 +93,13 @@ __all__ = [
     "Injectable",
     "Intervention",
     "LayerSweep",
+    "LayerwiseVectors",
     "Observe",
     "PerturbationMatrix",
     "Plan",
     "PromptTemplate",
     "Scores",
+    "Separator",
     "SteeringEffect",
     "Task",
     "TaskVectors",
@@ -113,6 +119,8 @@ __all__ = [
     "inject",
     "lab",
     "layer_sweep",
+    "learn_head_weights",
+    "learn_vectors",
     "load_hf_model",
     "load_mapping",
     "load_model",

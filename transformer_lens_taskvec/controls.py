@@ -23,7 +23,7 @@ from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.models.tokens import known_bos_habit, note_bos_habit
 from transformer_lens_taskvec.prompts import Episode, shuffle_labels, zero_shot
-from transformer_lens_taskvec.vectors.base import Injectable
+from transformer_lens_taskvec.vectors.base import OWN, Injectable, Place, at_place
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 FROM_VECTORS = ("random", "other task", "mean")
@@ -79,10 +79,11 @@ class ControlVectors:
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
-        position: int | Sequence[int] | None = -1,
+        position: Place = OWN,
     ) -> list[Intervention]:
         """Return the task's interventions with the control's vectors; as for ``Injectable``."""
-        found = self.vectors.inject(task, layer, mode=mode, scale=scale, position=position)
+        options = at_place(position)
+        found = self.vectors.inject(task, layer, mode=mode, scale=scale, **options)
         own = rearrange(self[task][layer_index(self.layers, layer)], "... d -> (...) d")
         return [replace(one, vector=vector) for one, vector in zip(found, own, strict=True)]
 

@@ -15,7 +15,12 @@ from torch import Tensor
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import default_max_tokens
-from transformer_lens_taskvec.interventions.variants import Variant, acts_at_end, placed
+from transformer_lens_taskvec.interventions.variants import (
+    Variant,
+    acts_at_end,
+    at_separators,
+    placed,
+)
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.carried import taking_along, warn_of_hooks
 from transformer_lens_taskvec.models.forward import new_cache, run_cached, run_prompts
@@ -96,7 +101,8 @@ def generate(
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and len(texts) < len(prompts):
         raise ValueError("prompts has both texts and episodes; give one kind")
-    encoded = encode(model, texts) if texts else encode_prompts(model, prompts)[0]
+    episodes = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    encoded = encode(model, texts) if texts else encode_prompts(model, episodes)[0]
     check_lengths(model, encoded, max_new_tokens)
     longest = max(map(len, encoded)) + max_new_tokens
     continuations = [""] * len(prompts)
@@ -111,7 +117,8 @@ def generate(
         if use_cache and not cached:
             reason = can.reason or f"prompts with {max_new_tokens} tokens exceed {can.why_apart}"
             raise ValueError(f"use_cache is True, but {reason}; leave it out")
-        edits = [placed(hook, device_of(model)) for hook in (*carried, *interventions)]
+        [given] = at_separators(model, [(*carried, *interventions)], episodes)
+        edits = [placed(hook, device_of(model)) for hook in given]
         caching = cached if use_cache is None else use_cache
         at_end = all(acts_at_end(hook) for hook in edits)
         plan = steps(

@@ -44,7 +44,7 @@ from transformer_lens_taskvec.interventions.packed import (
     answer_logits,
     answer_numbers,
 )
-from transformer_lens_taskvec.interventions.variants import Variant
+from transformer_lens_taskvec.interventions.variants import Variant, at_separators
 from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.layouts import check_readable
 from transformer_lens_taskvec.models.protocol import inference
@@ -403,6 +403,7 @@ def evaluate_many(
             alike = _alike(rows.tolist(), episodes, prompts, some)
             some_episodes = [episodes[copies[0]] for copies in alike]
             some_prompts = [prompts[copies[0]] for copies in alike]
+            some = at_separators(model, some, some_episodes)
             for chunk, measured in parts_of(
                 model, some_episodes, some_prompts, some, measures, stop, **options
             ):

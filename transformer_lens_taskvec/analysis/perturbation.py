@@ -26,7 +26,7 @@ from transformer_lens_taskvec.scoring import (
     mean_by_task,
     stack,
 )
-from transformer_lens_taskvec.vectors.base import Injectable, check_vectors
+from transformer_lens_taskvec.vectors.base import OWN, Injectable, Place, at_place, check_vectors
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,7 +114,7 @@ def perturbation_matrix(
     *,
     mode: Mode | None = None,
     scale: float = 1.0,
-    position: int | Sequence[int] | None = -1,
+    position: Place = OWN,
     metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
     max_tokens: int | None = None,
@@ -128,7 +128,7 @@ def perturbation_matrix(
         layer: The layer, counted from 0.
         mode: As for :func:`inject`; the vectors' own by default.
         scale: As for :func:`inject`.
-        position: As for :func:`inject`.
+        position: As for :func:`layer_sweep`.
         metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
@@ -150,7 +150,7 @@ def perturbation_matrix(
     """
     check_vectors(vectors, model, episodes)
     edits: dict[str, Variant] = {
-        task: vectors.inject(task, layer, mode=mode, scale=scale, position=position)
+        task: vectors.inject(task, layer, mode=mode, scale=scale, **at_place(position))
         for task in vectors.tasks
     }
     return matrix_of_edits(

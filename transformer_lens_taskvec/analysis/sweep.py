@@ -31,7 +31,14 @@ from transformer_lens_taskvec.scoring import (
     mean_by_task,
     stack,
 )
-from transformer_lens_taskvec.vectors.base import Injectable, check_tasks, check_vectors
+from transformer_lens_taskvec.vectors.base import (
+    OWN,
+    Injectable,
+    Place,
+    at_place,
+    check_tasks,
+    check_vectors,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -218,7 +225,7 @@ def layer_sweep(
     mode: Mode | None = None,
     scales: Sequence[float] = (1.0,),
     controls: bool | Mapping[str, Injectable] = False,
-    position: int | Sequence[int] | None = -1,
+    position: Place = OWN,
     metrics: Iterable[str | Metric] = (),
     stop: str | None = None,
     max_tokens: int | None = None,
@@ -235,7 +242,8 @@ def layer_sweep(
         scales: Factors to multiply the vectors by, one sweep each.
         controls: Vectors to inject in the task vectors' place, from :func:`control_vectors`, at the
             first scale; True for those made from the vectors alone.
-        position: Where to inject; -1, the last prompt token, is by far the fastest.
+        position: As for :func:`inject`, or ``"own"``, where the vectors act by themselves: for
+            task vectors -1, the last prompt token, which is by far the fastest.
         metrics: Further metrics, as for :func:`evaluate_many`.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
@@ -269,7 +277,7 @@ def layer_sweep(
 
     def variants_of(task: str) -> list[Variant]:
         injected = [
-            swept.inject(task, layer, mode=mode, scale=scale, position=position)
+            swept.inject(task, layer, mode=mode, scale=scale, **at_place(position))
             for swept, scale in sweeps
             for layer in layers
         ]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from transformer_lens_taskvec.interventions.modes import MODES, Mode
 from transformer_lens_taskvec.models.protocol import hook_name
-from transformer_lens_taskvec.models.tokens import Position, as_position, row_indices
+from transformer_lens_taskvec.models.tokens import Position, Separator, as_position, row_indices
 
 # Hook points [batch, head, query, key].
 _WITHOUT_POSITION = (".hook_pattern", ".hook_attn_scores")
@@ -55,8 +55,8 @@ class Intervention:
             library's own passes (``evaluate``, ``generate``, ...) run without gradients.
         scale: The factor of the vector.
         position: Positions of the prompt, negative ones from its end, others from its first real
-            token (as a bare hook on a padded batch only negative ones work); None for every
-            position, the answer's included.
+            token (as a bare hook on a padded batch only negative ones work), or a
+            :class:`Separator`; None for every position, the answer's included.
         hook: The hook point within the block, ``"resid_post"`` for ``blocks.{l}.hook_resid_post``.
         head: One head of a hook point with a head axis (``"z"``), or None.
 
@@ -192,6 +192,8 @@ class Intervention:
         """
         operations = {"replace": "set", "add": "add", "zero": "suppress"}
         operation = operations.get(self.mode) if isinstance(self.mode, str) else None
+        if not isinstance(self.position, int | tuple | None):
+            raise ValueError(f"where {self.position!r} is depends on the episode; give an index")
         if operation is None or self.head is not None:
             raise ValueError(f"{self!r} has no declarative form; use replace, add or zero")
         spec: dict[str, Any] = {"op": operation}
@@ -199,7 +201,7 @@ class Intervention:
             spec["value"] = (self.vector * self.scale).tolist()
         if isinstance(self.position, int):
             spec["pos"] = _from_start(self.position, prompt_length)
-        elif self.position is not None:
+        elif isinstance(self.position, tuple):
             spec["pos"] = [_from_start(one, prompt_length) for one in self.position]
         native = _NATIVE_NAMES.get(self.hook)
         return {f"blocks.{self.layer}.{native}" if native else self.name: spec}
@@ -233,7 +235,7 @@ def inject(
     *,
     mode: Mode = "replace",
     scale: float = 1.0,
-    position: int | Sequence[int] | None = -1,
+    position: int | Sequence[int] | Separator | None = -1,
     hook: str = "resid_post",
     head: int | None = None,
 ) -> Intervention:
@@ -246,8 +248,8 @@ def inject(
             ``(rows [row, d], vector [d]) -> rows``, like that of :meth:`TaskVectors.subspace`; it
             gets the vector times ``scale``.
         scale: The factor of the vector.
-        position: One or several positions of the prompt, -1 its last token, 0 its first; None for
-            all.
+        position: One or several positions of the prompt, -1 its last token, 0 its first; a
+            :class:`Separator`; None for all.
         hook: The hook point within the block, as TransformerLens names it.
         head: One head, counted from 0, of a hook point with a head axis (``"z"``).
 
@@ -280,7 +282,7 @@ def ablate(
     *,
     mean: Float[Tensor, " d"] | None = None,
     direction: Float[Tensor, " d"] | None = None,
-    position: int | Sequence[int] | None = -1,
+    position: int | Sequence[int] | Separator | None = -1,
     hook: str = "resid_post",
     head: int | None = None,
 ) -> Intervention:
@@ -337,7 +339,7 @@ def _make(
     mode: Mode,
     vector: Tensor | None,
     scale: float,
-    position: int | Sequence[int] | None,
+    position: int | Sequence[int] | Separator | None,
     hook: str,
     head: int | None,
 ) -> Intervention:

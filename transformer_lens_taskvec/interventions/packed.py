@@ -53,7 +53,7 @@ from transformer_lens_taskvec.models.past import Past
 from transformer_lens_taskvec.models.prefixes import Step, fewest_saved, in_steps, steps
 from transformer_lens_taskvec.models.protocol import device_of, model_name
 from transformer_lens_taskvec.models.readout import ENTERS, Keep
-from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id
+from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id, right_padded
 
 _LOGITS = 1 << 24
 """The most logits that are made at a time, where that is up to the library."""
@@ -171,7 +171,7 @@ class _Work:
         self, rows: Sequence[int]
     ) -> tuple[Int[Tensor, "row answer_pos"], Bool[Tensor, "row answer_pos"]]:
         """Return the right-padded answers of some prompts, and where they are real."""
-        return _pad_right([self.answers[row] for row in rows], device_of(self.model))
+        return right_padded([self.answers[row] for row in rows], device_of(self.model))
 
     def chunks(
         self,
@@ -294,18 +294,6 @@ def _warn_plain(model: Any, reason: str) -> None:
         "only slower.",
         stacklevel=5,
     )
-
-
-def _pad_right(
-    answers: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "row answer_pos"], Bool[Tensor, "row answer_pos"]]:
-    longest = max(map(len, answers))
-    ids = torch.zeros(len(answers), longest, dtype=torch.long)
-    mask = torch.zeros(len(answers), longest, dtype=torch.bool)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer)] = torch.tensor(answer)
-        mask[row, : len(answer)] = True
-    return ids.to(device), mask.to(device)
 
 
 def _packed(work: _Work, batch: Batch, past: Past | None, branches: Branching) -> Iterator[Chunk]:

@@ -11,6 +11,8 @@ import torch
 
 from transformer_lens_taskvec.interventions.intervention import Intervention, altered
 from transformer_lens_taskvec.models.protocol import hook_name
+from transformer_lens_taskvec.models.tokens import Each, Separator, separators
+from transformer_lens_taskvec.prompts import AnyEpisode
 
 Hook = Intervention | tuple[str, Callable[..., Any]]
 """An intervention, or any pair of a hook name and a hook function."""
@@ -22,6 +24,43 @@ Variant = Sequence[Hook]
 def acts_at_end(hook: Hook) -> bool:
     """Return whether a hook is an intervention that acts at the last prompt token only."""
     return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
+
+
+def at_separators(
+    model: Any, variants: Sequence[Variant], episodes: Sequence[AnyEpisode]
+) -> Sequence[Variant]:
+    """Return the variants with the places of separators in these episodes' prompts.
+
+    Raises:
+        ValueError: If an episode has no such separator, or as for :func:`separators`.
+    """
+    hooks = (hook for variant in variants for hook in variant)
+    asked = {
+        hook.position
+        for hook in hooks
+        if isinstance(hook, Intervention) and isinstance(hook.position, Separator)
+    }
+    if not asked:
+        return variants
+    if not episodes:
+        raise ValueError("texts have no separators; give episodes")
+    places, found = separators(model, episodes), {}
+    for one in asked:
+        for own in places:
+            if not -len(own) <= one.index < len(own):
+                raise ValueError(
+                    f"{one!r} is outside a prompt of {len(own)} separators, those of its "
+                    f"{len(own) - 1} demonstration(s) and of its query"
+                )
+        each = Each(tuple(own[one.index] for own in places))
+        found[one] = -1 if set(each.from_end) == {-1} else each
+
+    def moved(hook: Hook) -> Hook:
+        if not isinstance(hook, Intervention) or not isinstance(hook.position, Separator):
+            return hook
+        return altered(hook, position=found[hook.position])
+
+    return [[moved(hook) for hook in variant] for variant in variants]
 
 
 def placed(hook: Hook, device: torch.device) -> Hook:

@@ -58,6 +58,11 @@ class RegressionEpisode:
         return len(self.ys)
 
     @property
+    def outputs_begin(self) -> tuple[int, ...]:
+        """The tokens at which the outputs stand, the last one after the prompt's end."""
+        return tuple(range(1, 2 * len(self.xs), 2))
+
+    @property
     def query_id(self) -> int:
         """A hash of the task, the query's input and the answer."""
         return stable_hash(self.task, self.xs[-1].cpu().numpy().tobytes(), repr(self.answer))

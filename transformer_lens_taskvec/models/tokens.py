@@ -10,6 +10,7 @@ row is at index -1.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -20,12 +21,44 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Position = int | tuple[int, ...] | None
+
+@dataclass(frozen=True)
+class Separator:
+    """The last token before the output of one of an episode's examples, as a position.
+
+    :func:`evaluate`, :func:`evaluate_many` and :func:`generate` find it in each episode; a bare
+    hook cannot, and texts without examples have none.
+
+    Attributes:
+        index: The example: 0 is the first demonstration, -1 the query, whose separator is the last
+            token of the prompt.
+
+    Example:
+        >>> import torch
+        >>> import transformer_lens_taskvec as tv
+        >>> tv.inject(torch.ones(4), 2, position=tv.Separator(0))
+        Intervention(blocks.2.hook_resid_post, replace, |v|=2, position=Separator(0))
+    """
+
+    index: int
+
+    def __repr__(self) -> str:
+        return f"Separator({self.index})"
+
+
+@dataclass(frozen=True)
+class Each:
+    """A position of its own in each of several prompts, counted from its end."""
+
+    from_end: tuple[int, ...]
+
+
+Position = int | tuple[int, ...] | Separator | Each | None
 """One or several positions of a prompt, negative ones from its end; None for every position."""
 
 
 def as_position(position: Any) -> Position:
-    """Return positions as an int, a tuple of ints, or None.
+    """Return positions as an int, a tuple of ints, a separator, or None.
 
     Raises:
         ValueError: If they are none of these.
@@ -34,13 +67,15 @@ def as_position(position: Any) -> Position:
         >>> as_position([0, -1]), as_position(None)
         ((0, -1), None)
     """
+    if isinstance(position, Separator | Each):
+        return position
     several = isinstance(position, Sequence) and not isinstance(position, str)
     found = tuple(position) if several else (position,)
     whole = all(isinstance(one, Integral) and not isinstance(one, bool) for one in found)
     if position is not None and (not whole or not found):
         raise ValueError(
             f"position is {position!r}; it must be a whole number, such as -1 for the last token "
-            "of the prompt, or several of them, or None for all positions"
+            "of the prompt, or several of them, a Separator, or None for all positions"
         )
     return None if position is None else tuple(map(int, found)) if several else int(found[0])
 
@@ -68,7 +103,12 @@ class Batch:
 
     def columns(self, position: Position) -> Int[Tensor, "row at"]:
         """Return the columns of positions of the prompts, as :func:`row_indices`."""
-        return row_indices(position, self.lengths, self.tokens.shape[1]).to(self.tokens.device)
+        width = self.tokens.shape[1]
+        if isinstance(position, Each):
+            found = torch.tensor([[width + position.from_end[row]] for row in self.rows])
+        else:
+            found = row_indices(position, self.lengths, width)
+        return found.to(self.tokens.device)
 
     def part(self, start: int, end: int) -> Batch:
         """Return the rows from ``start`` to ``end``."""
@@ -207,6 +247,45 @@ def _reloaded_puts_bos(tokenizer: Any) -> bool:
         ) from error
 
 
+def separators(model: Any, episodes: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Return where each episode's separators are, counted in tokens from the prompt's end.
+
+    A separator is the last token that ends where an example's output begins, or before.
+
+    Raises:
+        ValueError: If the tokenizer does not tell where its tokens are, or an episode does not tell
+            where its examples' outputs begin.
+    """
+    for episode in episodes:
+        if not hasattr(episode, "outputs_begin"):
+            raise ValueError(
+                f"{type(episode).__name__} has no outputs_begin, where its examples' outputs begin "
+                "in the prompt, so its separators are unknown"
+            )
+    if isinstance(episodes[0].prompt, Tensor):
+        return [
+            tuple(begin - 1 - len(episode.prompt) for begin in episode.outputs_begin)
+            for episode in episodes
+        ]
+    tokenizer = _tokenizer(model)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell where in the text its tokens are, so "
+            "separators cannot be found; use a fast tokenizer"
+        )
+    encoded = tokenizer(
+        [episode.prompt for episode in episodes],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+    )
+    found = []
+    for episode, spans in zip(episodes, encoded["offset_mapping"], strict=True):
+        ends = [end for _, end in spans]
+        places = [bisect_right(ends, begin) - 1 - len(ends) for begin in episode.outputs_begin]
+        found.append(tuple(places))
+    return found
+
+
 def encode_answers(
     model: Any, episodes: Sequence[Any], *, stop: str | None = None
 ) -> list[list[int]]:
@@ -342,6 +421,19 @@ def padded(prompts: Sequence[Tokens], rows: Sequence[int], pad: int) -> Batch:
     return Batch(tokens, mask, tuple(rows), lengths)
 
 
+def right_padded(
+    answers: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "row answer_pos"], Bool[Tensor, "row answer_pos"]]:
+    """Return right-padded answers, and where they are real."""
+    longest = max(map(len, answers))
+    ids = torch.zeros(len(answers), longest, dtype=torch.long)
+    mask = torch.zeros(len(answers), longest, dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = torch.tensor(answer)
+        mask[row, : len(answer)] = True
+    return ids.to(device), mask.to(device)
+
+
 def row_indices(position: Position, lengths: Sequence[int], width: int) -> Int[Tensor, "row at"]:
     """Return the indices of positions of left-padded prompts in their rows.
 
@@ -352,6 +444,11 @@ def row_indices(position: Position, lengths: Sequence[int], width: int) -> Int[T
     Raises:
         ValueError: If a prompt has no such position.
     """
+    if isinstance(position, Separator | Each):
+        raise ValueError(
+            f"where {position!r} is depends on the episode; give the intervention to evaluate, "
+            "evaluate_many or generate, with episodes"
+        )
     if position is None:
         return repeat(torch.arange(width), "at -> row at", row=len(lengths))
     positions = (position,) if isinstance(position, int) else position

@@ -100,6 +100,11 @@ class Episode:
         return self.template.answer(self.query.x, self.query.y)
 
     @property
+    def outputs_begin(self) -> tuple[int, ...]:
+        """Where in the prompt the output of each demonstration begins, and at last the answer."""
+        return self.template.outputs_begin(self.demos, self.query.x, self.task)
+
+    @property
     def separator(self) -> str:
         """The text that ends an answer where ``stop="separator"``."""
         return self.template.separator

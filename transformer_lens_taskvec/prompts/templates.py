@@ -72,6 +72,23 @@ class PromptTemplate:
         parts.append(_fill(self._query, x, ""))
         return self._begin(parts, (self.instruction or "").replace("{task}", task))
 
+    def outputs_begin(self, demos: Iterable[Example], x: str, task: str = "") -> tuple[int, ...]:
+        """Return where in the text of :meth:`render` the examples' outputs begin.
+
+        The spaces before an output belong to it, as those before the answer do.
+
+        Example:
+            >>> import transformer_lens_taskvec as tv
+            >>> tv.PromptTemplate("{x} -> {y}").outputs_begin([tv.Example("cat", "cats")], "dog")
+            (6, 18)
+        """
+        found: list[int] = []
+        known: list[Example] = []
+        for demo in demos:
+            found.append(len(self.render(known, demo.x, task)))
+            known.append(demo)
+        return (*found, len(self.render(known, x, task)))
+
     def _begin(self, parts: list[str], instruction: str) -> str:
         return self.separator.join([instruction, *parts] if instruction else parts)
 

@@ -30,7 +30,7 @@ from transformer_lens_taskvec.activations import Activations, Source, layer_inde
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.interventions.modes import MODES, InSubspace, Mode
 from transformer_lens_taskvec.models.protocol import fingerprint, model_name, revision
-from transformer_lens_taskvec.models.tokens import bos_of
+from transformer_lens_taskvec.models.tokens import Separator, bos_of
 from transformer_lens_taskvec.prompts import AnyEpisode
 
 _FORMAT = "taskvec-3"
@@ -81,7 +81,7 @@ class Injectable(Protocol):
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
-        position: int | Sequence[int] | None = -1,
+        position: int | Sequence[int] | Separator | None = -1,
     ) -> list[Intervention]:
         """Return the interventions that make the model do the task.
 
@@ -90,9 +90,28 @@ class Injectable(Protocol):
             layer: One of ``layers``.
             mode: As for :func:`inject`; its own mode if None.
             scale: As for :func:`inject`.
-            position: As for :func:`inject`.
+            position: As for :func:`inject`; by default where the method says, which need not
+                be -1.
         """
         ...
+
+
+OWN = "own"
+"""The position at which what is injected acts by itself."""
+
+Place = int | Sequence[int] | Separator | str | None
+"""Positions, or :data:`OWN`."""
+
+
+def at_place(position: Place) -> dict[str, Any]:
+    """Return the position as an argument of ``inject``, none for :data:`OWN`.
+
+    Raises:
+        ValueError: If it is another text.
+    """
+    if isinstance(position, str) and position != OWN:
+        raise ValueError(f"position is {position!r}; it must be {OWN!r}, or as for inject")
+    return {} if isinstance(position, str) else {"position": position}
 
 
 def check_vectors(vectors: Injectable, model: Any, episodes: Sequence[AnyEpisode] = ()) -> None:
@@ -222,7 +241,7 @@ class TaskVectors(Shown):
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
-        position: int | Sequence[int] | None = -1,
+        position: int | Sequence[int] | Separator | None = -1,
     ) -> list[Intervention]:
         """Return the intervention that injects a task's vector at the hook point it comes from.
 
@@ -338,3 +357,66 @@ class TaskVectors(Shown):
             f"TaskVectors({len(self.tasks)} tasks x {len(self.layers)} layers x {width}, "
             f"{self.source.hook} of {self.source.model}: {', '.join(self.tasks)})"
         )
+
+
+@dataclass(frozen=True, repr=False)
+class LayerwiseVectors(Shown):
+    """Vectors of which those of several layers are injected together.
+
+    Attributes:
+        vectors: A vector per task and layer.
+        layers: The choices: None injects all of them, a layer those up to and including it.
+        position: Where they act by themselves, as for :func:`inject`.
+        mode: How they act by themselves; None for the vectors' own mode.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes, hook="attn_out"))
+        >>> [len(LayerwiseVectors(vectors, (0, 2, None)).inject("XOR", at)) for at in (0, 2, None)]
+        [1, 3, 4]
+    """
+
+    vectors: TaskVectors
+    layers: tuple[int | None, ...] = (None,)
+    position: int | tuple[int, ...] | Separator | None = -1
+    mode: Mode | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.vectors.tasks
+
+    @property
+    def source(self) -> Source:
+        """Where the vectors come from."""
+        return self.vectors.source
+
+    def inject(
+        self,
+        task: str,
+        layer: int | None,
+        *,
+        mode: Mode | None = None,
+        scale: float = 1.0,
+        position: Place = OWN,
+    ) -> list[Intervention]:
+        """Return the interventions of all layers up to one; as for :meth:`Injectable.inject`.
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If the layer is not one of ``layers``, or as for :func:`inject`.
+        """
+        layer_index(self.layers, layer)
+        options: dict[str, Any] = {"position": self.position, **at_place(position)}
+        mode = self.mode if mode is None else mode
+        return [
+            edit
+            for one in self.vectors.layers
+            if layer is None or one <= layer
+            for edit in self.vectors.inject(task, one, mode=mode, scale=scale, **options)
+        ]
+
+    def __repr__(self) -> str:
+        return f"LayerwiseVectors({self.vectors!r})"

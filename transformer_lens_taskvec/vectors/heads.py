@@ -14,26 +14,23 @@ W_O)``, with the norm's scale in the unedited pass of each prompt, and the heads
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import pandas as pd
 import torch
-from einops import einsum, rearrange, reduce, repeat
+from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.activations import Activations, check_finite, collect, source_of
+from transformer_lens_taskvec.activations import check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.intervention import inject
 from transformer_lens_taskvec.interventions.variants import Variant
-from transformer_lens_taskvec.models.forward import mask_dtype
 from transformer_lens_taskvec.models.layouts import check_readable, position_shapes
-from transformer_lens_taskvec.models.protocol import hook_name, model_name
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
 from transformer_lens_taskvec.scoring import (
     LOSS_LABELS,
@@ -44,6 +41,7 @@ from transformer_lens_taskvec.scoring import (
     stack,
 )
 from transformer_lens_taskvec.vectors.base import TaskVectors, warn_of_shared
+from transformer_lens_taskvec.vectors.outputs import head_means, what_heads_add
 from transformer_lens_taskvec.vectors.screening import check_screen, estimated_effects
 
 
@@ -257,10 +255,7 @@ def head_effects(
     found = collect(model, clean, hook="z", progress=progress)
     check_finite(found)
     warn_of_shared(found)
-    means, scaled = _means(found.values, found), None
-    with suppress(AttributeError, NotImplementedError):
-        scale = _root_mean_square(model, _through(model, found))
-        scaled = _means(found.values / scale[..., None], found)
+    means, scaled = head_means(model, found)
     mean = reduce(means, "task layer head d -> layer head d", "mean")
     fixed = {"zero": torch.zeros_like(mean), "mean": mean}
     patches = {
@@ -365,20 +360,10 @@ def function_vectors(
         )
     heads = effects.top(n_heads)
     layers = sorted({layer for layer, _ in heads})
-    added = None if effects.scaled is None else _as_added(model, episodes, layers)
-    if added is None or effects.scaled is None:
-        raise ValueError(
-            f"what attention adds to the residual stream of {model_name(model)} is not the sum of "
-            "its heads' outputs through W_O, so it has no function vectors; use task_vectors"
-        )
-    factors, is_norm = added
-    outputs = effects.scaled if is_norm else effects.means
+    added = what_heads_add(model, episodes, effects.means, effects.scaled, layers)
     total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
     for layer, head in heads:
-        through = einsum(
-            outputs[:, layer, head], _w_o(model, layer)[head], "task d, d d_model -> task d_model"
-        )
-        total += factors[layers.index(layer)] * through
+        total += added[:, layers.index(layer), head]
     n_layers = int(model.cfg.n_layers)
     everywhere = repeat(total, "task d_model -> task layer d_model", layer=n_layers)
     bos = effects.baseline.bos
@@ -386,75 +371,6 @@ def function_vectors(
         model, episodes, hook="resid_post", position=-1, bos=bos, mode="add", heads=heads
     )
     return TaskVectors(everywhere, effects.tasks, tuple(range(n_layers)), source)
-
-
-_FITTED = 4
-"""Prompts that the factors of attention are fitted to: they are the model's, the same for all."""
-
-
-def _as_added(
-    model: Any, episodes: Sequence[AnyEpisode], layers: Sequence[int]
-) -> tuple[Float[Tensor, "layer d_model"], bool] | None:
-    """Return what heads' projected outputs are multiplied by, and whether a norm divides them.
-
-    The factors are fitted to what attention adds to the residual stream; None if they do not fit.
-    """
-
-    def read(hook: str) -> Activations:
-        return collect(model, some, hook=hook, layers=layers)
-
-    some, dtype = episodes[:: -(-len(episodes) // _FITTED) or 1], mask_dtype(model)
-    through, added = _through(model, read("z")), read("attn_out").values
-    allowed = (1e-3 if dtype == torch.float32 else 0.05) * added.norm(dim=(0, 2))
-    if all(hook_name("resid_mid", layer) in model.hook_dict for layer in layers):
-        before, after = read("resid_pre").values, read("resid_mid").values
-        rounding = 4 * torch.finfo(dtype).eps * after.norm(dim=(0, 2))
-        if ((before + added - after).norm(dim=(0, 2)) > allowed + rounding).any():
-            return None
-    # A multiplier is one number; a norm divides by the root mean square, and has weights.
-    scales = through.new_ones(1, 1, 1), _root_mean_square(model, through)
-    for is_norm, scale, axes in ((False, scales[0], (0, 2)), (True, scales[1], (0,))):
-        unit = through / scale
-        square = unit.square().sum(dim=axes, keepdim=True)
-        factors = torch.where(square > 0, (unit * added).sum(dim=axes, keepdim=True) / square, 1.0)
-        if ((factors * unit - added).norm(dim=(0, 2)) <= allowed).all():
-            return factors[0].expand(added.shape[1:]), is_norm
-    return None
-
-
-def _through(model: Any, found: Activations) -> Float[Tensor, "example layer d_model"]:
-    """Return what the heads' outputs project to together.
-
-    Raises:
-        AttributeError: If the model's attention has no ``W_O``.
-        NotImplementedError: The same.
-    """
-    projected = []
-    for place, layer in enumerate(found.layers):
-        weights, bias = _w_o(model, layer), getattr(model.blocks[layer].attn, "b_O", None)
-        one = einsum(found.values[:, place], weights, "row head d, head d d_model -> row d_model")
-        projected.append(one if bias is None else one + bias.detach().to(one))
-    return torch.stack(projected, dim=1)
-
-
-def _w_o(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    weights: Tensor = model.blocks[layer].attn.W_O.detach().to("cpu", torch.float32)
-    return weights
-
-
-def _root_mean_square(
-    model: Any, projected: Float[Tensor, "example layer d_model"]
-) -> Float[Tensor, "example layer 1"]:
-    epsilon = float(getattr(model.cfg, "eps", 1e-6))
-    return (projected.square().mean(dim=2, keepdim=True) + epsilon).sqrt()
-
-
-def _means(
-    values: Float[Tensor, "example layer head d"], found: Activations
-) -> Float[Tensor, "task layer head d"]:
-    """Return each task's mean."""
-    own = (values[found.labels == index] for index in range(len(found.tasks)))
-    return torch.stack([some.mean(dim=0) for some in own])
 
 
 def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:
