@@ -18,6 +18,7 @@ from transformer_lens_taskvec.analysis import (
     task_decodability,
     td_vs_accuracy,
 )
+from transformer_lens_taskvec.benchmark import METHODS, Method, MethodComparison, compare_methods
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
 from transformer_lens_taskvec.generation import generate
@@ -44,6 +45,7 @@ from transformer_lens_taskvec.prompts import (
     QA,
     Episode,
     PromptTemplate,
+    permute_mapping,
     sample_episodes,
     sample_splits,
     shuffle_labels,
@@ -81,6 +83,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ARROW",
     "EXAMPLE_ARROW",
+    "METHODS",
     "QA",
     "AccuracyFit",
     "Activations",
@@ -94,6 +97,8 @@ __all__ = [
     "Intervention",
     "LayerSweep",
     "LayerwiseVectors",
+    "Method",
+    "MethodComparison",
     "Observe",
     "PerturbationMatrix",
     "Plan",
@@ -108,6 +113,7 @@ __all__ = [
     "bridge_from_hf",
     "collect",
     "compare",
+    "compare_methods",
     "control_vectors",
     "evaluate",
     "evaluate_many",
@@ -126,6 +132,7 @@ __all__ = [
     "load_model",
     "mapping_task",
     "paper",
+    "permute_mapping",
     "perturbation_matrix",
     "plan",
     "plot_decodability",

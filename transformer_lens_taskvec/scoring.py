@@ -454,6 +454,7 @@ def _text_parts(
 ) -> Iterator[tuple[Chunk, dict[str, Tensor]]]:
     answers = encode_answers(model, episodes, stop=stop)
     for chunk in answer_logits(model, prompts, answers, variants, **options):
+        chunk = replace(chunk, queries=tuple(episodes[row].query_id for row in chunk.rows))
         yield chunk, {name: measure(chunk) for name, measure in measures.items()}
 
 

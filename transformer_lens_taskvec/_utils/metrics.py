@@ -7,15 +7,31 @@ To add a metric, write one function and one entry of :data:`METRICS` here, or gi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Metric = Callable[[Float[Tensor, "answer_pos vocab"], Int[Tensor, " answer_pos"]], float]
+
+@runtime_checkable
+class Measure(Protocol):
+    """A metric that is measured of many answers at once, and may ask for their queries."""
+
+    @property
+    def __name__(self) -> str:
+        """Its name in ``Scores.metrics``."""
+        ...
+
+    def of_answered(self, answered: Answered) -> Float[Tensor, "row variant"]:
+        """Return one number per answer and variant."""
+        ...
+
+
+Metric = Callable[[Float[Tensor, "answer_pos vocab"], Int[Tensor, " answer_pos"]], float] | Measure
 """A number per episode, from the logits that predict its answer and the answer's token ids."""
 
 ALWAYS = ("correct", "loss")
@@ -30,11 +46,13 @@ class Answered:
         logits: ``[row, variant, answer_pos, vocab]``, at the positions that predict the answers.
         answers: ``[row, answer_pos]`` token ids.
         mask: ``[row, answer_pos]``, False past the end of shorter answers.
+        queries: The rows' queries, where a metric may need to know them.
     """
 
     logits: Float[Tensor, "row variant answer_pos vocab"]
     answers: Int[Tensor, "row answer_pos"]
     mask: Bool[Tensor, "row answer_pos"]
+    queries: tuple[int, ...] = field(default=(), kw_only=True)
 
     @cached_property
     def ids(self) -> Int[Tensor, "row variant answer_pos"]:
@@ -121,7 +139,8 @@ def measures_of(metrics: Iterable[str | Metric]) -> dict[str, Callable[[Answered
     """Return the metrics by name, starting with those that are always measured.
 
     Args:
-        metrics: Names in :data:`METRICS`, and functions.
+        metrics: Names in :data:`METRICS`, functions, and objects that measure a whole chunk with
+            ``of_answered``.
 
     Raises:
         ValueError: If a name is unknown, or a function has no name of its own.
@@ -140,11 +159,12 @@ def measures_of(metrics: Iterable[str | Metric]) -> dict[str, Callable[[Answered
                 f"a metric needs a name of its own, and {metric!r} is called {name!r}; define it "
                 "with def, under another name"
             )
-        found[name] = _of_function(metric)
+        measure = getattr(metric, "of_answered", None)
+        found[name] = _of_function(metric) if measure is None else measure
     return found
 
 
-def _of_function(metric: Metric) -> Callable[[Answered], Tensor]:
+def _of_function(metric: Any) -> Callable[[Answered], Tensor]:
     """Return a function of one episode's logits and answer as one of a whole chunk."""
 
     def measure(answered: Answered) -> Float[Tensor, "row variant"]:

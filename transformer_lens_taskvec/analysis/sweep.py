@@ -148,6 +148,27 @@ class LayerSweep(Shown):
         known = loss[best].nan_to_num(nan=torch.inf, posinf=torch.inf)
         return self.layers[int(best[known.argmin()])]
 
+    def best(self, task: str) -> tuple[float, int | None]:
+        """Return the scale and the layer at which a task's accuracy is highest.
+
+        Where several are equal, the one with the lowest loss.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        if task not in self.tasks:
+            raise ValueError(f"no task {task!r}; there are: {', '.join(self.tasks)}")
+        found = {scale: self.at_scale(scale) for scale in self.scales}
+        layers = {scale: sweep.best_layer(task) for scale, sweep in found.items()}
+
+        def rank(scale: float) -> tuple[float, float]:
+            own = found[scale].scores_at(layers[scale]).of(task)
+            loss = own.mean_loss
+            return round(own.accuracy, 9), -loss if loss == loss else -torch.inf
+
+        scale = max(self.scales, key=rank)
+        return scale, layers[scale]
+
     @property
     def held_out(self) -> float:
         """The mean accuracy at the best layer of the first scale, on other queries.

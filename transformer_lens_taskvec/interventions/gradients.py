@@ -153,7 +153,9 @@ def descend(
                     "be trained in it"
                 )
             if not bool(total.isfinite()):
-                raise ValueError(f"the loss is {float(total)} after {step} steps; use a lower rate")
+                raise ValueError(
+                    f"the loss is {float(total.detach())} after {step} steps; use a lower rate"
+                )
             (found.grad,) = torch.autograd.grad(total, [found])
             optimizer.step()
             if report is not None:

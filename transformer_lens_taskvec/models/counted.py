@@ -191,6 +191,23 @@ class Counted:
         return self._noise[start : start + n + width - 1].unfold(0, width, 1).view(*many, width)
 
 
+class Tallied:
+    """A model that runs as it is, and adds up the tokens that it is given, padding included."""
+
+    def __init__(self, model: Any) -> None:
+        """Add up what ``model`` runs."""
+        self.counts_for = model
+        self.tokens = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["counts_for"], name)
+
+    def run_with_hooks(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        self.tokens += tokens.shape[:2].numel()
+        return self.counts_for.run_with_hooks(tokens, *args, **kwargs)
+
+
 class _Copied(Counted):
     """A copy of a counted model, to be changed: its weights are not those of the model."""
 

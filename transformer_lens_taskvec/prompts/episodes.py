@@ -217,6 +217,55 @@ def shuffle_labels(episodes: Sequence[AnyEpisode], seed: int) -> list[AnyEpisode
     return shuffled
 
 
+def permute_mapping(episodes: Sequence[Episode], seed: int) -> list[Episode]:
+    """Return the episodes under another mapping: each input gets the output of another input.
+
+    All episodes of a task get the same one, demonstrations and queries alike. It has the task's
+    inputs and outputs, and is as consistent as the task, but is not the task. Where outputs are
+    equal, no input keeps an equal one, unless more than half of them are the same.
+
+    Args:
+        episodes: Episodes, each task's with two distinct inputs or more.
+        seed: Seed of the permutation.
+
+    Raises:
+        ValueError: If a task has fewer than two distinct inputs.
+
+    Example:
+        >>> from transformer_lens_taskvec import Episode, Example
+        >>> episode = Episode("t", (Example("a", "1"), Example("b", "2")), Example("c", "3"))
+        >>> other = permute_mapping([episode], seed=1)[0]
+        >>> sorted(demo.y for demo in (*other.demos, other.query))
+        ['1', '2', '3']
+        >>> any(own == its for own, its in zip(other.demos, episode.demos))
+        False
+    """
+    rng = random.Random(seed)
+    known: dict[str, dict[str, str]] = {}
+    for episode in episodes:
+        for one in (*episode.demos, episode.query):
+            known.setdefault(episode.task, {}).setdefault(one.x, one.y)
+    other: dict[str, dict[str, str]] = {}
+    for task, mapping in known.items():
+        if len(mapping) < 2:
+            raise ValueError(f"task {task!r} has one input; a permutation needs two or more")
+        outputs = list(mapping.values())
+        order = _without_equals(_in_one_cycle(len(outputs), rng), outputs)
+        other[task] = {x: outputs[at] for x, at in zip(mapping, order, strict=True)}
+
+    def changed(task: str, one: Example) -> Example:
+        return Example(one.x, other[task][one.x])
+
+    return [
+        replace(
+            episode,
+            demos=tuple(changed(episode.task, demo) for demo in episode.demos),
+            query=changed(episode.task, episode.query),
+        )
+        for episode in episodes
+    ]
+
+
 def _in_one_cycle(n: int, rng: random.Random) -> list[int]:
     """Return a random order in which nothing keeps its place, by Sattolo's shuffle."""
     order = list(range(n))
