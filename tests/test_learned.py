@@ -212,7 +212,7 @@ def test_the_lab_learns_too() -> None:
     """Vectors and head weights are trained against the squared error of a model of numbers."""
     run = lab.shipped_run()
     model = run.model()
-    episodes = lab.regression_episodes(run.mixture, n=8, n_shots=3, seed=1)
+    episodes = lab.regression_episodes(run.problem, n=8, n_shots=3, seed=1)
     with trials(model, [episodes]) as [trial]:
         found = trial.losses([[], [tv.ablate(0)]])
     plain, ablated = tv.evaluate_many(model, episodes, [[], [tv.ablate(0)]])

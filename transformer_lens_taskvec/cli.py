@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +39,20 @@ Through = Callable[[Any], Any]
 """What every model goes through before it is used: itself, or what counts in its place."""
 
 STUDIES = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
+BENCH_TASKS = (
+    "antonyms",
+    "singular_plural",
+    "present_past",
+    "present_gerund",
+    "country_capital",
+    "country_continent",
+    "en_fr",
+    "es_en",
+    "upper_case",
+    "first_letter",
+    "next_letter",
+    "snake_camel",
+)
 DEMO_TASKS = (
     "upper_case",
     "singular_plural",
@@ -219,6 +233,82 @@ def run(
     )
     for path in paths:
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+def bench(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated task names; 'taskvec tasks' lists them.",
+            autocompletion=_task_names,
+        ),
+    ] = ",".join(BENCH_TASKS),
+    model: Model = "smollm2",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated methods; 'extracted', 'learned' or 'all'.")
+    ] = "extracted",
+    shots: Shots = 8,
+    n: Annotated[int, typer.Option(min=1, help="Training episodes per task.")] = 40,
+    n_dev: Annotated[int, typer.Option(min=1, help="Dev queries per task.")] = 20,
+    n_test: Annotated[int, typer.Option(min=1, help="Test queries per task.")] = 100,
+    seed: Seed = 0,
+    bos: Bos = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for results.json and the figure; an interrupted run is resumed.",
+            callback=_folder,
+        ),
+    ] = Path("taskvec-bench"),
+) -> None:
+    """Compare methods of making task vectors, each with its own control.
+
+    Example: taskvec bench --tasks singular_plural,en_fr --methods mean,contrast --out bench
+    """
+    from transformer_lens_taskvec.benchmark import METHODS, compare_methods
+    from transformer_lens_taskvec.loading import load_model
+    from transformer_lens_taskvec.plots import figure_of, plot_methods, save_figures
+    from transformer_lens_taskvec.tasks import find_tasks
+
+    groups = {
+        "all": [*METHODS],
+        "extracted": [name for name, one in METHODS.items() if not one.learned],
+        "learned": [name for name, one in METHODS.items() if one.learned],
+    }
+    wanted = [name for part in _names(methods) for name in groups.get(part, [part])]
+    chosen = find_tasks(_names(tasks))
+    typer.echo(f"loading {model} ...")
+
+    def say(unit: Mapping[str, Any]) -> None:
+        if "error" in unit:
+            return
+        control, other = next(iter(unit["controls"].items()))
+        typer.echo(
+            f"{unit['method']:18} {unit['task']:18} {unit['accuracy']:.2f} "
+            f"[{unit['low']:.2f}, {unit['high']:.2f}], {control} {other['accuracy']:.2f} "
+            f"(layer {unit['layer']}, {unit['seconds']:.0f} s)"
+        )
+
+    found = compare_methods(
+        load_model(model),
+        chosen,
+        methods=list(dict.fromkeys(wanted)),
+        n_shots=shots,
+        n=n,
+        n_dev=n_dev,
+        n_test=n_test,
+        seed=seed,
+        template=_template(bos),
+        out=out,
+        report=say,
+        progress=True,
+    )
+    typer.echo(found.headline)
+    typer.echo(repr(found))
+    for path in save_figures({"methods": figure_of(plot_methods(found))}, out):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"wrote {out / 'results.json'}")
 
 
 @app.command()

@@ -147,9 +147,9 @@ class MethodComparison(Shown):
     def headline(self) -> str:
         """Which methods carry the mapping and not only the kind of answer, in one sentence."""
         parts = [
-            f"{row.method} carries the mapping on {row.carried} of {row.tasks} tasks: accuracy "
-            f"{row.accuracy:.2f}, {row.control:.2f} with {self.control}"
-            for row in self.summary().itertuples()
+            f"{row['method']} carries the mapping on {row['carried']} of {row['tasks']} tasks: "
+            f"accuracy {row['accuracy']:.2f}, {row['control']:.2f} with {self.control}"
+            for row in self.summary().to_dict("records")
         ]
         return "; ".join(parts)
 

@@ -17,6 +17,7 @@ from transformer_lens_taskvec.plots.interventions import (
     plot_perturbation,
     plot_steering,
 )
+from transformer_lens_taskvec.plots.methods import plot_methods
 from transformer_lens_taskvec.plots.style import (
     FIGURE_SIZE,
     STYLE,
@@ -37,6 +38,7 @@ __all__ = [
     "plot_embedding",
     "plot_head_effects",
     "plot_layer_sweep",
+    "plot_methods",
     "plot_pairwise",
     "plot_perturbation",
     "plot_steering",
