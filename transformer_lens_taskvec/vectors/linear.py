@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.activations import Source, layer_index
-from transformer_lens_taskvec.interventions.intervention import Intervention, inject
+from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.modes import AddMapped, Mode
 from transformer_lens_taskvec.models.tokens import Separator
 from transformer_lens_taskvec.prompts import Episode
@@ -206,8 +206,8 @@ def _fitted(
     centred = changes - reduce(changes, "query d -> d", "mean")
     if isinf(ridge):
         return AddMapped(mean.float(), reads[:0].float(), reads[:0].float())
-    spread = reads.square().sum(dim=1).mean()
-    penalty = ridge * torch.maximum(spread, _ROUNDING * states.square().sum(dim=1).mean())
-    gram = reads @ reads.T + penalty.clamp(min=torch.finfo().tiny) * torch.eye(len(reads))
+    spread, size = (of.square().sum(dim=1).mean() for of in (reads, states))
+    penalty = ridge * max(float(spread), _ROUNDING * float(size))
+    gram = reads @ reads.T + (penalty or 1.0) * torch.eye(len(reads))
     writes = torch.linalg.solve(gram, centred)
     return AddMapped(mean.float(), reads.float(), writes.float())

@@ -191,8 +191,8 @@ class SeparatorVectors:
         given = at_place(position)
         if given and self.n_separators > 1:
             raise ValueError(
-                f"position is {position!r}, and there are {self.n_separators} vectors, one for each "
-                f"separator; leave position at {OWN!r}, or make vectors with n_separators=1"
+                f"position is {position!r}, and there are {self.n_separators} vectors, one for "
+                f"each separator; leave position at {OWN!r}, or make vectors with n_separators=1"
             )
         assert layer is not None
         mode = self.source.mode if mode is None else mode
