@@ -91,7 +91,7 @@ def accuracy(model: Any, found: Any, episodes: Episodes) -> dict[int | None, flo
 
 
 def hold_the_planted_directions(vectors: tv.TaskVectors) -> bool:
-    """Whether tasks differ by the planted directions, up to a factor, where they are all there is."""
+    """Whether tasks differ by the planted directions where nothing else tells them apart."""
     expected = planted.planted_directions()
     expected = expected - expected.mean(dim=0)
     cosines = []
@@ -155,24 +155,21 @@ def test_contrast_is_few_shot_minus_zero_shot(toy: Any, bits: dict[str, Episodes
 def test_an_in_context_vector_is_scikit_learns_component_plus_the_mean(
     toy: Any, bits: dict[str, Episodes]
 ) -> None:
-    found = in_context_vectors(toy, bits["train"], length=0.3)
+    train = [*bits["train"][:2], *bits["train"][-2:]]
+    found = in_context_vectors(toy, train, length=0.3)
+    assert found.tasks == ("AND", "NOR")
     for task in found.tasks:
-        own = [episode for episode in bits["train"] if episode.task == task]
+        own = [episode for episode in train if episode.task == task]
         pairs = {pair for episode in own for pair in (*episode.demos, episode.query)}
-        states = [
-            [
-                torch.cat(
-                    [
-                        cache_of(toy, text)[f"blocks.{layer}.hook_resid_post"][0, -1]
-                        for layer in range(4)
-                    ]
-                )
-                for text in (pair.x, pair.y)
-            ]
-            for pair in pairs
-        ]
-        differences = torch.stack([y - x for x, y in states]).double().numpy()
-        fitted = PCA(n_components=1, svd_solver="full").fit(differences)
+        assert len(pairs) > 10
+        differences = []
+        for pair in pairs:
+            x, y = (cache_of(toy, text) for text in (pair.x, pair.y))
+            names = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
+            differences.append(torch.cat([y[name][0, -1] - x[name][0, -1] for name in names]))
+        fitted = PCA(n_components=1, svd_solver="full").fit(
+            torch.stack(differences).double().numpy()
+        )
         component = fitted.components_[0] * (1 if fitted.components_[0] @ fitted.mean_ > 0 else -1)
         expected = torch.tensor(component + fitted.mean_).reshape(4, -1)
         expected = 0.3 * expected / expected.norm(dim=1, keepdim=True)

@@ -91,7 +91,7 @@ class KeepNorm:
         turned = torch.nn.functional.normalize(
             torch.nn.functional.normalize(rows, dim=-1) + step, dim=-1
         )
-        return (rows.norm(dim=-1, keepdim=True) * turned).to(activation.dtype)
+        return torch.as_tensor(rows.norm(dim=-1, keepdim=True) * turned).to(activation.dtype)
 
 
 @dataclass(frozen=True, eq=False)

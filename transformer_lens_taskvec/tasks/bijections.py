@@ -35,7 +35,7 @@ def bijection_task(
         >>> import transformer_lens_taskvec as tv
         >>> tasks = tv.find_tasks(["singular_plural", "plural_singular"])
         >>> bijection_task(tasks["singular_plural"], tasks["plural_singular"], name="number")
-        MappingTask('number', 189 pairs: 'actress' -> 'actresses', 'aunts' -> 'aunt', ...)
+        MappingTask('number', 221 pairs: 'analyses' -> 'analysis', 'apple' -> 'apples', ...)
     """
     pairs = _pairs(forward)
     known = {(pair.x, pair.y) for pair in _pairs(backward)}

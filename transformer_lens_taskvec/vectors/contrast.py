@@ -69,7 +69,7 @@ def contrast_vectors(
         >>> sets = tv.sample_splits(tv.find_tasks(["XOR", "OR"]), sizes, n_shots=4, seed=0)
         >>> vectors = contrast_vectors(model, sets["train"])
         >>> vectors.inject("XOR", 1)
-        [Intervention(blocks.1.hook_resid_post, add, |v|=3.15, position=-1)]
+        [Intervention(blocks.1.hook_resid_post, add, |v|=4.62, position=-1)]
         >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors)
         >>> bool((sweep.at(1) > sweep.baseline_accuracy).all())
         True
@@ -203,7 +203,7 @@ def _direction(differences: Float[Tensor, "example layer d"]) -> Float[Tensor, "
     _, _, components = torch.linalg.svd(flat - mean, full_matrices=False)
     component = components[0] if components[0] @ mean >= 0 else -components[0]
     layer = differences.shape[1]
-    return rearrange(component + mean, "(layer d) -> layer d", layer=layer)
+    return torch.as_tensor(rearrange(component + mean, "(layer d) -> layer d", layer=layer))
 
 
 def instruction_vectors(
@@ -243,7 +243,7 @@ def instruction_vectors(
         >>> episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 10, 4, seed=0)
         >>> told = {"XOR": "one of two", "OR": "any of two"}
         >>> instruction_vectors(model, episodes, instructions=told)
-        TaskVectors(2 tasks x 4 layers x 64, resid_post of taskvec-toy: XOR, OR)
+        TaskVectors(2 tasks x 4 layers x 64, resid_post of toy@1500: XOR, OR)
     """
     if instructions is None:
         instructions = {episode.task: episode.task.replace("_", " ") for episode in episodes}

@@ -53,7 +53,7 @@ class LinearMaps:
         >>> episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 10, 4, seed=0)
         >>> found = linear_maps(model, episodes)
         >>> found
-        LinearMaps(2 tasks x 4 layers x 64, rank 10, resid_post of taskvec-toy: XOR, OR)
+        LinearMaps(2 tasks x 4 layers x 64, rank 10, resid_post of toy@1500: XOR, OR)
         >>> found.matrix("XOR", 1).shape
         torch.Size([64, 64])
     """
@@ -172,7 +172,7 @@ def linear_maps(
         >>> sets = tv.sample_splits(tv.find_tasks(["XOR", "OR"]), sizes, n_shots=4, seed=0)
         >>> found = linear_maps(model, sets["train"])
         >>> found.inject("XOR", 1)
-        [Intervention(blocks.1.hook_resid_post, f, |v|=3.15, position=-1)]
+        [Intervention(blocks.1.hook_resid_post, f, |v|=4.63, position=-1)]
         >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), found)
         >>> bool((sweep.at(1) > sweep.baseline_accuracy).all())
         True

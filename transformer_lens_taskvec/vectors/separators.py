@@ -26,7 +26,7 @@ from transformer_lens_taskvec.activations import (
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.interventions.modes import MODES, Mode
 from transformer_lens_taskvec.models.tokens import Separator
-from transformer_lens_taskvec.prompts import Episode, demo_sets_of
+from transformer_lens_taskvec.prompts import Episode
 from transformer_lens_taskvec.vectors.base import (
     OWN,
     Place,
@@ -60,8 +60,8 @@ def up_to_each_separator(episodes: Sequence[Episode], *, first: int = 0) -> list
         >>> episodes = tv.sample_episodes(tv.find_tasks(["upper_case"]), 1, 2, seed=0)
         >>> for cut in up_to_each_separator(episodes, first=1):
         ...     print(cut.n_shots, cut.query.x, cut.answer)
-        1 comes COMES
-        2 forest FOREST
+        1 bean BEAN
+        2 floor FLOOR
     """
     for episode in episodes:
         if not 0 <= first <= episode.n_shots:
@@ -122,14 +122,14 @@ def separator_means(
         >>> sets = tv.sample_splits(tv.find_tasks(["XOR", "OR"]), sizes, n_shots=6, seed=0)
         >>> vectors = separator_means(model, sets["train"], first=2)
         >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors)
-        >>> bool((sweep.at(2) > sweep.baseline_accuracy).all())
+        >>> bool(sweep.at(2).mean() > sweep.baseline_accuracy.mean())  # before layer 2
         True
     """
     _check_mode(mode)
     cut = up_to_each_separator(episodes, first=first)
     found = collect(model, cut, hook=hook, layers=layers, progress=progress)
     check_finite(found)
-    warn_of_shared(replace(found, demo_sets=demo_sets_of(episodes)))
+    warn_of_shared(episodes)
     source = source_of(model, episodes, hook=hook, position=-1, bos=found.source.bos, mode=mode)
     return TaskVectors(task_means(found), found.tasks, found.layers, source)
 

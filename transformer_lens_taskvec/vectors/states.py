@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.activations import check_finite, collect, source_of
-from transformer_lens_taskvec.prompts import Episode, demo_sets_of
+from transformer_lens_taskvec.prompts import Episode
 from transformer_lens_taskvec.vectors.base import LayerwiseVectors, TaskVectors, warn_of_shared
 from transformer_lens_taskvec.vectors.separators import up_to_each_separator
 
@@ -142,7 +141,7 @@ def state_vectors(
                 parts.append(weight)
     found = collect(model, cut, hook="attn_out", layers=layers, progress=progress)
     check_finite(found)
-    warn_of_shared(replace(found, demo_sets=demo_sets_of(episodes)))
+    warn_of_shared(episodes)
     counts = Counter(episode.task for episode in episodes)
     shares = torch.zeros(len(found), len(found.tasks), dtype=torch.float64)
     shares[torch.arange(len(found)), found.labels] = torch.tensor(parts, dtype=torch.float64)
