@@ -47,7 +47,7 @@ class ControlVectors:
     Attributes:
         vectors: The vectors they are controls for.
         values: ``[task, layer, d]``, or ``[task, layer, part, d]`` where injecting the task takes
-            several interventions.
+            several interventions; zero past those of a layer that takes fewer than others.
     """
 
     vectors: Injectable
@@ -85,7 +85,10 @@ class ControlVectors:
         options = at_place(position)
         found = self.vectors.inject(task, layer, mode=mode, scale=scale, **options)
         own = rearrange(self[task][layer_index(self.layers, layer)], "... d -> (...) d")
-        return [replace(one, vector=vector) for one, vector in zip(found, own, strict=True)]
+        return [
+            replace(one, vector=vector)
+            for one, vector in zip(found, own[: len(found)], strict=True)
+        ]
 
 
 def control_vectors(
@@ -215,8 +218,10 @@ def _values(vectors: Injectable, like: Injectable) -> Float[Tensor, "task layer 
                     f"an intervention for {task} at layer {layer} has no vector, so there is no "
                     "control of the same size; give vectors whose interventions all have one"
                 )
-            rows.append(torch.stack(known) if len(known) > 1 else known[0])
-    return rearrange(rows, "(task layer) ... -> task layer ...", task=len(like.tasks))
+            rows.append(torch.stack(known))
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    values = rearrange(padded, "(task layer) part d -> task layer part d", task=len(like.tasks))
+    return values[:, :, 0] if values.shape[2] == 1 else values
 
 
 def _means_like(vectors: Injectable) -> Extract:

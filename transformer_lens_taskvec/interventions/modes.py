@@ -63,3 +63,67 @@ class InSubspace:
         directions = self.directions.to(activation)
         inside = einsum(vector - activation, directions, "row d, rank d -> row rank")
         return activation + einsum(inside, directions, "row rank, rank d -> row d")
+
+
+@dataclass(frozen=True)
+class KeepNorm:
+    """A mode for :func:`inject`: turn an activation towards a vector, and keep its length.
+
+    ``a' = |a| w / |w|`` with ``w = a / |a| + (1 + max(0, cos(a, -v))) v``: an activation that
+    points away from the vector is turned further (Liu et al. 2023, in their code). The vector's
+    length, after scaling, says how far: it is added to an activation of length one.
+
+    Example:
+        >>> import torch
+        >>> edit = KeepNorm()
+        >>> edit(torch.tensor([[3.0, 4.0], [0.0, -5.0]]), torch.tensor([0.0, 1.0]))
+        tensor([[1.5811, 4.7434],
+                [0.0000, 5.0000]])
+    """
+
+    def __call__(
+        self, activation: Float[Tensor, "row d"], vector: Float[Tensor, " d"]
+    ) -> Float[Tensor, "row d"]:
+        """Return activations of the same lengths, turned towards the vector."""
+        rows, towards = activation.float(), vector.float()
+        away = torch.nn.functional.cosine_similarity(rows, -towards, dim=-1).clamp(min=0)
+        step = einsum(1 + away, towards, "row, d -> row d")
+        turned = torch.nn.functional.normalize(
+            torch.nn.functional.normalize(rows, dim=-1) + step, dim=-1
+        )
+        return torch.as_tensor(rows.norm(dim=-1, keepdim=True) * turned).to(activation.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class AddMapped:
+    """A mode for :func:`inject`: add the vector, and what a linear map makes of the activation.
+
+    ``a' = a + v + (a - m) R^T W``, so that ``v`` is added where the activation is ``m``. The map
+    ``R^T W`` has at most as many dimensions as it has rows.
+
+    Attributes:
+        mean: ``m``, ``[d]``.
+        reads: ``R``, ``[rank, d]``.
+        writes: ``W``, ``[rank, d]``.
+
+    Example:
+        >>> import torch
+        >>> edit = AddMapped(torch.ones(2), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+        >>> edit(torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0.5, 0.0]))
+        tensor([[1.5000, 1.0000],
+                [2.5000, 4.0000]])
+    """
+
+    mean: Float[Tensor, " d"]
+    reads: Float[Tensor, "rank d"]
+    writes: Float[Tensor, "rank d"]
+
+    def __call__(
+        self, activation: Float[Tensor, "row d"], vector: Float[Tensor, " d"]
+    ) -> Float[Tensor, "row d"]:
+        """Return the activation with the vector and its mapped difference from the mean added."""
+        rows = activation.float()
+        mean, reads, writes = (of.to(rows) for of in (self.mean, self.reads, self.writes))
+        read = einsum(rows - mean, reads, "row d, rank d -> row rank")
+        mapped = einsum(read, writes, "row rank, rank d -> row d")
+        return (rows + vector.float() + mapped).to(activation.dtype)

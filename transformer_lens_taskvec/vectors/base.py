@@ -31,7 +31,7 @@ from transformer_lens_taskvec.interventions.intervention import Intervention, in
 from transformer_lens_taskvec.interventions.modes import MODES, InSubspace, Mode
 from transformer_lens_taskvec.models.protocol import fingerprint, model_name, revision
 from transformer_lens_taskvec.models.tokens import Separator, bos_of
-from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.prompts import AnyEpisode, demo_sets_of
 
 _FORMAT = "taskvec-3"
 _SOURCE: dict[str, tuple[type, ...]] = {
@@ -156,9 +156,9 @@ def _weights(weights: str | None, commit: str | None) -> str:
     return f"fingerprint {weights}" + (f", revision {commit}" if commit else "")
 
 
-def warn_of_shared(activations: Activations) -> None:
-    """Warn if the means of activations are over demonstrations that episodes share."""
-    sets = activations.demo_sets
+def warn_of_shared(found: Activations | Sequence[AnyEpisode]) -> None:
+    """Warn if means over episodes, or their activations, are over demonstrations they share."""
+    sets = found.demo_sets if isinstance(found, Activations) else demo_sets_of(found)
     if sets is not None and len(sets.unique()) < len(sets):
         warnings.warn(
             f"means are taken over {len(sets)} prompts that share {len(sets.unique())} sets of "

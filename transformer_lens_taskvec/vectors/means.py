@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from transformer_lens_taskvec.activations import Activations, check_finite
 from transformer_lens_taskvec.vectors.base import TaskVectors, warn_of_shared
@@ -35,10 +37,23 @@ def task_vectors(activations: Activations) -> TaskVectors:
     """
     check_finite(activations)
     warn_of_shared(activations)
+    return TaskVectors(
+        task_means(activations), activations.tasks, activations.layers, activations.source
+    )
+
+
+def task_means(activations: Activations) -> Float[Tensor, "task layer ..."]:
+    """Return the mean activation of each task at each layer, summed in float64.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
+        >>> task_means(tv.collect(model, episodes)).shape
+        torch.Size([6, 4, 64])
+    """
     means = [
         activations.values[activations.labels == index].double().mean(dim=0)
         for index in range(len(activations.tasks))
     ]
-    return TaskVectors(
-        torch.stack(means).float(), activations.tasks, activations.layers, activations.source
-    )
+    return torch.stack(means).float()
