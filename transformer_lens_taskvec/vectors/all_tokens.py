@@ -129,8 +129,9 @@ def residuals(
     with inference(model), tqdm(total=n_tokens, disable=not progress, leave=False) as bar:
         if capabilities(model).hooked:
             warn_of_hooks(model, stacklevel=2)
-        order = random.Random(seed).sample(list(texts), len(texts))
-        for rows in _rows(model, order, name, bos, skip, batch_size):
+        rng = random.Random(seed)
+        order = rng.sample(list(texts), len(texts))
+        for rows in _rows(model, order, name, bos, skip, batch_size, rng):
             if rows.ndim != 2:
                 raise ValueError(
                     f"the activation of one token at {name} has shape {tuple(rows.shape[1:])}; "
@@ -157,6 +158,7 @@ def _rows(
     bos: bool | None,
     skip: int,
     batch_size: int,
+    rng: random.Random,
 ) -> Iterator[Float[Tensor, "token ..."]]:
     """Yield the activations at the tokens of some texts, a pass at a time."""
     can, device = capabilities(model), device_of(model)
@@ -164,13 +166,17 @@ def _rows(
     for start in range(0, len(texts), window):
         encoded = _encoded(model, texts[start : start + window], bos)
         check_lengths(model, encoded)
-        for batch in batches(
-            encoded,
-            batch_size=batch_size,
-            pad=pad_id(model),
-            same_length=not can.pads,
-            apart=can.apart,
-        ):
+        alike = list(
+            batches(
+                encoded,
+                batch_size=batch_size,
+                pad=pad_id(model),
+                same_length=not can.pads,
+                apart=can.apart,
+            )
+        )
+        rng.shuffle(alike)  # or the longest texts would come first
+        for batch in alike:
             there, kept = batch.to(device), Keep()
             run_until(model, there.tokens, there.padding, [(name, kept)], name)
             wanted = batch.mask & (batch.mask.cumsum(dim=1) > skip)

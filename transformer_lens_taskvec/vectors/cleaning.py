@@ -109,11 +109,11 @@ def clean_vectors(
 ) -> SparseVectors:
     """Return task vectors made of the few features that it takes to give the answers.
 
-    Activations are measured in units of the root mean square of the task's active features, so that
-    ``l1`` and ``rate`` mean the same in every dictionary: a feature of that size costs ``l1`` nats,
-    and a step changes it by about ``rate``. In the paper both are in the dictionary's own units, at
-    most 1,000 steps are taken, fewer if no feature falls away for 200, and the vector is added to
-    ``resid_pre``.
+    Activations are measured in units of the median of the task's active features, so that ``l1``
+    and ``rate`` mean the same in every dictionary: a feature of median size costs ``l1`` nats, and
+    a step changes a feature by about ``rate`` times that size. In the paper both are in the
+    dictionary's own units, at most 1,000 steps are taken, fewer if no feature falls away for 200,
+    and the vector is added to ``resid_pre``.
 
     Args:
         model: Any model with TransformerLens' hook API through which gradients flow.
@@ -181,7 +181,7 @@ def clean_vectors(
     with tqdm(total=len(tasks) * steps, disable=not progress, leave=False) as bar:
         for task, first in zip(tasks, start, strict=True):
             support = (first > 0).nonzero()[:, 0]
-            size = first[support].square().mean().sqrt()
+            size = first[support].median()
             limits = _thresholds(dictionary, len(first))[support]
 
             def active(p: Tensor, size: Tensor = size, limits: Tensor = limits) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from einops import einsum, reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -145,16 +145,17 @@ def train_dictionary(
     steps: int = 2000,
     batch_size: int = 1024,
     rate: float = 1e-3,
+    outliers: float = 10.0,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> TopKDictionary:
     """Return a dictionary trained to reconstruct activations from ``k`` features each.
 
     The loss is the squared error over the activations' variance. ``b_dec`` begins at their mean,
-    the directions at random and keep length one, ``W_enc`` at their transpose. Eight times in the
-    first three quarters of training, features that were active in no batch since the last time are
-    *revived*: each gets as its direction the error of an example of the batch, drawn with a
-    probability proportional to its squared error (after Bricken et al. 2023).
+    the directions at random and keep length one, ``W_enc`` at their transpose. Four times in the
+    first half of training, features that were active in no batch since the last time are *revived*:
+    each gets as its direction the error of an example of the batch, drawn with a probability
+    proportional to its squared error, and weak weights to detect it (after Bricken et al. 2023).
 
     Args:
         activations: Activations of one layer; many times more than features, such as those of
@@ -164,6 +165,9 @@ def train_dictionary(
         steps: The number of Adam's steps; its rate falls linearly in the last fifth.
         batch_size: Activations per step, drawn without replacement in each round.
         rate: Adam's, for activations scaled to a root mean square of one.
+        outliers: Activations longer than this many times the median length are left out. A few
+            tokens, not only the first of a text, can be a hundred times as long as the others, and
+            would be nearly all of the loss; infinity leaves out none.
         seed: Seed of the directions and the batches.
         report: Called in every step with its number and the loss before it.
 
@@ -192,19 +196,14 @@ def train_dictionary(
     """
     values, origin = _training_set(activations)
     n = 8 * values.shape[1] if n_features is None else n_features
-    if not 1 <= k <= n or steps < 1 or batch_size < 1 or not rate > 0:
+    if not 1 <= k <= n or steps < 1 or batch_size < 1 or not rate > 0 or not outliers >= 1:
         raise ValueError(
-            f"n_features is {n}, k {k}, steps {steps}, batch_size {batch_size} and rate {rate}; "
-            "they must be above 0, and k at most n_features"
+            f"n_features is {n}, k {k}, steps {steps}, batch_size {batch_size}, rate {rate} and "
+            f"outliers {outliers}; they must be above 0, k at most n_features, and outliers at "
+            "least 1"
         )
-    mean = values.mean(dim=0, dtype=torch.float64)
-    power = sum(float((rows - mean).square().sum()) for rows in values.split(4096))
-    size = (power / values.numel()) ** 0.5
-    if not 0 < size < torch.inf:
-        raise ValueError(
-            f"the activations' standard deviation is {size}; there is nothing to reconstruct. "
-            "Give finite activations of different tokens"
-        )
+    usual = _usual(values, outliers)
+    mean, size = _moments(values, usual)
     generator = torch.Generator().manual_seed(seed)
     rows_of = torch.nn.functional.normalize
     W_dec = rows_of(torch.randn(n, values.shape[1], generator=generator), dim=1).to(values.device)
@@ -212,24 +211,25 @@ def train_dictionary(
         "W_enc": W_dec.T.contiguous(),
         "b_enc": torch.zeros(n, device=values.device),
         "W_dec": W_dec,
-        "b_dec": (mean / size).float(),
+        "b_dec": torch.zeros_like(mean),  # in training, activations are centred
     }
     for weight in weights.values():
         weight.requires_grad_()
     optimizer = torch.optim.Adam(weights.values(), lr=rate)
     fired = torch.zeros(n, dtype=torch.bool, device=values.device)
-    every = max(1, steps * 3 // 32)
+    every = max(1, steps // 8)
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if not len(order):
-            order = torch.randperm(len(values), generator=generator)
+            order = usual[torch.randperm(len(usual), generator=generator)]
         rows, order = order[:batch_size], order[batch_size:]
-        batch = values[rows.to(values.device)].float() / size
+        batch = (values[rows.to(values.device)].float() - mean) / size
         optimizer.param_groups[0]["lr"] = rate * min(1.0, 5 * (1 - step / steps))
         with torch.enable_grad():
-            trained = TopKDictionary(**weights, k=k)
-            features = trained.encode(batch)
-            error = batch - trained.decode(features)
+            # As encode and decode do, without the product that gradients of batch - b_dec take.
+            shift = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
+            features = _largest(batch @ weights["W_enc"] + shift, k)
+            error = batch - weights["b_dec"] - features @ W_dec
             loss = error.square().mean()
             gradients = torch.autograd.grad(loss, list(weights.values()))
         for weight, gradient in zip(weights.values(), gradients, strict=True):
@@ -238,13 +238,13 @@ def train_dictionary(
         with torch.no_grad():
             W_dec.copy_(rows_of(W_dec, dim=1))
             fired |= (features > 0).any(dim=0)
-            if (step + 1) % every == 0 and step + 1 <= steps * 3 // 4:
+            if (step + 1) % every == 0 and step + 1 <= steps // 2:
                 _revive(weights, optimizer, ~fired, error.detach(), generator)
                 fired.zero_()
         if report is not None:
             report(step, float(loss.detach()))
     found = {name: weight.detach().cpu() for name, weight in weights.items()}
-    scaled = {name: found[name] * size for name in ("b_enc", "b_dec")}
+    scaled = {"b_enc": found["b_enc"] * size, "b_dec": found["b_dec"] * size + mean.cpu()}
     return TopKDictionary(**{**found, **scaled}, k=k, origin=origin)
 
 
@@ -275,6 +275,32 @@ def _training_set(
     return values, origin
 
 
+def _usual(values: Float[Tensor, "token d"], outliers: float) -> Int[Tensor, " row"]:
+    """Return the rows that are not longer than some times the median length."""
+    lengths = torch.cat([rows.float().norm(dim=1).cpu() for rows in values.split(4096)])
+    limit = outliers * float(lengths.median())
+    return (lengths <= (limit or torch.inf)).nonzero()[:, 0]
+
+
+def _moments(
+    values: Float[Tensor, "token d"], usual: Int[Tensor, " row"]
+) -> tuple[Float[Tensor, " d"], float]:
+    """Return the mean of some rows, and the root mean square of their entries around it."""
+    total = torch.zeros(values.shape[1], dtype=torch.float64)
+    for rows in usual.split(4096):
+        total += reduce(values[rows.to(values.device)].cpu().double(), "row d -> d", "sum")
+    mean, power = total / max(1, len(usual)), 0.0
+    for rows in usual.split(4096):
+        power += float((values[rows.to(values.device)].cpu().double() - mean).square().sum())
+    size = (power / max(1, len(usual) * values.shape[1])) ** 0.5
+    if not 1e-9 * float(mean.abs().max()) < size < torch.inf:
+        raise ValueError(
+            f"the standard deviation of the activations is {size}, so there is nothing to "
+            "reconstruct; give finite activations of different tokens"
+        )
+    return mean.to(values.device, torch.float32), size
+
+
 def _revive(
     weights: Mapping[str, Tensor],
     optimizer: torch.optim.Adam,
@@ -289,8 +315,9 @@ def _revive(
         return
     rows = torch.multinomial(squares, len(places), replacement=True, generator=generator)
     fresh = torch.nn.functional.normalize(error[rows.to(error.device)], dim=1)
+    usual = weights["W_enc"].norm(dim=0).mean()
     weights["W_dec"][places] = fresh
-    weights["W_enc"][:, places] = fresh.T
+    weights["W_enc"][:, places] = 0.2 * usual * fresh.T  # weak, so as not to upset the others
     weights["b_enc"][places] = 0.0
     for name in ("exp_avg", "exp_avg_sq"):
         optimizer.state[weights["W_dec"]][name][places] = 0.0
