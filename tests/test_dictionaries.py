@@ -415,7 +415,7 @@ def test_cleaning_keeps_the_planted_feature_and_drops_the_distractors(
         assert clean.active(task) == (number("task", index),)
         strength = clean.features[index, number("task", index)]
         torch.testing.assert_close(
-            clean[task, 1], strength * own[index] / 2**0.5, atol=1e-5, rtol=1e-5
+            clean.vectors[task, 1], strength * own[index] / 2**0.5, atol=1e-5, rtol=1e-5
         )
         assert len(losses[task]) == 110
     assert clean.source.mode == "add" and isinstance(clean, tv.Injectable)
@@ -444,7 +444,7 @@ def test_cleaning_only_shrinks_what_is_active_and_obeys_thresholds(
     start = decompose(vectors, known, 1)
     none = clean_vectors(model, test, vectors, known, 1, steps=0)
     torch.testing.assert_close(none.features, start.features)
-    torch.testing.assert_close(none.values[:, 0], start.keep(99).at(1))
+    torch.testing.assert_close(none.vectors.at(1), start.keep(99).at(1))
     jumping = Bare(known.rows, known.least)
     jumping.threshold = torch.full((len(NAMES),), 0.8)  # type: ignore[attr-defined]
     some = [episode for episode in test if episode.task == "shift 1"]

@@ -23,10 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.interventions.gradients import descend
-from transformer_lens_taskvec.interventions.intervention import altered, inject
+from transformer_lens_taskvec.interventions.intervention import Intervention, altered, inject
+from transformer_lens_taskvec.interventions.modes import Mode
 from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models.layouts import check_readable
+from transformer_lens_taskvec.models.tokens import Separator
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.vectors.base import TaskVectors, check_tasks, check_vectors
 from transformer_lens_taskvec.vectors.encoding import decode, encode, like
@@ -35,16 +39,33 @@ from transformer_lens_taskvec.vectors.sparse import check_fits
 
 
 @dataclass(frozen=True, repr=False)
-class SparseVectors(TaskVectors):
-    """Task vectors that are sums of a few features; what is saved is the vectors without them.
+class SparseVectors(Shown):
+    """Task vectors that are sums of a few features.
 
     Attributes:
+        vectors: The vectors, of one layer.
         features: ``[task, feature]``, the activations of the features that are left.
         start: ``[task, feature]``, those of the vectors before.
     """
 
+    vectors: TaskVectors
     features: Float[Tensor, "task feature"]
     start: Float[Tensor, "task feature"]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.vectors.tasks
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one layer."""
+        return self.vectors.layers
+
+    @property
+    def source(self) -> Source:
+        """Where the vectors come from, and the mode they were trained in."""
+        return self.vectors.source
 
     @property
     def l0(self) -> dict[str, int]:
@@ -55,6 +76,23 @@ class SparseVectors(TaskVectors):
     def l0_before(self) -> dict[str, int]:
         """The number of active features by task, before cleaning."""
         return dict(zip(self.tasks, (self.start > 0).sum(dim=1).tolist(), strict=True))
+
+    def inject(
+        self,
+        task: str,
+        layer: int | None,
+        *,
+        mode: Mode | None = None,
+        scale: float = 1.0,
+        position: int | Sequence[int] | Separator | None = -1,
+    ) -> list[Intervention]:
+        """Return the intervention that injects a task's vector; as for :meth:`Injectable.inject`.
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If there is no such layer, or as for :func:`inject`.
+        """
+        return self.vectors.inject(task, layer, mode=mode, scale=scale, position=position)
 
     def active(self, task: str) -> tuple[int, ...]:
         """Return a task's active features, the most active first.
@@ -225,8 +263,8 @@ def clean_vectors(
             found.append(torch.zeros_like(first).index_add(0, support, active(p)))
     features = torch.stack(found)
     values = rearrange(decode(dictionary, features), "task d -> task 1 d")
-    source = replace(here.source, mode=chosen)
-    return SparseVectors(values, tasks, (layer,), source, features, start)
+    cleaned = TaskVectors(values, tasks, (layer,), replace(here.source, mode=chosen))
+    return SparseVectors(cleaned, features, start)
 
 
 def _thresholds(dictionary: Any, n: int) -> Float[Tensor, " feature"]:
