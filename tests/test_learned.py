@@ -21,7 +21,7 @@ KINDS = ["llama", "gpt2", "gpt_neox", "gemma2", "opt", "mamba"]
 
 def variants_of(vectors: tv.TaskVectors, task: str) -> list[list[tv.Intervention]]:
     layers = vectors.layers
-    joint = tv.LayerwiseVectors(vectors, mode="add")
+    joint = tv.vectors.LayerwiseVectors(vectors, mode="add")
     return [
         *(vectors.inject(task, layer) for layer in layers),
         *(vectors.inject(task, layer, mode="add", scale=0.5) for layer in layers),
@@ -93,7 +93,7 @@ def test_layers_trained_at_once_are_those_trained_alone(
         def report(task: str, step: int, loss: torch.Tensor) -> None:
             losses.setdefault((task, *(layers or ())), []).append(loss)
 
-        return tv.learn_vectors(model, episodes, layers=layers, report=report, **options)
+        return tv.vectors.learn_vectors(model, episodes, layers=layers, report=report, **options)
 
     together = learn(None)
     for layer in range(3):
@@ -112,7 +112,7 @@ def test_nothing_is_left_on_the_model(tokenizer: Any, episodes: list[tv.Episode]
     model = zoo.bridge("llama", tokenizer)
     before = {name: value.clone() for name, value in model.named_parameters()}
     wanted = [value.requires_grad for value in model.parameters()]
-    tv.learn_vectors(model, episodes, steps=2)
+    tv.vectors.learn_vectors(model, episodes, steps=2)
     assert [value.requires_grad for value in model.parameters()] == wanted
     assert all(value.grad is None for value in model.parameters())
     for name, value in model.named_parameters():
@@ -128,13 +128,13 @@ def test_a_learned_vector_does_the_planted_task() -> None:
     )
     queries = tv.zero_shot(few_shot)
     assert len({episode.query_id for episode in queries}) == 18
-    vectors = tv.learn_vectors(model, queries, steps=100, batch_size=6)
+    vectors = tv.vectors.learn_vectors(model, queries, steps=100, batch_size=6)
     sweep = tv.layer_sweep(model, queries, vectors)
     assert (sweep.accuracy[:3] == 1).all()
     assert (sweep.accuracy[3:] <= 1 / 6 + 1e-6).all()
     # Begun at the means, which do the task, training has nothing to change.
     means = tv.task_vectors(tv.collect(model, few_shot))
-    kept = tv.learn_vectors(model, queries, start=means, steps=5, rate=1e-3)
+    kept = tv.vectors.learn_vectors(model, queries, start=means, steps=5, rate=1e-3)
     for layer in planted.WORKS:
         assert (kept.at(layer) - means.at(layer)).norm() < 1e-2 * means.at(layer).norm()
 
@@ -143,7 +143,7 @@ def test_a_learned_vector_does_the_toy_models_tasks() -> None:
     model = tv.load_model("toy")
     tasks = tv.find_tasks(["XOR", "NOR"])
     sets = tv.sample_splits(tasks, {"train": 20, "test": 20}, n_shots=4, seed=0)
-    vectors = tv.learn_vectors(model, tv.zero_shot(sets["train"]), layers=[0, 1, 3])
+    vectors = tv.vectors.learn_vectors(model, tv.zero_shot(sets["train"]), layers=[0, 1, 3])
     sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors)
     assert (sweep.at(1) > 0.9).all()
     # The mean of few-shot prompts does not work at layer 0, a trained vector does.
@@ -158,7 +158,7 @@ def test_head_weights_follow_the_loss(tokenizer: Any) -> None:
     model = zoo.bridge("llama", tokenizer)
     [task] = tv.find_tasks(["singular_plural"]).values()
     clean = tv.sample_episodes([task], n=6, n_shots=3, seed=0)
-    found = tv.learn_head_weights(model, clean, steps=0, seed=5)
+    found = tv.vectors.learn_head_weights(model, clean, steps=0, seed=5)
     assert found.weights is not None and found.layers == (None,)
     z = tv.collect(model, clean, hook="z").values.mean(dim=0)
     outputs = torch.stack(
@@ -202,7 +202,7 @@ def test_learned_head_weights_lower_the_loss_of_queries_that_are_new() -> None:
     model = tv.load_model("toy")
     tasks = tv.find_tasks(["OR", "NOR"])
     sets = tv.sample_splits(tasks, {"train": 20, "test": 20}, n_shots=4, seed=0)
-    vectors = tv.learn_head_weights(model, sets["train"], steps=60)
+    vectors = tv.vectors.learn_head_weights(model, sets["train"], steps=60)
     test = tv.zero_shot(sets["test"])
     sweep = tv.layer_sweep(model, test, vectors)
     assert (sweep.mean_loss[0] < tv.evaluate(model, test).mean_loss - 0.5).all()
@@ -210,18 +210,17 @@ def test_learned_head_weights_lower_the_loss_of_queries_that_are_new() -> None:
 
 def test_the_lab_learns_too() -> None:
     """Vectors and head weights are trained against the squared error of a model of numbers."""
-    run = lab.shipped_run()
-    model = run.model()
-    episodes = lab.regression_episodes(run.problem, n=8, n_shots=3, seed=1)
+    model = lab.shipped_run().model()
+    episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=8, n_shots=3, seed=1)
     with trials(model, [episodes]) as [trial]:
         found = trial.losses([[], [tv.ablate(0)]])
     plain, ablated = tv.evaluate_many(model, episodes, [[], [tv.ablate(0)]])
     expected = torch.stack([plain.loss, ablated.loss], dim=1)
     torch.testing.assert_close(found.detach(), expected.float(), atol=1e-4, rtol=1e-4)
-    vectors = tv.learn_vectors(model, episodes, layers=[0, 1], steps=30)
+    vectors = tv.vectors.learn_vectors(model, episodes, layers=[0, 1], steps=30)
     sweep = tv.layer_sweep(model, episodes, vectors)
     assert (sweep.mean_loss < tv.evaluate(model, episodes).mean_loss).all()
-    weights = tv.learn_head_weights(model, episodes, on=episodes, steps=30)
+    weights = tv.vectors.learn_head_weights(model, episodes, on=episodes, steps=30)
     assert weights.weights is not None
     joint = tv.layer_sweep(model, episodes, weights)
     assert float(joint.mean_loss.mean()) < tv.evaluate(model, episodes).mean_loss
@@ -230,12 +229,12 @@ def test_the_lab_learns_too() -> None:
 @pytest.mark.model
 def test_mistakes_are_named(model: Any, episodes: list[tv.Episode]) -> None:
     with pytest.raises(ValueError, match="mode is 'project'"):
-        tv.learn_vectors(model, episodes, mode="project")
+        tv.vectors.learn_vectors(model, episodes, mode="project")
     with pytest.raises(ValueError, match="rate 0"):
-        tv.learn_vectors(model, episodes, rate=0.0)
+        tv.vectors.learn_vectors(model, episodes, rate=0.0)
     means = tv.task_vectors(tv.collect(model, episodes))
     with pytest.raises(ValueError, match="start is of hook 'resid_post' and mode 'replace'"):
-        tv.learn_vectors(model, episodes, mode="add", start=means)
+        tv.vectors.learn_vectors(model, episodes, mode="add", start=means)
     with pytest.raises(ValueError, match="use a lower rate"):
         descend(
             model,
@@ -255,4 +254,4 @@ def test_mistakes_are_named(model: Any, episodes: list[tv.Episode]) -> None:
         model.hooks(fwd_hooks=[(name, hook)]),
         pytest.raises(ValueError, match="carries hooks of yours"),
     ):
-        tv.learn_vectors(model, episodes, steps=1)
+        tv.vectors.learn_vectors(model, episodes, steps=1)

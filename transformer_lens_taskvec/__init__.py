@@ -18,7 +18,7 @@ from transformer_lens_taskvec.analysis import (
     task_decodability,
     td_vs_accuracy,
 )
-from transformer_lens_taskvec.benchmark import METHODS, Method, MethodComparison, compare_methods
+from transformer_lens_taskvec.benchmark import compare_methods
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.experiment import Experiment, run_experiment
 from transformer_lens_taskvec.generation import generate
@@ -46,7 +46,6 @@ from transformer_lens_taskvec.prompts import (
     QA,
     Episode,
     PromptTemplate,
-    permute_mapping,
     sample_episodes,
     sample_splits,
     shuffle_labels,
@@ -66,12 +65,9 @@ from transformer_lens_taskvec.tasks import (
 from transformer_lens_taskvec.vectors import (
     HeadEffects,
     Injectable,
-    LayerwiseVectors,
     TaskVectors,
     function_vectors,
     head_effects,
-    learn_head_weights,
-    learn_vectors,
     task_vectors,
 )
 
@@ -84,7 +80,6 @@ __version__ = "0.1.0"
 __all__ = [
     "ARROW",
     "EXAMPLE_ARROW",
-    "METHODS",
     "QA",
     "AccuracyFit",
     "Activations",
@@ -97,9 +92,6 @@ __all__ = [
     "Injectable",
     "Intervention",
     "LayerSweep",
-    "LayerwiseVectors",
-    "Method",
-    "MethodComparison",
     "Observe",
     "PerturbationMatrix",
     "Plan",
@@ -126,14 +118,11 @@ __all__ = [
     "inject",
     "lab",
     "layer_sweep",
-    "learn_head_weights",
-    "learn_vectors",
     "load_hf_model",
     "load_mapping",
     "load_model",
     "mapping_task",
     "paper",
-    "permute_mapping",
     "perturbation_matrix",
     "plan",
     "plot_decodability",

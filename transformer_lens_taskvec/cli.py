@@ -248,8 +248,8 @@ def bench(
     methods: Annotated[
         str, typer.Option(help="Comma-separated methods; 'extracted', 'learned' or 'all'.")
     ] = "extracted",
-    shots: Shots = 8,
-    n: Annotated[int, typer.Option(min=1, help="Training episodes per task.")] = 40,
+    shots: Shots = 5,
+    n: Annotated[int, typer.Option(min=1, help="Training episodes per task.")] = 25,
     n_dev: Annotated[int, typer.Option(min=1, help="Dev queries per task.")] = 20,
     n_test: Annotated[int, typer.Option(min=1, help="Test queries per task.")] = 100,
     seed: Seed = 0,

@@ -6,19 +6,18 @@ intervention leaves of the gap to it is the discrepancy of Kwon et al. (2026).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_taskvec._utils.metrics import Answered
-from transformer_lens_taskvec.interventions.packed import answer_logits
-from transformer_lens_taskvec.models.protocol import inference
-from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts
+from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered
 from transformer_lens_taskvec.prompts import AnyEpisode
+from transformer_lens_taskvec.scoring import Scores, evaluate
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +32,11 @@ class Divergence:
         >>> import transformer_lens_taskvec as tv
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> few_shot = divergence_from(model, episodes)
+        >>> _, divergence = few_shot_answers(model, episodes)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
         >>> xor = [e for e in tv.zero_shot(episodes) if e.task == "XOR"]
         >>> variants = [[], vectors.inject("XOR", layer=1)]
-        >>> plain, injected = tv.evaluate_many(model, xor, variants, metrics=[few_shot])
+        >>> plain, injected = tv.evaluate_many(model, xor, variants, metrics=[divergence])
         >>> injected.mean("divergence") < plain.mean("divergence") / 10
         True
     """
@@ -55,7 +54,7 @@ class Divergence:
         for query, logits in zip(answered.queries, answered.logits, strict=True):
             if query not in self.few_shot:
                 raise KeyError(
-                    "an episode asks a query that divergence_from was not given; give it few-shot "
+                    "an episode asks a query that few_shot_answers was not given; give it few-shot "
                     "episodes of the same tasks and queries"
                 )
             here = logits[:, 0].float().log_softmax(dim=-1)
@@ -64,34 +63,48 @@ class Divergence:
         return torch.stack(rows)
 
 
-def divergence_from(
-    model: Any, episodes: Sequence[AnyEpisode], *, max_tokens: int | None = None
-) -> Divergence:
-    """Return the metric that measures the divergence from the answers to few-shot episodes.
+def few_shot_answers(
+    model: Any,
+    episodes: Sequence[AnyEpisode],
+    *,
+    stop: str | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Scores, Divergence]:
+    """Return the scores of few-shot episodes, and the metric of the divergence from their answers.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
-        episodes: Few-shot episodes; queries are known again by task, query and answer.
+        episodes: Few-shot episodes; a query is known by its task, input and answer.
+        stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
 
     Raises:
         ValueError: If answers are numbers, or as for :func:`evaluate`.
     """
-    if not episodes:
-        raise ValueError("episodes is empty; give at least one episode")
-    if isinstance(episodes[0].prompt, Tensor):
+    if episodes and isinstance(episodes[0].prompt, Tensor):
         raise ValueError("these episodes' answers are numbers, which have no distribution")
-    prompts, _ = encode_prompts(model, episodes)
-    # One answer token is enough to predict it.
-    answers = [answer[:1] for answer in encode_answers(model, episodes)]
-    found: dict[int, list[Tensor]] = {}
-    with inference(model):
-        for chunk in answer_logits(model, prompts, answers, [()], max_tokens=max_tokens):
-            logp = chunk.logits[:, 0, 0].float().log_softmax(dim=-1).cpu()
-            for row, one in zip(chunk.rows, logp, strict=True):
-                found.setdefault(episodes[row].query_id, []).append(one)
+    kept = _Kept({})
+    scores = evaluate(model, episodes, metrics=[kept], stop=stop, max_tokens=max_tokens)
     means = {
-        query: torch.stack(some).logsumexp(dim=0) - torch.tensor(float(len(some))).log()
-        for query, some in found.items()
+        query: torch.stack(some).float().logsumexp(dim=0) - math.log(len(some))
+        for query, some in kept.by_query.items()
     }
-    return Divergence(means)
+    few_shot = {query: mean.half() for query, mean in means.items()}
+    return replace(scores, metrics={name: scores.metrics[name] for name in ALWAYS}), Divergence(
+        few_shot
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A metric that keeps the distributions it is given: the entropy of the first answer token."""
+
+    by_query: dict[int, list[Tensor]]
+    __name__ = "kept"
+
+    def of_answered(self, answered: Answered) -> Float[Tensor, "row variant"]:
+        logp = answered.logits[:, :, 0].float().log_softmax(dim=-1)
+        for query, rows in zip(answered.queries, logp.cpu(), strict=True):
+            self.by_query.setdefault(query, []).extend(rows)
+        entropy: Tensor = torch.special.entr(logp.exp()).sum(dim=-1)
+        return entropy

@@ -26,10 +26,11 @@ from transformer_lens_taskvec._utils.atomic_io import read_json, write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import holm
 from transformer_lens_taskvec.analysis.comparison import compare
-from transformer_lens_taskvec.analysis.fidelity import divergence_from
+from transformer_lens_taskvec.analysis.fidelity import Divergence, few_shot_answers
 from transformer_lens_taskvec.analysis.sweep import layer_sweep
 from transformer_lens_taskvec.benchmark.methods import Make, Method, chosen_methods
 from transformer_lens_taskvec.controls import control_vectors
+from transformer_lens_taskvec.experiment import enough_sets
 from transformer_lens_taskvec.models.counted import Tallied
 from transformer_lens_taskvec.models.protocol import fingerprint, model_name
 from transformer_lens_taskvec.prompts import (
@@ -189,8 +190,8 @@ def compare_methods(
     *,
     methods: Iterable[str | Method] | Mapping[str, Make] | None = None,
     controls: Sequence[str] = ("shuffled labels", RANDOM),
-    n_shots: int = 8,
-    n: int = 40,
+    n_shots: int = 5,
+    n: int = 25,
     n_dev: int = 20,
     n_test: int = 100,
     seed: int = 0,
@@ -247,7 +248,8 @@ def compare_methods(
     _check_controls(controls)
     chosen = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
     sizes = {"train": n, "dev": n_dev, "test": n_test}
-    sets = sample_splits(chosen, sizes, n_shots, seed, template=template)
+    shared = {"test": enough_sets(chosen, n_test, n_shots)}
+    sets = sample_splits(chosen, sizes, n_shots, seed, template=template, demo_sets=shared)
     settings = {
         "model": model_name(model),
         "weights": fingerprint(model),
@@ -259,21 +261,20 @@ def compare_methods(
         "stop": stop,
     }
     kept = _Kept.read(None if out is None else Path(out), settings)
-    work = _Work(model, sets, tuple(controls), seed, stop, settings)
+    work = _Work(model, sets, tuple(controls), seed, stop)
     todo = [
         (method, task.name)
-        for method in wanted
         for task in chosen
+        for method in wanted
         if (method.name, task.name) not in kept.units
     ]
     with tqdm(total=len(todo), disable=not progress, leave=False) as bar:
+        made: dict[str, _Made | str] = {}
         for task in dict.fromkeys(name for _, name in todo):
-            if task not in kept.baselines:
-                kept.baselines[task] = work.baselines(task)
-                kept.write(settings)
-        for method in wanted:
-            left = [task for own, task in todo if own is method]
-            for task, unit in work.units(method, left):
+            kept.baselines[task], divergence = work.baselines(task)
+            for method in [method for method, own in todo if own == task]:
+                found = work.unit(method, task, divergence, made)
+                unit = {"method": method.name, "task": task, **found}
                 kept.units[method.name, task] = unit
                 kept.write(settings)
                 if "error" in unit:
@@ -314,33 +315,38 @@ class _Work:
     controls: tuple[str, ...]
     seed: int
     stop: str | None
-    settings: Mapping[str, Any]
 
     def of(self, task: str, part: str, shots: int | None = None) -> list[Episode]:
         """Return a task's episodes of one set, with the first demonstrations only."""
         own = [episode for episode in self.sets[part] if episode.task == task]
-        return [replace(episode, demos=episode.demos[:shots]) for episode in own]
+        if shots is None:
+            return own
+        fresh = [replace(episode, demo_set=episode.demo_set if shots else None) for episode in own]
+        return [replace(episode, demos=episode.demos[:shots]) for episode in fresh]
 
-    def baselines(self, task: str) -> dict[str, Any]:
-        """Return a task's accuracy without and with demonstrations."""
-        found = {}
-        for name, shots in (("zero_shot", 0), ("few_shot", None)):
-            scores = evaluate(self.model, self.of(task, "test", shots), stop=self.stop)
-            found[name] = {"accuracy": scores.accuracy, "nll": scores.mean_loss}
-        return found
+    def baselines(self, task: str) -> tuple[dict[str, Any], Divergence]:
+        """Return a task's accuracy without and with demonstrations, and the divergence from it."""
+        few_shot, divergence = few_shot_answers(self.model, self.of(task, "test"), stop=self.stop)
+        zero_shot = evaluate(self.model, self.of(task, "test", 0), stop=self.stop)
+        found = {
+            name: {"accuracy": scores.accuracy, "nll": _number(scores.mean_loss)}
+            for name, scores in (("zero_shot", zero_shot), ("few_shot", few_shot))
+        }
+        return found, divergence
 
-    def units(self, method: Method, tasks: Sequence[str]) -> Iterable[tuple[str, dict[str, Any]]]:
-        """Yield what a method gives on each task."""
-        made: _Made | str | None = None
-        for task in tasks:
-            start = {"method": method.name, "task": task}
-            if made is None or not method.together:
-                episodes = self.sets["train"] if method.together else self.of(task, "train")
-                made = self._made(method, episodes)
-            if isinstance(made, str):
-                yield task, {**start, "error": made}
-            else:
-                yield task, {**start, **self._measured(method, made, task)}
+    def unit(
+        self, method: Method, task: str, divergence: Divergence, made: dict[str, _Made | str]
+    ) -> dict[str, Any]:
+        """Return what a method gives on a task; what is made of all tasks is kept in ``made``."""
+        if not method.together:
+            found = self._made(method, self.of(task, "train"))
+        else:
+            if method.name not in made:
+                made[method.name] = self._made(method, self.sets["train"])
+            found = made[method.name]
+        if isinstance(found, str):
+            return {"error": found}
+        return self._measured(method, found, task, divergence)
 
     def _made(self, method: Method, episodes: Sequence[Episode]) -> _Made | str:
         tallied, started = Tallied(self.model), time.perf_counter()
@@ -357,7 +363,9 @@ class _Work:
             return str(error)
         return _Made(vectors, controls, seconds, tokens)
 
-    def _measured(self, method: Method, made: _Made, task: str) -> dict[str, Any]:
+    def _measured(
+        self, method: Method, made: _Made, task: str, divergence: Divergence
+    ) -> dict[str, Any]:
         options: dict[str, Any] = {"stop": self.stop}
         dev = self.of(task, "dev", method.shots)
         sweep = layer_sweep(self.model, dev, made.vectors, scales=method.scales, **options)
@@ -368,7 +376,7 @@ class _Work:
             self.model,
             self.of(task, "test", method.shots),
             [[], *(one.inject(task, layer, scale=scale) for one in all_of.values())],
-            metrics=[divergence_from(self.model, self.of(task, "test"))],
+            metrics=[divergence],
             **options,
         )
         injected, *others = found

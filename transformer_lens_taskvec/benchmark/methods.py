@@ -9,10 +9,18 @@ from typing import Any
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.prompts import AnyEpisode, zero_shot
 from transformer_lens_taskvec.vectors.base import Injectable
+from transformer_lens_taskvec.vectors.contrast import (
+    contrast_vectors,
+    in_context_vectors,
+    instruction_vectors,
+)
 from transformer_lens_taskvec.vectors.head_weights import learn_head_weights
-from transformer_lens_taskvec.vectors.heads import function_vectors
+from transformer_lens_taskvec.vectors.heads import function_vectors, head_effects
 from transformer_lens_taskvec.vectors.learned import learn_vectors
+from transformer_lens_taskvec.vectors.linear import linear_maps
 from transformer_lens_taskvec.vectors.means import task_vectors
+from transformer_lens_taskvec.vectors.separators import separator_means, separator_vectors
+from transformer_lens_taskvec.vectors.states import state_vectors
 
 Make = Callable[[Any, Sequence[Any]], Injectable]
 """Makes what is injected from a model and few-shot training episodes."""
@@ -56,12 +64,47 @@ def _of_one_prompt(model: Any, train: Sequence[AnyEpisode]) -> Injectable:
     return task_vectors(collect(model, list(first.values())))
 
 
+def _separators(model: Any, train: Sequence[Any]) -> Injectable:
+    return separator_means(model, train, hook="resid_post", mode="replace")
+
+
+_SCREENED = 60
+"""Heads that are measured for function vectors, of those that attribution ranks highest."""
+
+
+def _function_vectors(model: Any, train: Sequence[Any]) -> Injectable:
+    n_heads = int(model.cfg.n_layers) * int(model.cfg.n_heads)
+    effects = head_effects(model, train, screen=min(_SCREENED, n_heads))
+    return function_vectors(model, train, min(10, n_heads), effects=effects)
+
+
 def _learned(model: Any, train: Sequence[Any]) -> Injectable:
-    return learn_vectors(model, zero_shot(train), start=task_vectors(collect(model, train)))
+    layers = _some_layers(model)
+    means = task_vectors(collect(model, train, layers=layers))
+    return learn_vectors(model, zero_shot(train), layers=layers, start=means)
 
 
 def _learned_added(model: Any, train: Sequence[Any]) -> Injectable:
-    return learn_vectors(model, zero_shot(train), mode="add")
+    return learn_vectors(model, zero_shot(train), layers=_some_layers(model), mode="add")
+
+
+def _several(model: Any, train: Sequence[Any]) -> Injectable:
+    return separator_vectors(model, train, n_separators=_FEW + 1, layers=_some_layers(model))
+
+
+def _single(model: Any, train: Sequence[Any]) -> Injectable:
+    return task_vectors(collect(model, train, layers=_some_layers(model)))
+
+
+_FEW = 2
+"""Demonstrations in the prompts that vectors at several separators are put in."""
+
+
+def _some_layers(model: Any) -> list[int]:
+    """Return about eight layers, for methods of which every layer costs as much."""
+    n_layers = int(model.cfg.n_layers)
+    step = -(-n_layers // 8)
+    return list(range(step - 1, n_layers, step))
 
 
 METHODS: Mapping[str, Method] = {
@@ -69,13 +112,21 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method("mean", _means, "Hendel et al. 2023; Han et al. 2025"),
         Method("one prompt", _of_one_prompt, "Hendel et al. 2023"),
+        Method("separator mean", _separators, "Kharlapenko et al. 2025"),
+        Method("contrast", contrast_vectors, "few-shot minus zero-shot means"),
+        Method("linear map", linear_maps, "Kwon et al. 2026"),
+        Method("in-context vector", in_context_vectors, "Liu et al. 2023", scales=(1.0, 3.0)),
+        Method("state vector", state_vectors, "Li et al. 2024"),
         Method(
             "function vector",
-            function_vectors,
+            _function_vectors,
             "Todd et al. 2023",
             scales=(1.0, 2.0, 4.0),
             together=True,
         ),
+        Method("instruction", instruction_vectors, "Luo et al. 2024"),
+        Method("one of few shots", _single, "Hendel et al. 2023", shots=_FEW),
+        Method("several of few shots", _several, "Dong et al. 2026", shots=_FEW),
         Method("head weights", learn_head_weights, "Saglam et al. 2025", learned=True),
         Method("learned", _learned, "Yang, Cho et al. 2026", learned=True),
         Method("learned, added", _learned_added, "Yang, Cho et al. 2026", learned=True),

@@ -87,7 +87,7 @@ def learn_head_weights(
         >>> model = tv.load_model("toy")
         >>> sizes = {"train": 10, "test": 10}
         >>> sets = tv.sample_splits(tv.find_tasks(["XOR", "OR"]), sizes, n_shots=4, seed=0)
-        >>> vectors = tv.learn_head_weights(model, sets["train"], steps=20)
+        >>> vectors = tv.vectors.learn_head_weights(model, sets["train"], steps=20)
         >>> vectors.layers, vectors.weights.shape  # [task, layer, head]
         ((None,), torch.Size([2, 4, 4]))
     """

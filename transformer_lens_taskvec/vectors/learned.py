@@ -84,7 +84,7 @@ def learn_vectors(
         >>> model = tv.load_model("toy")
         >>> sizes = {"train": 10, "test": 10}
         >>> sets = tv.sample_splits(tv.find_tasks(["XOR", "OR"]), sizes, n_shots=4, seed=0)
-        >>> vectors = tv.learn_vectors(model, tv.zero_shot(sets["train"]), layers=[1])
+        >>> vectors = tv.vectors.learn_vectors(model, tv.zero_shot(sets["train"]), layers=[1])
         >>> sweep = tv.layer_sweep(model, tv.zero_shot(sets["test"]), vectors)
         >>> bool((sweep.at(1) > sweep.baseline_accuracy).all())
         True
