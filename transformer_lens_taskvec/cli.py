@@ -52,6 +52,8 @@ BENCH_TASKS = (
     "first_letter",
     "next_letter",
     "snake_camel",
+    "singular_plural+plural_singular",
+    "en_fr+fr_en",
 )
 DEMO_TASKS = (
     "upper_case",
@@ -309,6 +311,54 @@ def bench(
     for path in save_figures({"methods": figure_of(plot_methods(found))}, out):
         typer.echo(f"wrote {path}")
     typer.echo(f"wrote {out / 'results.json'}")
+
+
+@app.command()
+def dictionary(
+    out: Annotated[Path, typer.Option(help="A .safetensors file for the dictionary.")],
+    layer: Annotated[int, typer.Option(min=0, help="The layer, counted from 0.")],
+    model: Model = "smollm2",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="More sentences: a CoNLL-U file or a Penn Treebank folder.", exists=True),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.")] = 100_000,
+    features: Annotated[
+        int | None, typer.Option(min=1, help="Features; eight per dimension by default.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 1,024 tokens.")] = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Train a small dictionary (sparse autoencoder) on a model's residual stream.
+
+    Example: taskvec dictionary --layer 14 --out layer14.safetensors
+    """
+    from transformer_lens_taskvec.loading import load_model
+    from transformer_lens_taskvec.paper.runner import read_sentences
+    from transformer_lens_taskvec.prompts import sample_episodes
+    from transformer_lens_taskvec.tasks import find_tasks
+    from transformer_lens_taskvec.vectors import residuals, train_dictionary
+
+    _folder(out.parent)
+    chosen = find_tasks(DEMO_TASKS)
+    texts: list[Any] = [
+        episode
+        for shots in (0, 2, 8)
+        for episode in sample_episodes(chosen, n=100, n_shots=shots, seed=seed)
+    ]
+    if data is not None:
+        texts += [sentence.text for sentence in read_sentences(data)]
+    typer.echo(f"loading {model} ...")
+    found = residuals(load_model(model), texts, layer, tokens, seed=seed, progress=True)
+    typer.echo(repr(found))
+
+    def say(step: int, loss: float) -> None:
+        if step % 100 == 0:
+            typer.echo(f"step {step}: loss {loss:.4f}")
+
+    trained = train_dictionary(found, n_features=features, steps=steps, seed=seed, report=say)
+    trained.save(out)
+    typer.echo(f"wrote {out}: {trained!r}")
 
 
 @app.command()

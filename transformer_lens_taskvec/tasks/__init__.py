@@ -2,6 +2,7 @@
 
 from transformer_lens_taskvec.tasks.algorithmic import algorithmic_tasks
 from transformer_lens_taskvec.tasks.base import NULL, Example, MappingTask, Task, mapping_task
+from transformer_lens_taskvec.tasks.bijections import bijection_task
 from transformer_lens_taskvec.tasks.bitwise import bitwise_tasks
 from transformer_lens_taskvec.tasks.code import code_tasks
 from transformer_lens_taskvec.tasks.formats.conllu import load_conllu
@@ -26,6 +27,7 @@ __all__ = [
     "Task",
     "algorithmic_tasks",
     "all_tasks",
+    "bijection_task",
     "bitwise_tasks",
     "code_tasks",
     "find_tasks",

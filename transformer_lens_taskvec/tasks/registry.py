@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from transformer_lens_taskvec.tasks.algorithmic import ALGORITHMIC, algorithmic_tasks
 from transformer_lens_taskvec.tasks.base import NULL, Task
+from transformer_lens_taskvec.tasks.bijections import bijection_task
 from transformer_lens_taskvec.tasks.bitwise import BITWISE, bitwise_tasks
 from transformer_lens_taskvec.tasks.code import CODE, code_tasks
 from transformer_lens_taskvec.tasks.mappings import (
@@ -81,7 +82,8 @@ def find_tasks(names: Iterable[str]) -> dict[str, Task]:
     """Return tasks by name; only the families that they belong to are made.
 
     Args:
-        names: Names of tasks; ``taskvec tasks`` lists them.
+        names: Names of tasks; ``taskvec tasks`` lists them. Two that undo each other, with a plus
+            between them, are a task in both directions, :func:`bijection_task`.
 
     Returns:
         The tasks by name, in the given order.
@@ -93,11 +95,14 @@ def find_tasks(names: Iterable[str]) -> dict[str, Task]:
         >>> import transformer_lens_taskvec as tv
         >>> tv.find_tasks(["country_capital"])["country_capital"].pairs[0].y
         'Kabul'
+        >>> tv.find_tasks(["en_fr+fr_en"])["en_fr+fr_en"].name
+        'en_fr+fr_en'
         >>> tv.find_tasks(["antonym"])
         Traceback (most recent call last):
         ValueError: no task named 'antonym'; did you mean antonyms? `taskvec tasks` lists them all
     """
-    wanted = list(names)
+    asked = list(names)
+    wanted = [part for name in asked for part in name.split("+")]
     if not wanted:
         raise ValueError("no task named; give at least one. `taskvec tasks` lists them all")
     family_of = {task: family for family in FAMILIES for task in family.tasks}
@@ -109,4 +114,10 @@ def find_tasks(names: Iterable[str]) -> dict[str, Task]:
     made: dict[str, Task] = {}
     for family in dict.fromkeys(family_of[name] for name in wanted):
         made |= family.make()
-    return {name: made[name] for name in wanted}
+    found = {}
+    for name in asked:
+        first, *others = name.split("+")
+        if len(others) > 1:
+            raise ValueError(f"{name!r} joins {1 + len(others)} tasks; a bijection joins two")
+        found[name] = bijection_task(made[first], made[others[0]]) if others else made[first]
+    return found
