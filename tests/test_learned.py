@@ -28,7 +28,7 @@ def variants_of(vectors: tv.TaskVectors, task: str) -> list[list[tv.Intervention
         [],
         joint.inject(task, None),
         vectors.inject(task, 1, position=0),
-        vectors.inject(task, 1, position=tv.Separator(-1)),
+        vectors.inject(task, 1, position=tv.interventions.Separator(-1)),
     ]
 
 
@@ -159,7 +159,7 @@ def test_head_weights_follow_the_loss(tokenizer: Any) -> None:
     [task] = tv.find_tasks(["singular_plural"]).values()
     clean = tv.sample_episodes([task], n=6, n_shots=3, seed=0)
     found = tv.vectors.learn_head_weights(model, clean, steps=0, seed=5)
-    assert found.weights is not None and found.layers == (None,)
+    assert found.layers == (None,)
     z = tv.collect(model, clean, hook="z").values.mean(dim=0)
     outputs = torch.stack(
         [
@@ -168,7 +168,7 @@ def test_head_weights_follow_the_loss(tokenizer: Any) -> None:
         ]
     )
     by_hand = torch.einsum("lh,lhm->lm", found.weights[0], outputs)
-    torch.testing.assert_close(found.vectors.values[0], by_hand, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.joint.vectors.values[0], by_hand, atol=1e-5, rtol=1e-5)
 
     weights = found.weights[0].double()
     trained_on = tv.shuffle_labels(clean, seed=5)
@@ -221,7 +221,6 @@ def test_the_lab_learns_too() -> None:
     sweep = tv.layer_sweep(model, episodes, vectors)
     assert (sweep.mean_loss < tv.evaluate(model, episodes).mean_loss).all()
     weights = tv.vectors.learn_head_weights(model, episodes, on=episodes, steps=30)
-    assert weights.weights is not None
     joint = tv.layer_sweep(model, episodes, weights)
     assert float(joint.mean_loss.mean()) < tv.evaluate(model, episodes).mean_loss
 

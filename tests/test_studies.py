@@ -142,7 +142,7 @@ def test_points_of_one_task_at_several_numbers_of_shots_are_resampled_together()
     accuracy = np.round(np.clip(td + np.repeat(rng.normal(0, 0.2, 6)[None], 5, 0), 0, 1) * 20) / 20
     names = tuple("ABCDEF")
 
-    def fit(shots: int) -> tv.AccuracyFit:
+    def fit(shots: int) -> tv.analysis.AccuracyFit:
         return tv.td_vs_accuracy(
             {n: decodability(td[n].tolist(), names) for n in range(shots)},
             {n: scores(accuracy[n].tolist(), names) for n in range(shots)},

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformer_lens_taskvec.activations import Activations, Observe, collect
 from transformer_lens_taskvec.analysis import (
-    AccuracyFit,
     Comparison,
     Decodability,
     LayerSweep,
@@ -25,7 +24,6 @@ from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.interventions import Intervention, ablate, inject
 from transformer_lens_taskvec.loading import load_hf_model, load_model
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
-from transformer_lens_taskvec.models.tokens import Separator
 from transformer_lens_taskvec.planning import Plan, plan
 from transformer_lens_taskvec.plots import (
     explore_embedding,
@@ -81,7 +79,6 @@ __all__ = [
     "ARROW",
     "EXAMPLE_ARROW",
     "QA",
-    "AccuracyFit",
     "Activations",
     "Comparison",
     "Decodability",
@@ -97,7 +94,6 @@ __all__ = [
     "Plan",
     "PromptTemplate",
     "Scores",
-    "Separator",
     "SteeringEffect",
     "Task",
     "TaskVectors",

@@ -100,7 +100,7 @@ def trials(
 def descend(
     model: Any,
     episodes: Sequence[AnyEpisode],
-    parameter: Float[Tensor, ...],
+    parameter: Tensor,
     variants_of: Callable[[Tensor], Sequence[Variant]],
     *,
     steps: int,
@@ -110,7 +110,7 @@ def descend(
     stop: str | None = None,
     seed: int = 0,
     report: Callable[[int, Float[Tensor, " variant"]], None] | None = None,
-) -> Float[Tensor, ...]:
+) -> Tensor:
     """Return a parameter trained with Adam against the answers' losses, summed over variants.
 
     Args:

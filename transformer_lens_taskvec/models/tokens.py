@@ -36,7 +36,7 @@ class Separator:
     Example:
         >>> import torch
         >>> import transformer_lens_taskvec as tv
-        >>> tv.inject(torch.ones(4), 2, position=tv.Separator(0))
+        >>> tv.inject(torch.ones(4), 2, position=tv.interventions.Separator(0))
         Intervention(blocks.2.hook_resid_post, replace, |v|=2, position=Separator(0))
     """
 

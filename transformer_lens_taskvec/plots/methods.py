@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens_taskvec.benchmark.comparison import MethodComparison
+from transformer_lens_taskvec.benchmark import MethodComparison
 from transformer_lens_taskvec.plots.style import new_axes, styled
 
 if TYPE_CHECKING:

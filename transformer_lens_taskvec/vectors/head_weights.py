@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec.activations import check_finite, collect, source_of
+from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec.activations import Source, check_finite, collect, source_of
 from transformer_lens_taskvec.interventions.gradients import descend
-from transformer_lens_taskvec.interventions.intervention import altered, inject
+from transformer_lens_taskvec.interventions.intervention import Intervention, altered, inject
 from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models.tokens import bos_of
 from transformer_lens_taskvec.prompts import AnyEpisode, shuffle_labels
@@ -32,14 +33,38 @@ from transformer_lens_taskvec.vectors.outputs import head_means, what_heads_add
 
 
 @dataclass(frozen=True, repr=False)
-class HeadWeights(LayerwiseVectors):
+class HeadWeights(Shown):
     """Vectors made of weighted heads, which act at all layers at once.
 
     Attributes:
+        joint: The vectors, ``joint.vectors[task, layer]``.
         weights: ``[task, layer, head]``.
     """
 
-    weights: Float[Tensor, "task layer head"] | None = None
+    joint: LayerwiseVectors
+    weights: Float[Tensor, "task layer head"]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.joint.tasks
+
+    @property
+    def layers(self) -> tuple[None]:
+        """The one choice, all layers: None."""
+        return (None,)
+
+    @property
+    def source(self) -> Source:
+        """Where the vectors come from."""
+        return self.joint.source
+
+    def inject(self, task: str, layer: int | None = None, **options: Any) -> list[Intervention]:
+        """Return the interventions of all layers; as for :meth:`Injectable.inject`."""
+        return self.joint.inject(task, layer, **options)
+
+    def __repr__(self) -> str:
+        return f"HeadWeights({self.joint.vectors!r})"
 
 
 def learn_head_weights(
@@ -139,4 +164,4 @@ def learn_head_weights(
     bos = bos_of(model, episodes)
     source = source_of(model, episodes, hook="resid_post", position=-1, bos=bos, mode="add")
     vectors = TaskVectors(values, clean.tasks, clean.layers, source)
-    return HeadWeights(vectors, weights=weights)
+    return HeadWeights(LayerwiseVectors(vectors), weights)

@@ -48,7 +48,7 @@ def what_heads_add(
     means: PerHead,
     scaled: PerHead | None,
     layers: Sequence[int],
-) -> Float[Tensor, "task layer head d_model"]:
+) -> Float[Tensor, "task chosen head d_model"]:
     """Return what each head of some layers adds to the residual stream, without a bias.
 
     Args:

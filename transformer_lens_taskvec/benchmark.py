@@ -28,7 +28,6 @@ from transformer_lens_taskvec._utils.statistics import holm
 from transformer_lens_taskvec.analysis.comparison import compare
 from transformer_lens_taskvec.analysis.fidelity import Divergence, few_shot_answers
 from transformer_lens_taskvec.analysis.sweep import layer_sweep
-from transformer_lens_taskvec.benchmark.methods import Make, Method, chosen_methods
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.experiment import enough_sets
 from transformer_lens_taskvec.models.counted import Tallied
@@ -44,6 +43,9 @@ from transformer_lens_taskvec.prompts import (
 from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors.base import Injectable
+from transformer_lens_taskvec.vectors.methods import METHODS, Make, Method, chosen_methods
+
+__all__ = ["CONTROLS", "METHODS", "RANDOM", "Method", "MethodComparison", "compare_methods"]
 
 _RESULTS = "results.json"
 _FORMAT = "taskvec-bench-1"
@@ -289,11 +291,11 @@ def compare_methods(
 
 def _check_controls(controls: Sequence[str]) -> None:
     known = (*CONTROLS, RANDOM)
+    if isinstance(controls, str) or not controls or len(set(controls)) < len(controls):
+        raise ValueError(f"controls is {controls!r}; give a list of one or more, each once")
     for kind in controls:
         if kind not in known:
             raise ValueError(f"no control {kind!r}; there are: {', '.join(known)}")
-    if isinstance(controls, str) or not controls or len(set(controls)) < len(controls):
-        raise ValueError(f"controls is {controls!r}; give a list of one or more, each once")
 
 
 @dataclass(frozen=True)
