@@ -45,7 +45,15 @@ from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors.base import Injectable
 from transformer_lens_taskvec.vectors.methods import METHODS, Make, Method, chosen_methods
 
-__all__ = ["CONTROLS", "METHODS", "RANDOM", "Method", "MethodComparison", "compare_methods"]
+__all__ = [
+    "CONTROLS",
+    "METHODS",
+    "RANDOM",
+    "Method",
+    "MethodComparison",
+    "compare_methods",
+    "published",
+]
 
 _RESULTS = "results.json"
 _FORMAT = "taskvec-bench-1"
@@ -212,7 +220,7 @@ def compare_methods(
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
         tasks: The tasks.
-        methods: Names in :data:`METHODS`, :class:`Method`, or functions ``(model, episodes) ->
+        methods: Names in :data:`METHODS`, :class:`benchmark.Method`, or functions ``(model, episodes) ->
             Injectable`` by name; by default all that need no gradients.
         controls: What else is injected: :data:`CONTROLS`, for which the method is run again on
             other training episodes, and ``"random"``. Gains are over the first.
@@ -287,6 +295,21 @@ def compare_methods(
     order = [(method.name, task.name) for method in wanted for task in chosen]
     baselines = {task.name: kept.baselines[task.name] for task in chosen}
     return MethodComparison(tuple(kept.units[key] for key in order), baselines, settings)
+
+
+def published() -> pd.DataFrame:
+    """Return published accuracies of methods, to set next to one's own.
+
+    Columns: ``method`` (the name in :data:`METHODS`, or ``nothing``), ``model, tasks, accuracy,
+    source`` and ``note``, which says where the set-up differs.
+
+    Example:
+        >>> found = published()
+        >>> found[found.tasks == "bijections"][["method", "accuracy"]].values.tolist()
+        [['nothing', 0.672], ['one of few shots', 0.704], ['several of few shots', 0.725]]
+    """
+    path = Path(__file__).parent / "vectors" / "published.json"
+    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _check_controls(controls: Sequence[str]) -> None:

@@ -65,6 +65,7 @@ MODULES = {
     "controls": "Controls",
     "analysis": "Analyses",
     "experiment": "The main job",
+    "benchmark": "Methods side by side",
     "plots": "Figures",
     "paper": "The paper's studies",
     "lab": "The lab",
@@ -76,6 +77,7 @@ PAGES = (
     "methods",
     "results",
     "controls",
+    "which-vector",
     "lab",
     "toy-model",
     "extending",
@@ -86,13 +88,17 @@ PAGES = (
 """The pages of the guide, in their order."""
 HOMES = {"models": "loading"}
 """Modules whose public names stand on the page of another."""
-NAMESPACES = (tv, tv.tasks, tv.analysis, tv.plots, tv.paper, tv.lab)
+NAMESPACES = (tv, tv.tasks, tv.vectors, tv.benchmark, tv.analysis, tv.plots, tv.paper, tv.lab)
 """Where public names are looked for; one that is in several is documented under the first."""
 ALONGSIDE = {
     "loading": ["models.HookedModel"],
     "activations": ["activations.Source"],
-    "prompts": ["prompts.AnyEpisode", "prompts.ChatTemplate"],
-    "interventions": ["interventions.Mode", "interventions.InSubspace"],
+    "prompts": ["prompts.AnyEpisode", "prompts.ChatTemplate", "prompts.permute_mapping"],
+    "interventions": [
+        "interventions.Mode",
+        "interventions.InSubspace",
+        "interventions.Separator",
+    ],
     "analysis": ["analysis.classifiers.Method"],
 }
 """Types in the signatures of public functions that are in no namespace themselves."""

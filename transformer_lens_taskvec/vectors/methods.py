@@ -132,7 +132,7 @@ METHODS: Mapping[str, Method] = {
         Method("learned, added", _learned_added, "Yang, Cho et al. 2026", learned=True),
     )
 }
-"""The methods by name; a row of your own is one :class:`Method`."""
+"""The methods by name; a row of your own is one :class:`benchmark.Method`."""
 
 EXTRACTED = tuple(name for name, method in METHODS.items() if not method.learned)
 """The names of those that need no gradients."""
