@@ -220,8 +220,8 @@ def compare_methods(
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
         tasks: The tasks.
-        methods: Names in :data:`METHODS`, :class:`benchmark.Method`, or functions ``(model, episodes) ->
-            Injectable`` by name; by default all that need no gradients.
+        methods: Names in :data:`METHODS`, :class:`benchmark.Method`, or by name functions ``(model,
+            episodes) -> Injectable``; by default all that need no gradients.
         controls: What else is injected: :data:`CONTROLS`, for which the method is run again on
             other training episodes, and ``"random"``. Gains are over the first.
         n_shots: Demonstrations in the training prompts, and in the few-shot baseline.
