@@ -35,6 +35,7 @@ class Fault:
 ENGINE = "tests/test_engine_properties.py tests/test_evaluate.py"
 EDITS = "tests/test_interventions.py tests/test_properties.py"
 TD = "tests/test_decodability.py"
+LEARNED = "tests/test_learned.py"
 CARRIED = "tests/test_carried_hooks.py"
 LENGTHS = "tests/test_lengths.py tests/test_architectures.py"
 HOOK_POINTS = "tests/test_hook_points.py"
@@ -218,10 +219,29 @@ FAULTS = [
         "tests/test_interventions.py",
     ),
     Fault(
-        "vectors/heads.py",
-        "factors[layers.index(layer)] * through",
-        "through",
+        "vectors/outputs.py",
+        "factors[place]\n        * einsum(",
+        "einsum(",
         "tests/test_heads.py",
+    ),
+    Fault("interventions/gradients.py", "-(logp * self.real)", "-logp", LEARNED),
+    Fault(
+        "interventions/gradients.py",
+        "losses[len(alone) :]",
+        "losses[: len(branches.edited)]",
+        LEARNED,
+    ),
+    Fault(
+        "interventions/variants.py",
+        "own[one.index] for own in places",
+        "places[0][one.index] for _ in places",
+        "tests/test_separators.py",
+    ),
+    Fault(
+        "benchmark.py",
+        "method.make(self.model, CONTROLS[kind](episodes, self.seed))",
+        "method.make(self.model, episodes)",
+        "tests/test_benchmark.py",
     ),
 ]
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.cli import app
 
-COMMANDS = ["demo", "run", "tasks", "study", "train", "emergence"]
+COMMANDS = ["demo", "run", "bench", "dictionary", "tasks", "study", "train", "emergence"]
 
 
 def test_every_command_is_listed_and_has_an_example_that_parses() -> None:

@@ -53,7 +53,7 @@ FAST = bool(os.environ.get("TASKVEC_FAST"))  # smaller numbers, for a quick chec
 MODEL = "smollm2"  # any name that TransformerLens knows; try "gpt2" or "Qwen/Qwen2.5-0.5B"
 METHODS = ["mean", "one prompt", "contrast", "linear map", "state vector", "instruction"]
 BITWISE = ["AND", "OR", "NOR", "XOR"]
-WORDS = ["singular_plural", "present_gerund", "next_letter"]
+WORDS = ["singular_plural", "present_gerund", "upper_case"]
 
 # %% [markdown]
 # ## Where the answer is known
