@@ -89,8 +89,9 @@ def test_what_has_no_separator_is_refused(model: Any, episodes: list[tv.Episode]
         edit(torch.zeros(1, 4, WIDTH))
     with pytest.raises(ValueError, match="depends on the episode"):
         edit.spec()
-    with pytest.raises(ValueError, match="a Separator"):
-        tv.inject(vector(0), 0, position="separator")  # type: ignore[arg-type]
+    means = tv.task_vectors(tv.collect(model, episodes))
+    with pytest.raises(ValueError, match="it must be 'own', or as for inject"):
+        tv.layer_sweep(model, episodes, means, position="separator")
 
 
 def test_two_names_with_a_plus_are_a_task_in_both_directions() -> None:
