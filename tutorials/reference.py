@@ -98,6 +98,14 @@ ALONGSIDE = {
         "interventions.Mode",
         "interventions.InSubspace",
         "interventions.Separator",
+        "models.tokens.Each",
+        "interventions.modes.AddMapped",
+        "interventions.modes.KeepNorm",
+    ],
+    "scoring": ["_utils.metrics.Measure", "_utils.metrics.Answered"],
+    "vectors": [
+        "vectors.all_tokens.Origin",
+        "vectors.sparse.Reconstruction",
     ],
     "analysis": ["analysis.classifiers.Method"],
 }
