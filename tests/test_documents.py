@@ -24,7 +24,8 @@ DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 NEEDS_A_HUB = "your-model.md"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("0*.py"))
 NAMESPACES = {"tv": tv} | {
-    name: getattr(tv, name) for name in ("tasks", "analysis", "plots", "paper", "lab")
+    name: getattr(tv, name)
+    for name in ("tasks", "vectors", "benchmark", "analysis", "plots", "paper", "lab")
 }
 PUBLIC = {
     name: package
@@ -90,7 +91,9 @@ def test_names_in_the_documents_are_public(document: Path) -> None:
     text = document.read_text()
     for place, name in re.findall(r"(?<![/\w.])(tv|lab)\.(?!md\b)(\w+)", text):
         assert name in NAMESPACES[place].__all__ or name in NAMESPACES, f"{place}.{name}"
-    for place, name in re.findall(r"\btv\.(tasks|analysis|plots|paper|lab)\.(\w+)", text):
+    for place, name in re.findall(
+        r"\btv\.(tasks|vectors|benchmark|analysis|plots|paper|lab)\.(\w+)", text
+    ):
         assert name in NAMESPACES[place].__all__, f"tv.{place}.{name}"
 
 

@@ -55,6 +55,10 @@ class Residuals:
     Attributes:
         values: ``[token, d_model]``, on the CPU.
         origin: The model, hook point and layer.
+
+    Example:
+        >>> len(Residuals(torch.zeros(3, 4), Origin()))
+        3
     """
 
     values: Float[Tensor, "token d_model"]

@@ -46,6 +46,17 @@ class SparseVectors(Shown):
         vectors: The vectors, of one layer.
         features: ``[task, feature]``, the activations of the features that are left.
         start: ``[task, feature]``, those of the vectors before.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 8, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes, layers=[1]))
+        >>> tokens = tv.vectors.residuals(model, episodes, 1)
+        >>> dictionary = tv.vectors.train_dictionary(tokens, n_features=16, k=4, steps=5)
+        >>> bare = tv.zero_shot(episodes)
+        >>> tv.vectors.clean_vectors(model, bare, vectors, dictionary, 1, steps=1).features.shape
+        torch.Size([2, 16])
     """
 
     vectors: TaskVectors

@@ -46,6 +46,18 @@ class FeatureAccuracy(Shown):
             ``("reconstruction", None)``, ``("keep", k)``, ``("drop", k)``, ``("keep random", k)``.
         metrics: By name ``[condition, example]``: ``correct``, ``loss``, and those asked for.
         baseline: The same episodes with nothing injected.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 8, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes, layers=[1]))
+        >>> tokens = tv.vectors.residuals(model, episodes, 1)
+        >>> dictionary = tv.vectors.train_dictionary(tokens, n_features=16, k=4, steps=5)
+        >>> parts = tv.vectors.decompose(vectors, dictionary, 1)
+        >>> found = tv.vectors.accuracy_by_features(model, tv.zero_shot(episodes), parts, ks=(1,))
+        >>> found.conditions[0]
+        ('vector', None)
     """
 
     conditions: tuple[tuple[str, int | None], ...]

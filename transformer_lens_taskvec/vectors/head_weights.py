@@ -39,6 +39,14 @@ class HeadWeights(Shown):
     Attributes:
         joint: The vectors, ``joint.vectors[task, layer]``.
         weights: ``[task, layer, head]``.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 8, 4, seed=0)
+        >>> found = tv.vectors.learn_head_weights(model, episodes, steps=1)
+        >>> found.weights.shape
+        torch.Size([2, 4, 4])
     """
 
     joint: LayerwiseVectors

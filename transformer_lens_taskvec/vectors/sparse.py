@@ -59,6 +59,16 @@ class Decomposition(Shown):
             encodings"``, against the vector, and ``"prompts"``, the mean over a task's prompts of
             each activation by itself, which is what the dictionary was made for.
         mean_features: ``[task, feature]``, the mean of the encodings; None without activations.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 8, 4, seed=0)
+        >>> vectors = tv.task_vectors(tv.collect(model, episodes, layers=[1]))
+        >>> tokens = tv.vectors.residuals(model, episodes, 1)
+        >>> dictionary = tv.vectors.train_dictionary(tokens, n_features=16, k=4, steps=5)
+        >>> tv.vectors.decompose(vectors, dictionary, 1).features.shape
+        torch.Size([2, 16])
     """
 
     features: Float[Tensor, "task feature"]
