@@ -17,7 +17,7 @@
 # of each: does it carry the *mapping*, or only the kind of answer? The control is made by the method
 # itself: it is run again on training prompts in which the mapping is broken (the answers within each
 # prompt are shuffled, and the queries have one another's answers). What is left of the accuracy then
-# needed no mapping. You will then add a method of your own, in five lines. About three minutes on two
+# needed no mapping. You will then add a method of your own, in five lines. About four minutes on two
 # cores.
 
 # %%
