@@ -58,8 +58,9 @@ class Divergence:
                     "episodes of the same tasks and queries"
                 )
             here = logits[:, 0].float().log_softmax(dim=-1)
-            there = self.few_shot[query].to(here)
-            rows.append((there.exp() * (there - here)).sum(dim=-1))
+            there = self.few_shot[query].to(here).expand_as(here)
+            apart = torch.nn.functional.kl_div(here, there, reduction="none", log_target=True)
+            rows.append(apart.sum(dim=-1))
         return torch.stack(rows)
 
 
@@ -85,14 +86,12 @@ def few_shot_answers(
         raise ValueError("these episodes' answers are numbers, which have no distribution")
     kept = _Kept({})
     scores = evaluate(model, episodes, metrics=[kept], stop=stop, max_tokens=max_tokens)
-    means = {
-        query: torch.stack(some).float().logsumexp(dim=0) - math.log(len(some))
+    few_shot = {
+        query: torch.stack(some).logsumexp(dim=0) - math.log(len(some))
         for query, some in kept.by_query.items()
     }
-    few_shot = {query: mean.half() for query, mean in means.items()}
-    return replace(scores, metrics={name: scores.metrics[name] for name in ALWAYS}), Divergence(
-        few_shot
-    )
+    metrics = {name: scores.metrics[name] for name in ALWAYS}
+    return replace(scores, metrics=metrics), Divergence(few_shot)
 
 
 @dataclass(frozen=True, eq=False)

@@ -190,10 +190,9 @@ class _Part:
 
     def losses(self, variants: Sequence[Variant]) -> Float[Tensor, "row variant"]:
         placed = at_separators(self.model, variants, self.episodes)
-        if not self.ids.dtype.is_floating_point and self.past is not None:
+        together: list[int] = []
+        if self.past is not None:
             together = [i for i, variant in enumerate(placed) if all(map(acts_at_end, variant))]
-        else:
-            together = []
         found = self._of_branches(placed, together) if together else {}
         for index, variant in enumerate(placed):
             if index not in found:
@@ -227,7 +226,7 @@ class _Part:
 
     def _of_whole(self, variant: Variant) -> Float[Tensor, " row"]:
         hooks = prompt_hooks(variant, self.batch)
-        if self.ids.dtype.is_floating_point:
+        if isinstance(self.episodes[0].prompt, Tensor):
             predicted = self.model.run_with_hooks(self.batch.tokens, fwd_hooks=hooks)
             error: Tensor = (predicted[:, -1].float() - self.ids).square()
             return error
