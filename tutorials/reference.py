@@ -107,7 +107,7 @@ ALONGSIDE = {
         "vectors.all_tokens.Origin",
         "vectors.sparse.Reconstruction",
     ],
-    "analysis": ["analysis.classifiers.Method"],
+    "analysis": ["analysis.classifiers.Readout"],
 }
 """Types in the signatures of public functions that are in no namespace themselves."""
 

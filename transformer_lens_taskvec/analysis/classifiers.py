@@ -14,11 +14,11 @@ from torch import Tensor
 Groups = Int[Tensor, " point"] | None
 """Equal for points that do not vote for each other, besides themselves; None if all others vote."""
 
-Method = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
+Readout = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
 """Scores every point: 1 where its task is decoded correctly from the other points, else 0."""
 
 
-def readout(method: str | Method, k: int, groups: Groups = None) -> Method:
+def readout(method: str | Readout, k: int, groups: Groups = None) -> Readout:
     """Return the method with a name, or the function that was given.
 
     Only methods of :data:`WITH_NEIGHBOURS` can leave out groups.
@@ -30,12 +30,12 @@ def readout(method: str | Method, k: int, groups: Groups = None) -> Method:
     return _METHODS[method](k, groups)
 
 
-def readout_name(method: str | Method) -> str:
+def readout_name(method: str | Readout) -> str:
     """Return the name of a method or of a function."""
     return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
 
 
-def _knn(k: int, groups: Groups = None) -> Method:
+def _knn(k: int, groups: Groups = None) -> Readout:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         nearest, others = neighbours(points, k, groups)
         return vote(labels[others], nearest, int(labels.max()) + 1) == labels
@@ -43,7 +43,7 @@ def _knn(k: int, groups: Groups = None) -> Method:
     return hits
 
 
-def _cosine(k: int, groups: Groups = None) -> Method:
+def _cosine(k: int, groups: Groups = None) -> Readout:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         # In float64, since the squares of small numbers are zero in float32.
         directions = torch.nn.functional.normalize(points.double(), dim=1, eps=1e-300)
@@ -52,7 +52,7 @@ def _cosine(k: int, groups: Groups = None) -> Method:
     return hits
 
 
-def _centroid(*_: Any) -> Method:
+def _centroid(*_: Any) -> Readout:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         points = points.double()
         own = torch.nn.functional.one_hot(labels).to(points.dtype)
@@ -74,7 +74,7 @@ def _centroid(*_: Any) -> Method:
     return hits
 
 
-def _linear(*_: Any) -> Method:
+def _linear(*_: Any) -> Readout:
     try:
         from sklearn.linear_model import RidgeClassifierCV
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -95,7 +95,7 @@ def _linear(*_: Any) -> Method:
     return hits
 
 
-def _divergence(k: int, groups: Groups = None) -> Method:
+def _divergence(k: int, groups: Groups = None) -> Readout:
     def scores(points: Tensor, labels: Tensor) -> Tensor:
         _, others = neighbours(points, k, groups)
         n_classes = int(labels.max()) + 1
@@ -110,7 +110,7 @@ def _divergence(k: int, groups: Groups = None) -> Method:
     return scores
 
 
-_METHODS: Mapping[str, Callable[[int, Groups], Method]] = {
+_METHODS: Mapping[str, Callable[[int, Groups], Readout]] = {
     "knn": _knn,
     "cosine": _cosine,
     "centroid": _centroid,

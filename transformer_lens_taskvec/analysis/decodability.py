@@ -36,7 +36,7 @@ from transformer_lens_taskvec.activations import Activations, check_finite, laye
 from transformer_lens_taskvec.analysis.classifiers import (
     WITH_NEIGHBOURS,
     Groups,
-    Method,
+    Readout,
     neighbours,
     readout,
     readout_name,
@@ -75,7 +75,7 @@ class Decodability(Shown):
     hits: Float[Tensor, "layer point"]
     activations: Activations
     k: int
-    method: str | Method = "knn"
+    method: str | Readout = "knn"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -255,7 +255,7 @@ class Decodability(Shown):
         rows = [self.activations.labels == task for task in range(len(self.tasks))]
         return [means_by_query(self.hits[:, own], units[own]).float() for own in rows]
 
-    def _method(self, k: int, rows: Bool[Tensor, " point"]) -> Method:
+    def _method(self, k: int, rows: Bool[Tensor, " point"]) -> Readout:
         """Return the method, to be applied to some points."""
         return readout(self.method, k, self._groups(rows))
 
@@ -379,7 +379,7 @@ def task_decodability(
     activations: Activations,
     k: int = 10,
     *,
-    method: str | Method = "knn",
+    method: str | Readout = "knn",
     leave_out_sets: bool = False,
 ) -> Decodability:
     """Return how well the task can be decoded from the activations, by layer and task.
@@ -449,7 +449,7 @@ def shared_sets(activations: Activations) -> Int[Tensor, " point"] | None:
     return None if sets is None or len(sets.unique()) == len(sets) else sets
 
 
-def _check_left_out(groups: Int[Tensor, " point"], method: str | Method, left_out: bool) -> None:
+def _check_left_out(groups: Int[Tensor, " point"], method: str | Readout, left_out: bool) -> None:
     if not left_out:
         raise ValueError(
             f"the {len(groups)} prompts share {len(groups.unique())} sets of demonstrations, and "

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 
 from transformer_lens_taskvec.activations import Activations
-from transformer_lens_taskvec.analysis.classifiers import WITH_NEIGHBOURS, Method, readout_name
+from transformer_lens_taskvec.analysis.classifiers import WITH_NEIGHBOURS, Readout, readout_name
 from transformer_lens_taskvec.analysis.decodability import majority_of, task_decodability
 
 
@@ -19,7 +19,7 @@ def decodability_sensitivity(
     *,
     ks: Sequence[int] = (1, 3, 5, 10, 20),
     ns: Sequence[int] | None = None,
-    methods: Sequence[str | Method] = ("knn", "centroid", "cosine"),
+    methods: Sequence[str | Readout] = ("knn", "centroid", "cosine"),
     layer: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
