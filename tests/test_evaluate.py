@@ -26,10 +26,13 @@ def one_run_each(model: Any, episodes: list[tv.Episode], variant: list[Any]) -> 
         answer = model.tokenizer.encode(episode.answer, add_special_tokens=False)
         at = len(prompt) - 1
 
-        def hook(intervention: Any, at: int = at) -> Any:
+        def hook(intervention: Any, n: int = len(prompt)) -> Any:
+            position = intervention.position
+
             def edit(activation: torch.Tensor, hook: Any) -> torch.Tensor:
                 edited = activation.clone()
-                edited[:, at] = intervention.edit(activation[:, at])
+                for place in (position,) if isinstance(position, int) else position:
+                    edited[:, n + place] = intervention.edit(activation[:, n + place])
                 return edited
 
             return intervention.name, edit
@@ -67,6 +70,7 @@ def variants_for(model: Any, vectors: tv.TaskVectors) -> list[list[Any]]:
         [tv.ablate(2, hook="attn_out"), tv.inject(other, 0, hook="resid_pre", mode="add")],
         [tv.ablate(1, direction=other)],
         [tv.ablate(1, hook="z", head=2)],
+        [tv.inject(vector, 1, position=-2), tv.ablate(0, position=(-1, -3))],
     ]
 
 

@@ -113,3 +113,49 @@ def test_the_command_trains_a_dictionary(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = tv.vectors.TopKDictionary.load(out)
     assert found.W_dec.shape == (32, 64) and found.origin.layer == 1
+
+
+def several_places() -> list[Any]:
+    """Variants at the end, before it, at several places, and at separators; one of none."""
+    return [
+        [],
+        [tv.inject(vector(0), 1)],
+        [tv.inject(vector(1), 1, position=-3), tv.inject(vector(2), 0, mode="add")],
+        [tv.ablate(1, hook="z", head=1, position=(-2, -1))],
+        [tv.inject(vector(0), 0, position=Separator(0)), tv.ablate(1, hook="mlp_out")],
+        [tv.inject(vector(3), 1, hook="resid_pre", position=Separator(-2), mode="add")],
+        [tv.ablate(0, position=Separator(0), direction=vector(4))],
+        [tv.ablate(1, position=None)],
+        [tv.ablate(0, position=0)],
+    ]
+
+
+@pytest.mark.model
+def test_edits_before_the_end_branch_with_the_same_numbers(
+    model: Any, episodes: list[tv.Episode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants, observe = several_places(), tv.Observe(layers=[0, 1])
+    kept, packed = tv.evaluate_many(model, episodes, variants, observe=observe)
+    monkeypatch.setattr("transformer_lens_taskvec.interventions.packed._TAIL", 0)
+    seen, plain = tv.evaluate_many(model, episodes, variants, observe=observe)
+    torch.testing.assert_close(kept.values, seen.values, atol=1e-5, rtol=1e-4)
+    for one, other in zip(packed, plain, strict=True):
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-4, rtol=1e-4)
+    assert len({one.mean_loss for one in plain}) == len(
+        variants
+    )  # every variant does something of its own
+
+
+def test_prompts_too_short_for_the_longest_tail_have_one_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toy = tv.load_model("toy")
+    few_shot = tv.sample_episodes(tv.bitwise_tasks(null=False), 2, 4, seed=0)
+    some = [*tv.zero_shot(few_shot[:3]), *few_shot[:5]]
+    width = toy.cfg.d_model
+    edits = [tv.inject(torch.ones(width), layer, position=Separator(0)) for layer in range(3)]
+    packed = tv.evaluate_many(toy, some, [[edit] for edit in edits])
+    monkeypatch.setattr("transformer_lens_taskvec.interventions.packed._TAIL", 0)
+    plain = tv.evaluate_many(toy, some, [[edit] for edit in edits])
+    for one, other in zip(packed, plain, strict=True):
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-4, rtol=1e-4)

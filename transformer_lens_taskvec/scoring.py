@@ -336,7 +336,8 @@ def evaluate_many(
 ) -> list[Scores] | tuple[Activations, list[Scores]]:
     """Return the scores under many variants, each a list of interventions, in few passes.
 
-    Interventions at ``position=-1`` share the pass over the prompt; others run one at a time.
+    Variants share the pass over the prompt up to the first token that one of them edits. Those that
+    edit every token, or tokens counted from the beginning, run one at a time.
     Prompts that occur several times run once, unless a variant has a function of the caller's own.
 
     Args:

@@ -1,4 +1,4 @@
-"""Branches of a packed pass: which run together, and the hooks that edit their first tokens."""
+"""Branches of a packed pass: which run together, and the hooks that edit their tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_taskvec.interventions.intervention import Intervention
+from transformer_lens_taskvec.models.tokens import Position
 
 BRANCH_TOKENS = 256
 """The most suffix tokens per prompt: attention among them grows with their square."""
@@ -69,10 +71,14 @@ def suffixes(
     return found
 
 
+Columns = Callable[[Position], Int[Tensor, "row at"]]
+"""Returns the columns of positions of the prompts within a branch."""
+
+
 def branch_hooks(
-    model: Any, variants: Sequence[Sequence[Any]], length: int
+    model: Any, variants: Sequence[Sequence[Any]], length: int, columns: Columns | None = None
 ) -> list[tuple[str, Callable[..., Any]]]:
-    """Return one hook function per edited hook point, which edits each branch's first token.
+    """Return one hook function per edited hook point, which edits each branch.
 
     Several names of one hook point count as one, so that a variant's edits keep their order.
 
@@ -80,6 +86,7 @@ def branch_hooks(
         model: Any model with TransformerLens' hook API.
         variants: The interventions of each branch, in order.
         length: The number of tokens of a branch.
+        columns: Where in a branch the positions are; by default all are its first token.
     """
     points = model.hook_dict
     edits: dict[int, list[tuple[int, Intervention]]] = {}
@@ -87,11 +94,16 @@ def branch_hooks(
         for hook in variant:
             assert isinstance(hook, Intervention)
             edits.setdefault(id(points[hook.name]), []).append((index * length, hook))
-    return [(of_point[0][1].name, _in_branches(of_point)) for of_point in edits.values()]
+    return [(of_point[0][1].name, _in_branches(of_point, columns)) for of_point in edits.values()]
 
 
-def _in_branches(edits: Sequence[tuple[int, Intervention]]) -> Callable[..., Tensor]:
-    rounds = [_at_once(some) for some in _rounds(edits)]
+def _in_branches(
+    edits: Sequence[tuple[int, Intervention]], columns: Columns | None
+) -> Callable[..., Tensor]:
+    if columns is None:
+        rounds = [_at_once(some) for some in _rounds(edits)]
+    else:
+        rounds = [_at_columns(edit, start + columns(edit.position)) for start, edit in edits]
 
     def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
         edited = activation.clone()
@@ -100,6 +112,19 @@ def _in_branches(edits: Sequence[tuple[int, Intervention]]) -> Callable[..., Ten
         return edited
 
     return hook_function
+
+
+def _at_columns(
+    intervention: Intervention, columns: Int[Tensor, "row at"]
+) -> Callable[[Tensor], None]:
+    """Return a function that edits some columns of each row, in place."""
+
+    def edit(activation: Tensor) -> None:
+        rows = torch.arange(len(columns), device=activation.device)
+        for at in columns.to(activation.device).unbind(dim=1):
+            activation[rows, at] = intervention.edit(activation[rows, at])
+
+    return edit
 
 
 def _rounds(edits: Sequence[tuple[int, Intervention]]) -> list[list[tuple[int, Intervention]]]:

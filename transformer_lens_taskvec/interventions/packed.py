@@ -9,6 +9,9 @@ from ``variants x (prompt + answer)`` tokens to ``prompt + variants x answer``. 
 layer in which a branch is edited, it equals the unedited one: if the model allows it, blocks run
 only on the branches that differ by then.
 
+Interventions at several of the last tokens, such as separators of demonstrations, branch before the
+first of these.
+
 Where a model or an intervention rules this out, variants run one at a time on whole sequences, with
 the same results.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +43,7 @@ from transformer_lens_taskvec.interventions.variants import (
     acts_at_end,
     branching,
     placed,
+    tail,
 )
 from transformer_lens_taskvec.models.capabilities import Capabilities, capabilities
 from transformer_lens_taskvec.models.carried import warn_of_hooks
@@ -53,10 +58,20 @@ from transformer_lens_taskvec.models.past import Past
 from transformer_lens_taskvec.models.prefixes import Step, fewest_saved, in_steps, steps
 from transformer_lens_taskvec.models.protocol import device_of, model_name
 from transformer_lens_taskvec.models.readout import ENTERS, Keep
-from transformer_lens_taskvec.models.tokens import Batch, batches, pad_id, right_padded
+from transformer_lens_taskvec.models.tokens import (
+    Batch,
+    Each,
+    Position,
+    batches,
+    pad_id,
+    right_padded,
+)
 
 _LOGITS = 1 << 24
 """The most logits that are made at a time, where that is up to the library."""
+
+_TAIL = BRANCH_TOKENS // 4
+"""The most tokens of a prompt that a branch begins with: of longer ones too few fit in a pass."""
 
 _VECTORS = 1 << 15
 """Vectors per pass of a model of the lab."""
@@ -119,7 +134,9 @@ def answer_logits(
     check_lengths(model, prompts, answers)
     can = capabilities(model)
     every = range(len(variants))
-    packable = [index for index in every if all(map(acts_at_end, variants[index]))]
+    at_end = [index for index in every if all(map(acts_at_end, variants[index]))]
+    before = [index for index in every if tail([variants[index]], 0) and index not in at_end]
+    packable = sorted([*at_end, *before])
     if can.hooked:
         warn_of_hooks(model, stacklevel=4)
     elif not can.packs and len(packable) > 1:
@@ -132,11 +149,19 @@ def answer_logits(
     budget = max_tokens or default_max_tokens(model, can)
     work = _Work(model, can, prompts, answers, there, observe, budget)
     packed = packable if can.packs and together else []
-    if packed:
-        branches = branching(model, there, packed, shares_layers=can.shares_layers)
-        for batch, past in in_steps(model, work.plan(together)):
-            rows = tuple(together[row] for row in batch.rows)
-            yield from _packed(work, replace(batch, rows=rows), past, branches)
+    for some in (at_end, before) if packed else ():
+        if not some:
+            continue
+        branches = branching(model, there, some, shares_layers=can.shares_layers)
+        seen = () if some is before and at_end else observe
+        for length, rows in _tails(work, together, some):
+            if length > _TAIL:
+                yield from _plainly(work, rows, some, seen)
+                continue
+            part = replace(work, tail=length, observe=seen)
+            for batch, past in in_steps(model, part.plan(rows)):
+                numbers = tuple(rows[row] for row in batch.rows)
+                yield from _packed(part, replace(batch, rows=numbers), past, branches)
     alone = [index for index in every if index not in packed]
     yield from _plainly(work, together, alone, () if packed else observe)
     for group in apart:
@@ -145,7 +170,10 @@ def answer_logits(
 
 @dataclass(frozen=True)
 class _Work:
-    """What :func:`answer_logits` was asked for."""
+    """What :func:`answer_logits` was asked for.
+
+    A branch begins with the last ``tail`` tokens of its prompt.
+    """
 
     model: Any
     can: Capabilities
@@ -154,6 +182,7 @@ class _Work:
     variants: Sequence[Variant]
     observe: Sequence[str]
     budget: int
+    tail: int = 1
 
     @property
     def longest(self) -> int:
@@ -162,7 +191,7 @@ class _Work:
 
     def plan(self, rows: Sequence[int]) -> list[Step]:
         """Return the steps in which some prompts run before they branch."""
-        prompts = [self.prompts[row] for row in rows]
+        prompts = [self.prompts[row][: len(self.prompts[row]) - self.tail + 1] for row in rows]
         # A pass that makes no logits takes more tokens.
         budget = 4 * max(self.budget, self.longest)
         return steps(prompts, budget=budget, can=self.can, fewest=fewest_saved(self.model))
@@ -172,6 +201,11 @@ class _Work:
     ) -> tuple[Int[Tensor, "row answer_pos"], Bool[Tensor, "row answer_pos"]]:
         """Return the right-padded answers of some prompts, and where they are real."""
         return right_padded([self.answers[row] for row in rows], device_of(self.model))
+
+    def tails(self, rows: Sequence[int]) -> Int[Tensor, "row after"]:
+        """Return the tokens of prompts after the first token of a branch."""
+        after = [self.prompts[row][len(self.prompts[row]) - self.tail + 1 :] for row in rows]
+        return torch.tensor(after, dtype=torch.long, device=device_of(self.model))
 
     def chunks(
         self,
@@ -272,6 +306,28 @@ def default_max_tokens(model: Any, can: Capabilities) -> int:
     return int(min(max((1 << 30) // per_token, 256), 1024))
 
 
+def _in_tail(position: Position, rows: Sequence[int], end: int) -> Int[Tensor, "row at"]:
+    """Return the columns of prompts' positions in branches whose prompts end before ``end``."""
+    if isinstance(position, Each):
+        return torch.tensor([[end + position.from_end[row]] for row in rows])
+    places = (position,) if isinstance(position, int) else position
+    assert isinstance(places, tuple)
+    return repeat(end + torch.tensor(places), "at -> row at", row=len(rows))
+
+
+def _tails(
+    work: _Work, rows: Sequence[int], variants: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield with which number of its last tokens a prompt branches, and the prompts."""
+    some = [work.variants[index] for index in variants]
+    needed = {row: tail(some, row) or 1 for row in rows}
+    while needed:
+        length = max(needed.values())
+        found = [row for row in needed if len(work.prompts[row]) >= length]
+        yield length, found
+        needed = {row: own for row, own in needed.items() if row not in set(found)}
+
+
 def _portions(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], can: Capabilities
 ) -> tuple[list[int], list[list[int]]]:
@@ -307,7 +363,8 @@ def _packed(work: _Work, batch: Batch, past: Past | None, branches: Branching) -
     """
     model, can = work.model, work.can
     unedited, edited = branches.unedited, branches.edited
-    lengths = [len(work.answers[row]) for row in batch.rows]
+    after = work.tail - 1  # tokens of the prompt after the first of a branch
+    lengths = [after + len(work.answers[row]) for row in batch.rows]
     width = batch.tokens.shape[1] + (past.width if past else 0)
     room = None if can.indexed is None else can.indexed - width + 1
     if room is not None and room < 2 * max(lengths):
@@ -324,20 +381,22 @@ def _packed(work: _Work, batch: Batch, past: Past | None, branches: Branching) -
         numbers = tuple(batch.rows[row] for row in suffix.rows)
         rows = torch.tensor(suffix.rows, device=batch.tokens.device)
         ids, real = work.answers_of(numbers)
-        branch = torch.cat([batch.tokens[rows, -1:], ids[:, :-1]], dim=1)
+        branch = torch.cat([batch.tokens[rows, -1:], work.tails(numbers), ids[:, :-1]], dim=1)
+        columns = partial(_in_tail, rows=numbers, end=work.tail) if after else None
         first = suffix.start == 0
-        reader = Reader(work.observe if first else (), 0)
+        reader = Reader(work.observe if first else (), after)
         active = branches.active(suffix.start, suffix.end, int(model.cfg.n_layers))
         values = run_branches(
             model,
             repeat(branch, "row pos -> row (branch pos)", branch=len(edits)),
             before.rows(rows),
-            [*reader.hooks, *branch_hooks(model, edits, branch.shape[1])],
+            [*reader.hooks, *branch_hooks(model, edits, branch.shape[1], columns)],
             n_branches=len(edits),
             active=active if can.shares_layers else None,
             reads_out=can.readout is None,
         )
         values = rearrange(values, "row (branch pos) d -> row branch pos d", branch=len(edits))
+        values = values[:, :, after:]
         if bool(values[..., 0].isnan().any()):
             # A masked key weighs 0, and 0 times infinity in one branch is NaN in all.
             _warn_plain(model, "an intervention makes activations infinite or NaN")

@@ -26,6 +26,32 @@ def acts_at_end(hook: Hook) -> bool:
     return isinstance(hook, Intervention) and hook.position in (-1, (-1,))
 
 
+def tail(variants: Sequence[Variant], row: int) -> int | None:
+    """Return how many of a prompt's last tokens hold all that the variants edit.
+
+    It is None where a hook is no intervention, or acts at every position or at one counted from the
+    beginning.
+
+    Args:
+        variants: The variants.
+        row: The prompt's number.
+    """
+    needed = 1
+    for variant in variants:
+        for hook in variant:
+            if not isinstance(hook, Intervention):
+                return None
+            position = hook.position
+            if isinstance(position, Each):
+                needed = max(needed, -position.from_end[row])
+                continue
+            places = (position,) if isinstance(position, int) else position
+            if not isinstance(places, tuple) or max(places) >= 0:
+                return None
+            needed = max(needed, -min(places))
+    return needed
+
+
 def at_separators(
     model: Any, variants: Sequence[Variant], episodes: Sequence[AnyEpisode]
 ) -> Sequence[Variant]:
