@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.analysis.fidelity import few_shot_answers
-from transformer_lens_taskvec.benchmark import CONTROLS, METHODS, Method, MethodComparison
+from transformer_lens_taskvec.benchmark import (
+    CONTROLS,
+    METHODS,
+    OTHER_TASK,
+    SAME_CHOICES,
+    Method,
+    MethodComparison,
+)
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.models.counted import Tallied
 
@@ -75,6 +82,46 @@ def test_controls_break_the_mapping_and_keep_inputs_and_outputs() -> None:
     assert all(len(outputs) == 1 for outputs in mapping.values())  # one mapping in all prompts
     known = {one.y for episode in episodes for one in (*episode.demos, episode.query)}
     assert {y for outputs in mapping.values() for y in outputs} == known
+
+
+def test_other_controls_are_of_the_same_heads_and_of_another_task(toy: Any) -> None:
+    tasks = tv.find_tasks(["XOR", "OR", "XNOR"])
+    kinds = ["shuffled labels", SAME_CHOICES, OTHER_TASK]
+    methods = ["function vector", "mean"]
+    found = tv.compare_methods(toy, tasks, methods=methods, controls=kinds, **SIZES)
+    rows = found.to_frame().set_index(["method", "task"])
+    sizes = {"train": 12, "dev": 8, "test": 16}
+    sets = tv.sample_splits(tasks, sizes, 4, 0)
+    own = rows.loc["function vector", "XOR"]
+    test = [one for one in tv.zero_shot(sets["test"]) if one.task == "XOR"]
+    vectors = METHODS["function vector"].make(toy, sets["train"])
+    shuffled = CONTROLS["shuffled labels"](sets["train"], 0)
+    same = tv.function_vectors(toy, shuffled, heads=vectors.source.heads)
+    assert same.source.heads == vectors.source.heads
+    edits = same.inject("XOR", int(own.layer), scale=float(own.scale))
+    assert own[SAME_CHOICES] == tv.evaluate(toy, test, edits).accuracy
+    assert rows[SAME_CHOICES]["mean"].isna().all()  # it chooses nothing
+    # Of the same inputs and answers, but never the same for one input.
+    mean = rows.loc["mean", "XOR"]
+    other = tv.task_vectors(tv.collect(toy, [e for e in sets["train"] if e.task == "XNOR"]))
+    edits = other.inject("XNOR", int(mean.layer))
+    assert mean[OTHER_TASK] == tv.evaluate(toy, test, edits).accuracy < 0.2
+    with pytest.raises(ValueError, match="which some methods or tasks do not have"):
+        tv.compare_methods(toy, tasks, methods=["mean"], controls=[OTHER_TASK], **SIZES)
+
+
+def test_function_vectors_sum_the_heads_that_are_given(toy: Any, tasks: dict[str, tv.Task]) -> None:
+    episodes = tv.sample_episodes(tasks, n=8, n_shots=4, seed=0)
+    heads = [(1, 0), (2, 3)]
+    found = tv.function_vectors(toy, episodes, heads=heads)
+    z = tv.collect(toy, [e for e in episodes if e.task == "OR"], hook="z").values.mean(dim=0)
+    by_hand = sum(z[layer, head] @ toy.blocks[layer].attn.W_O[head] for layer, head in heads)
+    torch.testing.assert_close(found["OR", 0], by_hand.detach(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="heads is .*below 4 and 4"):
+        tv.function_vectors(toy, episodes, heads=[(1, 4)])
+    with pytest.raises(ValueError, match="both given"):
+        effects = tv.head_effects(toy, episodes)
+        tv.function_vectors(toy, episodes, heads=heads, effects=effects)
 
 
 def test_a_permutation_needs_two_inputs() -> None:

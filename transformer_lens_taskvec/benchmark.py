@@ -48,7 +48,9 @@ from transformer_lens_taskvec.vectors.methods import METHODS, Make, Method, chos
 __all__ = [
     "CONTROLS",
     "METHODS",
+    "OTHER_TASK",
     "RANDOM",
+    "SAME_CHOICES",
     "Method",
     "MethodComparison",
     "compare_methods",
@@ -60,6 +62,14 @@ _FORMAT = "taskvec-bench-1"
 
 RANDOM = "random"
 """The control of a random direction with the norm of what the method injects."""
+
+SAME_CHOICES = "same choices"
+"""The control of a method that chooses something, such as heads, from the true prompts: what it
+makes of prompts with shuffled labels with these choices. Other methods do not have it."""
+
+OTHER_TASK = "other task"
+"""The control of another task's vector, if most answers are among that task's answers too, and no
+demonstration belongs to both."""
 
 
 def _shuffle_all(episodes: Sequence[Episode], seed: int) -> list[Episode]:
@@ -120,9 +130,11 @@ class MethodComparison(Shown):
         few-shot distribution of the first answer token, nats), ``nothing`` (accuracy with
         nothing injected in the same prompts), one column per control, ``gain, gain_low,
         gain_high, p, p_holm`` (over :attr:`control`, paired; Holm's correction over all rows),
-        ``dev_accuracy, n_distinct``, and ``seconds, tokens`` that making the vectors took.
+        ``dev_accuracy, n_distinct``, and ``seconds, tokens`` that making the vectors took. A
+        control that a method or task does not have is NaN.
         """
-        rows = [_row(unit, self.control) for unit in self.units if "error" not in unit]
+        kinds = self.settings["controls"]
+        rows = [_row(unit, kinds) for unit in self.units if "error" not in unit]
         frame = pd.DataFrame(rows)
         if len(frame):
             adjusted = holm(torch.tensor(frame.p.to_numpy(), dtype=torch.float64)).tolist()
@@ -223,7 +235,8 @@ def compare_methods(
         methods: Names in :data:`METHODS`, :class:`benchmark.Method`, or by name functions ``(model,
             episodes) -> Injectable``; by default all that need no gradients.
         controls: What else is injected: :data:`CONTROLS`, for which the method is run again on
-            other training episodes, and ``"random"``. Gains are over the first.
+            other training episodes, :data:`SAME_CHOICES`, :data:`OTHER_TASK` and :data:`RANDOM`.
+            Gains are over the first, which every method and task must have.
         n_shots: Demonstrations in the training prompts, and in the few-shot baseline.
         n: Training episodes per task.
         n_dev: Dev queries per task.
@@ -313,12 +326,17 @@ def published() -> pd.DataFrame:
 
 
 def _check_controls(controls: Sequence[str]) -> None:
-    known = (*CONTROLS, RANDOM)
+    known = (*CONTROLS, RANDOM, SAME_CHOICES, OTHER_TASK)
     if isinstance(controls, str) or not controls or len(set(controls)) < len(controls):
         raise ValueError(f"controls is {controls!r}; give a list of one or more, each once")
     for kind in controls:
         if kind not in known:
             raise ValueError(f"no control {kind!r}; there are: {', '.join(known)}")
+    if controls[0] in (SAME_CHOICES, OTHER_TASK):
+        raise ValueError(
+            f"controls begins with {controls[0]!r}, which some methods or tasks do not have; begin "
+            "with another, over which the gains are"
+        )
 
 
 @dataclass(frozen=True)
@@ -379,14 +397,52 @@ class _Work:
             vectors = method.make(tallied, episodes)
             seconds, tokens = time.perf_counter() - started, tallied.tokens
             controls = {
-                kind: control_vectors(vectors, kinds=[RANDOM], seed=self.seed)[RANDOM]
-                if kind == RANDOM
-                else method.make(self.model, CONTROLS[kind](episodes, self.seed))
-                for kind in self.controls
+                kind: self._control(kind, method, episodes, vectors) for kind in self.controls
             }
         except ValueError as error:
             return str(error)
-        return _Made(vectors, controls, seconds, tokens)
+        there = {kind: one for kind, one in controls.items() if one is not None}
+        return _Made(vectors, there, seconds, tokens)
+
+    def _control(
+        self, kind: str, method: Method, episodes: Sequence[Episode], vectors: Injectable
+    ) -> Injectable | None:
+        """Return a control of the method, None if it has none of this kind."""
+        if kind == RANDOM:
+            return control_vectors(vectors, kinds=[RANDOM], seed=self.seed)[RANDOM]
+        if kind == OTHER_TASK:
+            return vectors if method.together else None
+        if kind == SAME_CHOICES:
+            shuffled = _shuffle_all(episodes, self.seed)
+            return method.again and method.again(self.model, shuffled, vectors)
+        return method.make(self.model, CONTROLS[kind](episodes, self.seed))
+
+    def _others(self, method: Method, made: _Made, task: str) -> dict[str, tuple[Injectable, str]]:
+        """Return the controls that a task has, and under which task's name each is kept."""
+        found = {kind: (one, task) for kind, one in made.controls.items() if kind != OTHER_TASK}
+        other = self.same_answers(task) if OTHER_TASK in self.controls else None
+        if other is not None:
+            vectors = made.controls.get(OTHER_TASK)
+            if vectors is None:
+                vectors = method.make(self.model, self.of(other, "train"))
+            found[OTHER_TASK] = vectors, other
+        return found
+
+    def same_answers(self, task: str) -> str | None:
+        """Return the task with most of this one's answers among its own, None if none has half."""
+        pairs: dict[str, set[tuple[Any, Any]]] = {}
+        for episode in (one for part in self.sets.values() for one in part):
+            shown = pairs.setdefault(episode.task, set())
+            shown.update((pair.x, pair.y) for pair in (*episode.demos, episode.query))
+        own = pairs[task]
+        answers = {y for _, y in own}
+        shares = {
+            name: len(answers & {y for _, y in some}) / len(answers)
+            for name, some in pairs.items()
+            if not own & some
+        }
+        best = max(shares, key=shares.__getitem__, default=None)
+        return best if best is not None and shares[best] >= 0.5 else None
 
     def _measured(
         self, method: Method, made: _Made, task: str, divergence: Divergence
@@ -396,16 +452,16 @@ class _Work:
         sweep = layer_sweep(self.model, dev, made.vectors, scales=method.scales, **options)
         scale, layer = sweep.best(task)
         dev_accuracy = float(sweep.at_scale(scale).scores_at(layer).of(task).accuracy)
-        all_of = {"injected": made.vectors, **made.controls}
-        plain, *found = evaluate_many(
+        others = self._others(method, made, task)
+        vectors = (made.vectors, task), *others.values()
+        plain, injected, *found = evaluate_many(
             self.model,
             self.of(task, "test", method.shots),
-            [[], *(one.inject(task, layer, scale=scale) for one in all_of.values())],
+            [[], *(one.inject(name, layer, scale=scale) for one, name in vectors)],
             metrics=[divergence],
             **options,
         )
-        injected, *others = found
-        by_kind = dict(zip(made.controls, others, strict=True))
+        by_kind = dict(zip(others, found, strict=True))
         against = compare(injected, by_kind).to_frame().set_index("against")
         low, high = injected.interval()
         sizes = len(made.vectors.tasks) if method.together else 1
@@ -445,13 +501,14 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _row(unit: Mapping[str, Any], control: str) -> dict[str, Any]:
+def _row(unit: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
     names = ("method", "task", "layer", "scale", "accuracy", "low", "high", "nll", "divergence")
-    against = unit["controls"][control]
+    found = unit["controls"]
+    against = found[kinds[0]]
     return {
         **{name: unit[name] for name in names},
         "nothing": unit["nothing"]["accuracy"],
-        **{kind: one["accuracy"] for kind, one in unit["controls"].items()},
+        **{kind: found[kind]["accuracy"] if kind in found else math.nan for kind in kinds},
         "gain": against["difference"],
         "gain_low": against["low"],
         "gain_high": against["high"],

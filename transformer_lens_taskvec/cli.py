@@ -250,6 +250,9 @@ def bench(
     methods: Annotated[
         str, typer.Option(help="Comma-separated methods; 'extracted', 'learned' or 'all'.")
     ] = "extracted",
+    controls: Annotated[
+        str, typer.Option(help="Comma-separated controls; gains are over the first.")
+    ] = "shuffled labels,random",
     shots: Shots = 5,
     n: Annotated[int, typer.Option(min=1, help="Training episodes per task.")] = 25,
     n_dev: Annotated[int, typer.Option(min=1, help="Dev queries per task.")] = 20,
@@ -296,6 +299,7 @@ def bench(
         load_model(model),
         chosen,
         methods=list(dict.fromkeys(wanted)),
+        controls=_names(controls),
         n_shots=shots,
         n=n,
         n_dev=n_dev,

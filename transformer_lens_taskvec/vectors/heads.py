@@ -308,6 +308,7 @@ def function_vectors(
     n_heads: int = 10,
     *,
     effects: HeadEffects | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
     max_tokens: int | None = None,
     progress: bool = False,
@@ -326,6 +327,7 @@ def function_vectors(
         effects: From :func:`head_effects` without ablation, to save measuring them again; then
             ``episodes`` are recorded in the source, and a few of them show how a head's output
             reaches the residual stream.
+        heads: Pairs of layer and head to sum, whatever their effects; nothing is measured then.
         seed: Seed of the shuffling.
         max_tokens: As for :func:`evaluate`.
         progress: Whether to show progress bars.
@@ -335,7 +337,8 @@ def function_vectors(
         mode ``"add"``.
 
     Raises:
-        ValueError: If the model has fewer heads, what attention adds to its residual stream is not
+        ValueError: If the model has fewer heads, or not these, ``heads`` and ``effects`` are both
+            given, what attention adds to its residual stream is not
             the sum of the heads' outputs, or as for :func:`head_effects`.
 
     Example:
@@ -351,26 +354,51 @@ def function_vectors(
         >>> added.mean_loss < plain.mean_loss
         True
     """
-    if effects is None:
-        effects = head_effects(model, episodes, seed=seed, max_tokens=max_tokens, progress=progress)
-    if effects.ablation is not None:
-        raise ValueError(
-            f"these are effects of {effects.ablation} ablation; a function vector sums heads whose "
-            "means help in shuffled prompts, so use head_effects(..., ablation=None)"
-        )
-    heads = effects.top(n_heads)
+    if heads is not None:
+        if effects is not None:
+            raise ValueError("heads and effects are both given; give one, effects to choose heads")
+        heads = _checked(model, heads)
+        found = collect(model, episodes, hook="z", progress=progress)
+        means, scaled = head_means(model, found)
+        tasks, bos = found.tasks, found.source.bos
+    else:
+        if effects is None:
+            effects = head_effects(
+                model, episodes, seed=seed, max_tokens=max_tokens, progress=progress
+            )
+        if effects.ablation is not None:
+            raise ValueError(
+                f"these are effects of {effects.ablation} ablation; a function vector sums heads "
+                "whose means help in shuffled prompts, so use head_effects(..., ablation=None)"
+            )
+        heads, means, scaled = effects.top(n_heads), effects.means, effects.scaled
+        tasks, bos = effects.tasks, effects.baseline.bos
     layers = sorted({layer for layer, _ in heads})
-    added = what_heads_add(model, episodes, effects.means, effects.scaled, layers)
-    total = torch.zeros(len(effects.tasks), int(model.cfg.d_model))
+    added = what_heads_add(model, episodes, means, scaled, layers)
+    total = torch.zeros(len(tasks), int(model.cfg.d_model))
     for layer, head in heads:
         total += added[:, layers.index(layer), head]
     n_layers = int(model.cfg.n_layers)
     everywhere = repeat(total, "task d_model -> task layer d_model", layer=n_layers)
-    bos = effects.baseline.bos
     source = source_of(
         model, episodes, hook="resid_post", position=-1, bos=bos, mode="add", heads=heads
     )
-    return TaskVectors(everywhere, effects.tasks, tuple(range(n_layers)), source)
+    return TaskVectors(everywhere, tasks, tuple(range(n_layers)), source)
+
+
+def _checked(model: Any, heads: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return heads, each of which the model has."""
+    shape = int(model.cfg.n_layers), int(model.cfg.n_heads)
+    found = tuple((int(layer), int(head)) for layer, head in heads)
+    missing = [
+        one for one in found if not all(0 <= at < n for at, n in zip(one, shape, strict=True))
+    ]
+    if missing or len(set(found)) < len(found) or not found:
+        raise ValueError(
+            f"heads is {list(found)}; give one or more pairs of layer and head, each once, below "
+            f"{shape[0]} and {shape[1]}"
+        )
+    return found
 
 
 def _of_answers(scores: Sequence[Scores]) -> dict[str, Float[Tensor, "variant example"]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.prompts import AnyEpisode, zero_shot
-from transformer_lens_taskvec.vectors.base import Injectable
+from transformer_lens_taskvec.vectors.base import Injectable, TaskVectors
 from transformer_lens_taskvec.vectors.contrast import (
     contrast_vectors,
     in_context_vectors,
@@ -38,6 +38,8 @@ class Method:
         shots: How many demonstrations the prompts have that it is injected in.
         together: Whether it is made from all tasks' episodes at once; otherwise of each task's.
         learned: Whether it is trained by gradient.
+        again: ``(model, other train episodes, vectors) -> Injectable`` with the choices that were
+            made for the vectors, such as heads; None if the method makes none.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -53,6 +55,7 @@ class Method:
     shots: int = 0
     together: bool = False
     learned: bool = False
+    again: Callable[[Any, Sequence[Any], Any], Injectable] | None = None
 
 
 def _means(model: Any, train: Sequence[AnyEpisode]) -> Injectable:
@@ -76,6 +79,10 @@ def _function_vectors(model: Any, train: Sequence[Any]) -> Injectable:
     n_heads = int(model.cfg.n_layers) * int(model.cfg.n_heads)
     effects = head_effects(model, train, screen=min(_SCREENED, n_heads))
     return function_vectors(model, train, min(10, n_heads), effects=effects)
+
+
+def _same_heads(model: Any, train: Sequence[Any], vectors: TaskVectors) -> Injectable:
+    return function_vectors(model, train, heads=vectors.source.heads)
 
 
 def _learned(model: Any, train: Sequence[Any]) -> Injectable:
@@ -123,6 +130,7 @@ METHODS: Mapping[str, Method] = {
             "Todd et al. 2023",
             scales=(1.0, 2.0, 4.0),
             together=True,
+            again=_same_heads,
         ),
         Method("instruction", instruction_vectors, "Luo et al. 2024"),
         Method("one of few shots", _single, "Hendel et al. 2023", shots=_FEW),
