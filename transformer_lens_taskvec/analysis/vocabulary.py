@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.frames import grid_frame
@@ -34,7 +34,7 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.models.lens import ADDED, STATES, Read, stream_reader
-from transformer_lens_taskvec.models.protocol import hook_name, inference, model_name
+from transformer_lens_taskvec.models.protocol import hook_name, model_name
 from transformer_lens_taskvec.models.tokens import decode
 from transformer_lens_taskvec.vectors.base import Injectable, TaskVectors, check_vectors
 
@@ -61,7 +61,9 @@ class Vocabulary(Shown):
     Attributes:
         table: ``task, layer, vector`` (``"vectors"`` or a control's name), ``lens, sign`` (``"+"``
             for the tokens with the highest logits, ``"-"`` for the lowest), ``rank`` (from 1),
-            ``id, token, logit``, and ``probability`` (NaN for differences).
+            ``id, token, logit, z`` (standard deviations from the vector's mean logit, which can be
+            compared between layers and vectors of any length), ``probability`` (NaN for
+            differences).
         tasks: The tasks' names.
         layers: The layers, counted from 0.
         vectors: ``"vectors"`` and the controls' names.
@@ -200,21 +202,20 @@ def vocabulary(
     n_tokens = int(getattr(model.cfg, "d_vocab", 0) or 0)
     _check_vocabulary(model, n_tokens, k)
     difference = own.source.mode == "add"
-    with inference(model):
-        logits_of = stream_reader(model, added=hook in ADDED)
-        zero = logits_of(own.values.new_zeros(1, own.values.shape[-1])) if difference else 0.0
-        found = {
-            (name, lens): _extremes(
-                lambda rows: logits_of(rows) - zero,
-                some.values if lens == LOGIT else _transported(jacobian, some, hook, model),
-                k,
-                with_probabilities=not difference,
-            )
-            for name, some in read.items()
-            for lens in lenses
-        }
+    logits_of = stream_reader(model, added=hook in ADDED)
+    zero = logits_of(own.values.new_zeros(1, own.values.shape[-1])) if difference else 0.0
+    found = {
+        (name, lens): _extremes(
+            lambda rows: logits_of(rows) - zero,
+            some.values if lens == LOGIT else _transported(jacobian, some, hook, model),
+            k,
+            with_probabilities=not difference,
+        )
+        for name, some in read.items()
+        for lens in lenses
+    }
     columns = {}
-    for index, column in enumerate(("id", "logit", "probability")):
+    for index, column in enumerate(("id", "logit", "z", "probability")):
         stacked = torch.stack([one[index] for one in found.values()], dim=2)
         columns[column] = rearrange(
             stacked,
@@ -263,19 +264,19 @@ def _as_read(
     for task in tasks:
         for layer in layers:
             edits = vectors.inject(task, layer)
-            if len(edits) != 1 or edits[0].vector is None or not isinstance(edits[0].mode, str):
+            edit, vector = edits[0], edits[0].vector
+            if len(edits) > 1 or vector is None or not isinstance(edit.mode, str):
                 raise ValueError(
                     f"injecting {task} at layer {layer} takes {edits}, and one vector with a named "
                     "mode is needed; give TaskVectors, such as the .vectors of these"
                 )
-            [edit] = edits
             hook = _hook(edit.hook)
             if edit.head is not None:
                 raise ValueError(
                     f"head is {edit.head} at hook {edit.hook!r}; give vectors without a head"
                 )
             kinds.add((hook, "replace" if edit.mode == "replace" and hook in STATES else "add"))
-            rows.append(edit.vector.detach().to("cpu", torch.float32) * edit.scale)
+            rows.append(vector.detach().to("cpu", torch.float32) * edit.scale)
     if len(kinds) > 1:
         raise ValueError(f"the vectors are of several kinds, {sorted(kinds)}; give those of one")
     [(hook, mode)] = kinds
@@ -355,24 +356,23 @@ def _transported(
 
 def _extremes(
     logits_of: Read, values: Float[Tensor, "task layer d"], k: int, *, with_probabilities: bool
-) -> tuple[
-    Int[Tensor, "task layer sign rank"],
-    Float[Tensor, "task layer sign rank"],
-    Float[Tensor, "task layer sign rank"],
-]:
-    """Return the ids, logits and probabilities of the highest and the lowest tokens."""
-    ids, logits, probabilities = [], [], []
+) -> list[Num[Tensor, "task layer sign rank"]]:
+    """Return the ids, logits, z and probabilities of the highest and the lowest tokens."""
+    found = []
     for rows in rearrange(values, "task layer d -> (task layer) d").split(_ROWS):
         read = logits_of(rows)
         ends = [read.topk(k, dim=1, largest=largest) for largest in (True, False)]
-        ids.append(torch.stack([one.indices for one in ends], dim=1))
-        logits.append(torch.stack([one.values for one in ends], dim=1))
-        total = rearrange(read.logsumexp(dim=1), "row -> row 1 1")
-        probabilities.append((logits[-1] - total).exp())
-    shaped = [
+        logits = torch.stack([one.values for one in ends], dim=1)
+        mean, spread, total = (
+            rearrange(of, "row -> row 1 1")
+            for of in (read.mean(dim=1), read.std(dim=1), read.logsumexp(dim=1))
+        )
+        probabilities = (logits - total).exp()
+        if not with_probabilities:
+            probabilities = torch.full_like(logits, torch.nan)
+        ids = torch.stack([one.indices for one in ends], dim=1)
+        found.append((ids, logits, (logits - mean) / spread, probabilities))
+    return [
         rearrange(torch.cat(some), "(task layer) ... -> task layer ...", task=len(values))
-        for some in (ids, logits, probabilities)
+        for some in zip(*found, strict=True)
     ]
-    if not with_probabilities:
-        shaped[2] = torch.full_like(shaped[2], torch.nan)
-    return shaped[0], shaped[1], shaped[2]

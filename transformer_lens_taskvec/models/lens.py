@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.models.forward import mask_dtype, run_prompts
-from transformer_lens_taskvec.models.protocol import device_of, hook_name, model_name
+from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference, model_name
 from transformer_lens_taskvec.models.readout import Keep
 
 STATES = ("resid_pre", "resid_mid", "resid_post")
@@ -31,7 +32,7 @@ def stream_reader(model: Any, *, added: bool = False) -> Read:
     model's own ``ln_final`` and ``unembed`` elsewhere.
 
     Args:
-        model: A language model, in evaluation mode.
+        model: A language model.
         added: Whether what attention and MLPs add will be read too.
 
     Raises:
@@ -44,31 +45,35 @@ def stream_reader(model: Any, *, added: bool = False) -> Read:
         >>> stream_reader(tv.load_model("toy"))(torch.ones(1, 64)).shape
         torch.Size([1, 12])
     """
-    read = _through_modules(model)
+    through = partial(_through_modules, model)
     if hasattr(model, "original_model"):
         try:
             from transformer_lens.tools.analysis import logit_readout
         except ImportError:  # TransformerLens 3.9
             pass
         else:
+            through = partial(_through_readout, logit_readout, model)
 
-            def read(rows: Tensor) -> Tensor:
-                values: Tensor = logit_readout(model, rows).values
-                return values.float().cpu()
+    def read(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+        with inference(model):
+            return through(rows).float().cpu()
 
-    problem = _problem(model, read, added)
+    with inference(model):
+        problem = _problem(model, read, added)
     if problem:
         raise ValueError(f"vectors of {model_name(model)} cannot be read as tokens: {problem}")
     return read
 
 
-def _through_modules(model: Any) -> Read:
-    def read(rows: Tensor) -> Tensor:
-        stream = rearrange(rows.to(device_of(model), mask_dtype(model)), "row d -> 1 row d")
-        logits: Tensor = model.unembed(model.ln_final(stream))
-        return logits[0].float().cpu()
+def _through_readout(logit_readout: Callable[..., Any], model: Any, rows: Tensor) -> Tensor:
+    values: Tensor = logit_readout(model, rows).values
+    return values
 
-    return read
+
+def _through_modules(model: Any, rows: Tensor) -> Tensor:
+    stream = rearrange(rows.to(device_of(model), mask_dtype(model)), "row d -> 1 row d")
+    logits: Tensor = model.unembed(model.ln_final(stream))
+    return logits[0]
 
 
 def _problem(model: Any, read: Read, added: bool) -> str:

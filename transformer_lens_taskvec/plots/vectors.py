@@ -36,9 +36,10 @@ def plot_vocabulary(
 ) -> Axes:
     """Return axes with the strongest tokens in cells, layers in rows.
 
-    Columns are the tasks, and colours how far the strongest token's logit is beyond that of the
-    first control; or, for one task, columns are its vector and its controls. Spaces are shown as
-    ``␣``, and characters that the font lacks by their codes.
+    Colours say how far the strongest token stands out, in standard deviations from the vector's
+    mean logit. Columns are the tasks, and colours are next to the first control's; or, for one
+    task, columns are its vector and its controls. Spaces are shown as ``␣``, and characters that
+    the font lacks by their codes.
 
     Args:
         found: From :func:`vocabulary`.
@@ -93,7 +94,7 @@ def plot_vocabulary(
     ax.set_xticks(range(len(cells)), names)
     ax.set_yticks(range(len(layers)), list(map(str, layers)))
     ax.set_ylabel("layer (from 0)")
-    ax.figure.colorbar(image, ax=ax, label=f"strongest token's logit{minus}", shrink=0.8)
+    ax.figure.colorbar(image, ax=ax, label=f"z of the strongest token{minus}", shrink=0.8)
     what = "promoted" if sign == PROMOTED else "demoted"
     who = "task vectors" if task is None else f"the vector of {task}"
     ax.set_title(f"Tokens {what} by {who}, {lens} lens")
@@ -169,11 +170,11 @@ def _strongest(
     lens: str,
     sign: str,
 ) -> Float[Tensor, "layer cell"]:
-    """Return the first token's logit of each cell, its negative for tokens that are demoted."""
+    """Return how far the first token of each cell stands out, in standard deviations."""
     table = found.table
     rows = table[(table["rank"] == 1) & (table.lens == lens) & (table.sign == sign)]
-    logits = rows.set_index(["layer", "task", "vector"]).logit
-    values = [[logits[layer, task, by] for task, by in cells] for layer in layers]
+    z = rows.set_index(["layer", "task", "vector"]).z
+    values = [[z[layer, task, by] for task, by in cells] for layer in layers]
     return torch.tensor(values) * (1 if sign == PROMOTED else -1)
 
 
