@@ -48,8 +48,8 @@ class Similarity(Shown):
         (torch.Size([6, 6]), torch.Size([4, 4]))
     """
 
-    by_layer: Float[Tensor, "layer task other"]
-    by_task: Float[Tensor, "task layer other"]
+    by_layer: Float[Tensor, "layer task other_task"]
+    by_task: Float[Tensor, "task layer other_layer"]
     own: Float[Tensor, "layer task task"]
     norms: Float[Tensor, "task layer"]
     other_norms: Float[Tensor, "task layer"]
@@ -59,7 +59,7 @@ class Similarity(Shown):
     crossed: bool
     source: Source
 
-    def at(self, layer: int) -> Float[Tensor, "task other"]:
+    def at(self, layer: int) -> Float[Tensor, "task other_task"]:
         """Return the cosines of tasks with tasks at one layer.
 
         Raises:
@@ -67,7 +67,7 @@ class Similarity(Shown):
         """
         return self.by_layer[layer_index(self.layers, layer)]
 
-    def of(self, task: str) -> Float[Tensor, "layer other"]:
+    def of(self, task: str) -> Float[Tensor, "layer other_layer"]:
         """Return the cosines of layers with layers for one task.
 
         Raises:

@@ -115,6 +115,21 @@ class Vocabulary(Shown):
             rows = kept
         return tuple(rows.token)
 
+    def shared(self, control: str) -> pd.DataFrame:
+        """Return ``task, layer, lens, sign, shared``: the share of tokens a control has too.
+
+        Where most are shared, the tokens do not speak for what sets the vectors apart from it.
+
+        Raises:
+            ValueError: If there is no such control.
+        """
+        if control not in self.vectors[1:]:
+            raise ValueError(f"control is {control!r}; there are: {', '.join(self.vectors[1:])}")
+        cells, k = ["task", "layer", "lens", "sign"], int(self.table["rank"].max())
+        some = self.table[self.table.vector.isin([VECTORS, control])]
+        distinct = some.groupby(cells, sort=False).id.nunique()
+        return (2 - distinct / k).rename("shared").reset_index()
+
     def to_frame(self) -> pd.DataFrame:
         """Return one row per task, layer, vector, lens, sign and rank."""
         return self.table
@@ -264,12 +279,13 @@ def _as_read(
     for task in tasks:
         for layer in layers:
             edits = vectors.inject(task, layer)
-            edit, vector = edits[0], edits[0].vector
-            if len(edits) > 1 or vector is None or not isinstance(edit.mode, str):
+            vector = edits[0].vector if len(edits) == 1 else None
+            if vector is None or not isinstance(edits[0].mode, str):
                 raise ValueError(
                     f"injecting {task} at layer {layer} takes {edits}, and one vector with a named "
                     "mode is needed; give TaskVectors, such as the .vectors of these"
                 )
+            [edit] = edits
             hook = _hook(edit.hook)
             if edit.head is not None:
                 raise ValueError(

@@ -43,7 +43,7 @@ def stream_reader(model: Any, *, added: bool = False) -> Read:
         >>> import torch
         >>> import transformer_lens_taskvec as tv
         >>> stream_reader(tv.load_model("toy"))(torch.ones(1, 64)).shape
-        torch.Size([1, 12])
+        torch.Size([1, 101])
     """
     through = partial(_through_modules, model)
     if hasattr(model, "original_model"):

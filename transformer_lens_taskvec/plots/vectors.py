@@ -80,10 +80,10 @@ def plot_vocabulary(
     if task is None and len(found.vectors) > 1:
         control = found.vectors[1]
         values = values - _strongest(found, [(of, control) for of, _ in cells], layers, **where)
-        minus = f", minus that of {control}"
+        minus = f"\nminus that of {control}"
     widest = max(len(text) for row in texts for text in row)
     wide = max(1.0, 0.15 + 0.056 * widest)
-    ax = new_axes(ax, (1.6 + wide * len(cells), 1.2 + 0.22 * len(layers)))
+    ax = new_axes(ax, (1.6 + wide * len(cells), 1.2 + 0.22 * max(6, len(layers))))
     reach = float(values.abs().max()) or 1.0
     colours, low = ("RdBu_r", -reach) if minus else ("Blues", min(0.0, float(values.min())))
     image = ax.imshow(values.tolist(), cmap=colours, vmin=low, vmax=reach, aspect="auto", alpha=0.6)
