@@ -92,6 +92,8 @@ def test_planted_directions_promote_the_planted_answers_and_no_others(ring: Any)
     W_U = ring.original_model.lm_head.weight.detach().T
     check_logits(found, layer_norm(vectors.values) @ W_U, k=2)
     assert found.reads == "differences" and found.table.probability.isna().all()
+    kept = found.to_json()
+    assert len(kept["tokens"]) == len(found.table) and kept["tokens"][0]["probability"] is None
 
 
 @pytest.mark.filterwarnings("ignore:.*distinct inputs")
@@ -269,8 +271,12 @@ def test_a_model_with_another_way_to_its_logits_is_refused(tokenizer: Any) -> No
     episodes = tv.sample_episodes(tv.find_tasks(["en_fr", "antonyms"]), 2, 1, seed=0)
     vectors = tv.task_vectors(tv.collect(opt, episodes))
     assert vocabulary(vectors, opt, 1, k=2).layers == (1,)
-    head = opt.original_model.lm_head
-    handle = head.register_forward_hook(lambda module, args, out: out.roll(1, dims=-1))
+
+    def turned(module: Any, args: Any, output: Any) -> Any:
+        output.logits = output.logits.roll(1, dims=-1)
+        return output
+
+    handle = opt.original_model.register_forward_hook(turned)
     before = fingerprint(opt)
     try:
         with pytest.raises(ValueError, match="cannot be read as tokens: its logits are not"):
@@ -396,6 +402,10 @@ def test_figures_show_the_tokens_and_the_cosines(toy: Any, toys: tv.TaskVectors)
         for task in toys.tasks
     ]
     assert texts == [text.replace("\n", "\\n") for text in wanted]
+    first = found.table[(found.table["rank"] == 1) & (found.table.sign == "+")]
+    [own, control] = first[(first.task == "OR") & (first.layer == 3)].z
+    shade = ax.images[0].get_array()[3, toys.tasks.index("OR")]
+    assert shade == pytest.approx(own - control)
     beside = plot_vocabulary(found, task="XOR", layers=[3], sign="-")
     assert [tick.get_text() for tick in beside.get_xticklabels()] == ["vectors", "random"]
     with pytest.raises(ValueError, match="task is 'NOPE'"):

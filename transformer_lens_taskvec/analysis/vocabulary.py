@@ -69,6 +69,7 @@ class Vocabulary(Shown):
         vectors: ``"vectors"`` and the controls' names.
         lenses: ``"logit"``, and ``"jacobian"`` if it was given.
         reads: ``"states"`` or ``"differences"``.
+        centred: Whether they are minus their mean over tasks.
         source: Where the vectors come from.
 
     Example:
@@ -89,6 +90,7 @@ class Vocabulary(Shown):
     vectors: tuple[str, ...]
     lenses: tuple[str, ...]
     reads: str
+    centred: bool
     source: Source
 
     def tokens(
@@ -140,6 +142,7 @@ class Vocabulary(Shown):
             "model": self.source.model,
             "hook": self.source.hook,
             "reads": self.reads,
+            "centred": self.centred,
             "tokens": json.loads(self.table.to_json(orient="records")),
         }
 
@@ -244,7 +247,8 @@ def vocabulary(
     texts = {one: decode(model, [one]) or model.tokenizer.decode([one]) for one in set(table.id)}
     table.insert(list(table).index("id") + 1, "token", table.id.map(texts))
     reads = "differences" if difference else "states"
-    return Vocabulary(table, own.tasks, own.layers, tuple(read), lenses, reads, vectors.source)
+    names = own.tasks, own.layers, tuple(read), lenses
+    return Vocabulary(table, *names, reads, centred, vectors.source)
 
 
 def _layers(vectors: Injectable, layer: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -10,7 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.analysis.similarity import Similarity
-from transformer_lens_taskvec.analysis.vocabulary import LOGIT, PROMOTED, VECTORS, Vocabulary
+from transformer_lens_taskvec.analysis.vocabulary import (
+    JACOBIAN,
+    LOGIT,
+    PROMOTED,
+    VECTORS,
+    Vocabulary,
+)
 from transformer_lens_taskvec.plots.style import heat_map, new_axes, styled
 
 if TYPE_CHECKING:
@@ -97,7 +103,9 @@ def plot_vocabulary(
     ax.figure.colorbar(image, ax=ax, label=f"z of the strongest token{minus}", shrink=0.8)
     what = "promoted" if sign == PROMOTED else "demoted"
     who = "task vectors" if task is None else f"the vector of {task}"
-    ax.set_title(f"Tokens {what} by {who}, {lens} lens")
+    centred = "minus the mean over tasks, " if found.centred else ""
+    by = {JACOBIAN: "Jacobian"}.get(lens, lens)
+    ax.set_title(f"Tokens {what} by {who}, {centred}{by} lens")
     return ax
 
 
