@@ -49,7 +49,7 @@ def axes(toy: Any, study: tv.paper.ShotStudy) -> Iterator[dict[str, Any]]:
         "steering": tv.plot_steering(study.steering[1]),
         "perturbation": tv.plot_perturbation(tv.perturbation_matrix(toy, episodes, vectors, 1)),
         "heads": tv.plot_head_effects(effects, task="AND"),
-        "vectors": tv.plot_vectors(vectors, 1),
+        "vectors": tv.plot_similarity(tv.analysis.similarity(vectors), layer=1),
         "embedding": tv.plot_embedding(found.activations, 1, method="pca"),
         "prompting": tv.paper.plot_prompting(prompting),
     }

@@ -67,7 +67,7 @@ def test_whatever_shows_an_accuracy_shows_the_number_of_distinct_queries(
 
 
 def test_vectors_less_their_mean_are_compared(found: dict[str, Any]) -> None:
-    ax = tv.plot_vectors(found["vectors"])
+    ax = tv.plot_similarity(tv.analysis.similarity(found["vectors"]))
     cosines = ax.images[0].get_array()
     assert cosines.shape == (7, 7) and cosines.diagonal().tolist() == pytest.approx([1] * 7)
     assert cosines.sum(axis=0).min() < 1  # they cancel out, so that some point away from others

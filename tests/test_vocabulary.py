@@ -17,8 +17,8 @@ from scipy.spatial.distance import cdist
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec.activations import Source
-from transformer_lens_taskvec.analysis.similarity import similarity
-from transformer_lens_taskvec.analysis.vocabulary import Vocabulary, vocabulary
+from transformer_lens_taskvec.analysis.cosines import similarity
+from transformer_lens_taskvec.analysis.lenses import Vocabulary, vocabulary
 from transformer_lens_taskvec.models.protocol import fingerprint, hook_name, model_name
 from transformer_lens_taskvec.plots.vectors import plot_similarity, plot_vocabulary
 from transformer_lens_taskvec.vectors.base import LayerwiseVectors

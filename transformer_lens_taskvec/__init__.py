@@ -34,9 +34,10 @@ from transformer_lens_taskvec.plots import (
     plot_methods,
     plot_pairwise,
     plot_perturbation,
+    plot_similarity,
     plot_steering,
     plot_td_vs_accuracy,
-    plot_vectors,
+    plot_vocabulary,
 )
 from transformer_lens_taskvec.prompts import (
     ARROW,
@@ -128,9 +129,10 @@ __all__ = [
     "plot_methods",
     "plot_pairwise",
     "plot_perturbation",
+    "plot_similarity",
     "plot_steering",
     "plot_td_vs_accuracy",
-    "plot_vectors",
+    "plot_vocabulary",
     "pos_tasks",
     "run_experiment",
     "sample_episodes",

@@ -1,11 +1,13 @@
 """Analyses, one per file: a function that measures, and the result it returns."""
 
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
+from transformer_lens_taskvec.analysis.cosines import Similarity, similarity
 from transformer_lens_taskvec.analysis.decodability import (
     Decodability,
     DecodabilityNull,
     task_decodability,
 )
+from transformer_lens_taskvec.analysis.lenses import Vocabulary, vocabulary
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.analysis.sensitivity import decodability_sensitivity
@@ -20,13 +22,17 @@ __all__ = [
     "DecodabilityNull",
     "LayerSweep",
     "PerturbationMatrix",
+    "Similarity",
     "SteeringEffect",
+    "Vocabulary",
     "compare",
     "decodability_sensitivity",
     "input_embeddings",
     "layer_sweep",
     "perturbation_matrix",
+    "similarity",
     "steering_effect",
     "task_decodability",
     "td_vs_accuracy",
+    "vocabulary",
 ]

@@ -11,7 +11,7 @@ from transformer_lens_taskvec.plots.decodability import (
 )
 from transformer_lens_taskvec.plots.embedding import explore_embedding, plot_embedding
 from transformer_lens_taskvec.plots.experiment import experiment_figures, part_figure
-from transformer_lens_taskvec.plots.heads import plot_head_effects, plot_vectors
+from transformer_lens_taskvec.plots.heads import plot_head_effects
 from transformer_lens_taskvec.plots.interventions import (
     plot_layer_sweep,
     plot_perturbation,
@@ -26,6 +26,7 @@ from transformer_lens_taskvec.plots.style import (
     styled,
     task_style,
 )
+from transformer_lens_taskvec.plots.vectors import plot_similarity, plot_vocabulary
 
 __all__ = [
     "FIGURE_SIZE",
@@ -41,9 +42,10 @@ __all__ = [
     "plot_methods",
     "plot_pairwise",
     "plot_perturbation",
+    "plot_similarity",
     "plot_steering",
     "plot_td_vs_accuracy",
-    "plot_vectors",
+    "plot_vocabulary",
     "save_figures",
     "styled",
     "task_style",

@@ -1,15 +1,13 @@
-"""Figures of task vectors and of attention heads' effects."""
+"""Figures of attention heads' effects."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from einops import einsum, reduce
+from einops import reduce
 
-from transformer_lens_taskvec.plots.style import heat_map, new_axes, styled
+from transformer_lens_taskvec.plots.style import new_axes, styled
 from transformer_lens_taskvec.scoring import LOSS_LABELS
-from transformer_lens_taskvec.vectors.base import TaskVectors
 from transformer_lens_taskvec.vectors.heads import HeadEffects
 
 if TYPE_CHECKING:
@@ -67,35 +65,4 @@ def plot_head_effects(
     if effects.baseline.loss_kind != "nll":
         label = f"decrease in {LOSS_LABELS[effects.baseline.loss_kind]}"
     ax.figure.colorbar(image, ax=ax, label=label)
-    return ax
-
-
-@styled
-def plot_vectors(vectors: TaskVectors, layer: int | None = None, ax: Axes | None = None) -> Axes:
-    """Return axes with a heat map of the cosines between tasks' vectors minus their mean.
-
-    Args:
-        vectors: The vectors of two tasks or more.
-        layer: The layer; the middle one by default.
-        ax: Where to draw; new axes by default.
-
-    Raises:
-        ValueError: If there are no vectors at the layer.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> model = tv.load_model("toy")
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(), 4, 4, seed=0)
-        >>> vectors = tv.task_vectors(tv.collect(model, episodes))
-        >>> tv.plot_vectors(vectors, layer=1).get_title()
-        'Cosines of task vectors minus their mean, layer 1'
-    """
-    layer = vectors.layers[len(vectors.layers) // 2] if layer is None else layer
-    values = vectors.at(layer)
-    mean = reduce(values, "task d -> d", "mean")
-    centred = torch.nn.functional.normalize(values - mean, dim=-1)
-    cosines = einsum(centred, centred, "row d, column d -> row column")
-    names = vectors.tasks
-    ax = heat_map(cosines, names, names, ax, label="cosine", colours="RdBu_r", ends=(-1, 1))
-    ax.set_title(f"Cosines of task vectors minus their mean, layer {layer}")
     return ax

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_taskvec.analysis.similarity import Similarity
-from transformer_lens_taskvec.analysis.vocabulary import (
+from transformer_lens_taskvec.analysis.cosines import Similarity
+from transformer_lens_taskvec.analysis.lenses import (
     JACOBIAN,
     LOGIT,
     PROMOTED,
@@ -61,7 +61,7 @@ def plot_vocabulary(
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> from transformer_lens_taskvec.analysis.vocabulary import vocabulary
+        >>> from transformer_lens_taskvec.analysis.lenses import vocabulary
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 4, 4, seed=0)
         >>> vectors = tv.task_vectors(tv.collect(model, episodes))
@@ -132,7 +132,7 @@ def plot_similarity(
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> from transformer_lens_taskvec.analysis.similarity import similarity
+        >>> from transformer_lens_taskvec.analysis.cosines import similarity
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 4, 4, seed=0)
         >>> found = similarity(tv.task_vectors(tv.collect(model, episodes)))
