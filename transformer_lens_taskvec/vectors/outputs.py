@@ -81,7 +81,7 @@ def what_heads_add(
 def multipliers(
     model: Any, episodes: Sequence[AnyEpisode], found: Activations
 ) -> Float[Tensor, "example layer d_model"]:
-    """Return what a prompt's heads, projected through ``W_O``, are multiplied by when they are added.
+    """Return what a prompt's heads are multiplied by, behind ``W_O``, when they are added.
 
     It is 1 in most models, up to rounding. What attention adds to the residual stream at the last
     token is this times ``z @ W_O + b_O``.
