@@ -146,7 +146,8 @@ class Attribution(Shown):
         Raises:
             ValueError: If ``by`` is none of these.
         """
-        attention, axes = self._mean(self.attention), {"task": self.tasks}
+        attention = self._mean(self.attention)
+        axes: dict[str, Sequence[Any]] = {"task": self.tasks}
         columns: dict[str, Tensor] = {}
         if by == "part":
             axes["part"] = self.parts
@@ -292,7 +293,7 @@ def attribute_demonstrations(
     source = replace(z.source, hook="attn_out", heads=chosen)
     total = replace(z, values=whole, layers=(max(layers),), source=source)
     means = task_means(total)[:, 0]
-    if vectors is not None:
+    if vectors is not None and layer is not None:
         means = torch.stack([vectors[task, layer] for task in tasks]).float()
     if centred:
         means = means - means.mean(dim=0)

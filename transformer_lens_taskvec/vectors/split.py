@@ -142,9 +142,14 @@ def split_heads(
     can = capabilities(model)
     if can.hooked:
         warn_of_hooks(model, stacklevel=3)
-    options = {"same_length": not can.pads, "apart": can.apart}
     with inference(model):
-        for batch in batches(encoded, batch_size=batch_size, pad=pad_id(model), **options):
+        for batch in batches(
+            encoded,
+            batch_size=batch_size,
+            pad=pad_id(model),
+            same_length=not can.pads,
+            apart=can.apart,
+        ):
             width = batch.tokens.shape[1]
             inside = torch.zeros(len(batch.rows), width, parts[0].shape[1])
             for place, row in enumerate(batch.rows):
@@ -200,7 +205,7 @@ def _check_sum(model: Any, split: Split, z: Float[Tensor, "row head d_head"]) ->
     off = float((split.z.sum(dim=2) - z).norm())
     if not off <= allowed:
         raise ValueError(
-            f"heads' outputs in layer {split.layer} of {model_name(model)} are not the sum of their "
-            f"values weighted by their pattern: they differ by {off / float(z.norm()):.2g} of their "
-            "norm, as where a gate or a norm comes after. They cannot be split by token"
+            f"in layer {split.layer} of {model_name(model)} heads' outputs differ by "
+            f"{off / float(z.norm()):.2g} of their norm from the sum of values weighted by the "
+            "pattern, as where a gate or a norm comes after, so they cannot be split by token"
         )
