@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transformer_lens_taskvec._utils.statistics import share_interval
-from transformer_lens_taskvec.analysis.pooling_robustness import PoolingRobustness
+from transformer_lens_taskvec.analysis.robustness import PoolingRobustness
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
     GREY,
@@ -36,7 +36,7 @@ def plot_pooling_robustness(
 
     Example:
         >>> import transformer_lens_taskvec as tv
-        >>> from transformer_lens_taskvec.analysis.pooling_robustness import pooling_robustness
+        >>> from transformer_lens_taskvec.analysis.robustness import pooling_robustness
         >>> model = tv.load_model("toy")
         >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 6, 2, seed=0)
         >>> found = pooling_robustness(model, episodes, start_layers=[0, 3], k=5)
