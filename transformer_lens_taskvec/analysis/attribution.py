@@ -138,33 +138,36 @@ class Attribution(Shown):
     def to_frame(self, by: str = "part") -> pd.DataFrame:
         """Return one row per task and part, and ``by="layer"`` or ``"head"`` per layer or head too.
 
-        The columns are ``share`` (``low`` and ``high`` of its 95 % interval by part), ``norm`` of
-        what was written (a mean vector's by part and layer, the mean over prompts by head),
-        ``attention`` and ``tokens`` (the share of attention and of tokens that the part has, to
-        compare with), ``n`` and ``n_distinct``.
+        The columns are ``share`` (by part with ``low`` and ``high``, its 95 % interval),
+        ``projection``, which is not divided by the whole's and compares with that of other prompts,
+        ``norm`` of what was written (a mean vector's by part and layer, the mean over prompts by
+        head), ``attention`` and ``tokens`` (the share of attention and of tokens that the part has,
+        to compare with), ``n`` and ``n_distinct``.
 
         Raises:
             ValueError: If ``by`` is none of these.
         """
-        attention = self._mean(self.attention)
+        attention, along = self._mean(self.attention), self._mean(self.projections)
         axes: dict[str, Sequence[Any]] = {"task": self.tasks}
         columns: dict[str, Tensor] = {}
         if by == "part":
             axes["part"] = self.parts
             low, high = self.intervals().unbind(dim=-1)
             columns = {"share": self.shares, "low": low, "high": high}
+            columns["projection"] = reduce(along, "task head part -> task part", "sum")
             columns["norm"] = reduce(self.written, "t layer p d -> t p d", "sum").norm(dim=-1)
             columns["attention"] = reduce(attention, "task head part -> task part", "mean")
         elif by == "layer":
             axes |= {"layer": self.layers, "part": self.parts}
-            columns = {"share": self.by_layer, "norm": self.written.norm(dim=-1)}
+            columns = {"share": self.by_layer, "projection": self._of_layers(along)}
+            columns["norm"] = self.written.norm(dim=-1)
             heads = torch.tensor([layer for layer, _ in self.heads])
             per_layer = torch.tensor([int((heads == layer).sum()) for layer in self.layers])
             columns["attention"] = self._of_layers(attention) / per_layer[None, :, None]
         elif by == "head":
             axes |= {"head": self.heads, "part": self.parts}
-            columns = {"share": self.by_head, "norm": self._mean(self.norms)}
-            columns["attention"] = attention
+            columns = {"share": self.by_head, "projection": along}
+            columns |= {"norm": self._mean(self.norms), "attention": attention}
         else:
             raise ValueError(f"by is {by!r}; it must be 'part', 'layer' or 'head'")
         tokens = self._mean(self.tokens)

@@ -56,11 +56,11 @@ def plot_attribution(
     totals = ax.secondary_yaxis("right")
     totals.set_yticks(range(len(found.parts)), [f"{row:.2f}" for row in cells.sum(dim=0).tolist()])
     totals.tick_params(length=0)
-    what = "what tells the task from others" if found.centred else "the vector"
+    what = "what tells the task apart" if found.centred else "the task vector"
     heads = f"{len(found.heads)} head" + ("s" if len(found.heads) > 1 else "")
     ax.set(
         xlabel="layer (from 0)",
-        title=f"Who wrote {what}: {task or 'mean over tasks'}, {heads}",
+        title=f"Who wrote {what}\n{task or 'mean over tasks'}, {heads}",
     )
     whole_numbers(ax)
     ax.figure.colorbar(image, ax=ax, label="share, by layer", pad=0.12)
