@@ -39,6 +39,7 @@ from transformer_lens_taskvec.interventions.branches import (
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.variants import (
     Branching,
+    PromptHook,
     Variant,
     acts_at_end,
     branching,
@@ -286,10 +287,15 @@ def prompt_hooks(hooks: Variant, prompts: Batch) -> list[tuple[str, Callable[...
         hooks: Interventions, or pairs of a hook name and a hook function, which are not changed.
         prompts: The prompts alone.
     """
-    return [
-        (hook.name, _at_prompt(hook, prompts)) if isinstance(hook, Intervention) else hook
-        for hook in hooks
-    ]
+    found: list[tuple[str, Callable[..., Any]]] = []
+    for hook in hooks:
+        if isinstance(hook, PromptHook):
+            found.append((hook.name, hook.of(prompts)))
+        elif isinstance(hook, Intervention):
+            found.append((hook.name, _at_prompt(hook, prompts)))
+        else:
+            found.append(hook)
+    return found
 
 
 def default_max_tokens(model: Any, can: Capabilities) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,43 @@ import torch
 
 from transformer_lens_taskvec.interventions.intervention import Intervention, altered
 from transformer_lens_taskvec.models.protocol import hook_name
-from transformer_lens_taskvec.models.tokens import Each, Separator, separators
+from transformer_lens_taskvec.models.tokens import Batch, Each, Separator, separators
 from transformer_lens_taskvec.prompts import AnyEpisode
 
-Hook = Intervention | tuple[str, Callable[..., Any]]
+
+@dataclass(frozen=True, eq=False)
+class PromptHook:
+    """A hook that must know which prompts the rows of a batch are.
+
+    ``evaluate`` and ``evaluate_many`` ask it for the hook function of each batch. Variants must
+    then be a list, not a function of the task, so that rows are numbered through all episodes.
+
+    Attributes:
+        name: The full name of the hook point.
+        of: Gives the hook function for a batch of prompts, whose answers may follow.
+    """
+
+    name: str
+    of: Callable[[Batch], Callable[..., Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the hook name and the hook function, as ``fwd_hooks`` expects."""
+        yield self.name
+        yield self
+
+    def __call__(self, activation: Any, hook: Any = None) -> Any:
+        """Refuse to act without the prompts.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"the hook at {self.name} must know which prompts the rows are; give it to evaluate or "
+            "evaluate_many, with episodes"
+        )
+
+
+Hook = Intervention | PromptHook | tuple[str, Callable[..., Any]]
 """An intervention, or any pair of a hook name and a hook function."""
 
 Variant = Sequence[Hook]

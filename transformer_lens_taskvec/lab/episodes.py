@@ -63,6 +63,11 @@ class RegressionEpisode:
         return tuple(range(1, 2 * len(self.xs), 2))
 
     @property
+    def examples_begin(self) -> tuple[int, ...]:
+        """The tokens at which the demonstrations begin, and at last the query."""
+        return tuple(range(0, 2 * len(self.xs), 2))
+
+    @property
     def query_id(self) -> int:
         """A hash of the task, the query's input and the answer."""
         return stable_hash(self.task, self.xs[-1].cpu().numpy().tobytes(), repr(self.answer))

@@ -267,22 +267,60 @@ def separators(model: Any, episodes: Sequence[Any]) -> list[tuple[int, ...]]:
             tuple(begin - 1 - len(episode.prompt) for begin in episode.outputs_begin)
             for episode in episodes
         ]
+    found = []
+    for episode, spans in zip(episodes, token_spans(model, episodes), strict=True):
+        ends = [end for _, end in spans]
+        places = [bisect_right(ends, begin) - 1 - len(ends) for begin in episode.outputs_begin]
+        found.append(tuple(places))
+    return found
+
+
+def token_spans(model: Any, episodes: Sequence[Any]) -> list[list[tuple[int, int]]]:
+    """Return where in each episode's prompt its tokens begin and end, a BOS not counted.
+
+    Places are in characters; in a prompt of vectors, each of these is one token.
+
+    Raises:
+        ValueError: If the tokenizer does not tell where its tokens are.
+    """
+    if isinstance(episodes[0].prompt, Tensor):
+        return [[(at, at + 1) for at in range(len(episode.prompt))] for episode in episodes]
     tokenizer = _tokenizer(model)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} does not tell where in the text its tokens are, so "
-            "separators cannot be found; use a fast tokenizer"
+            "separators and other parts of a prompt cannot be found; use a fast tokenizer"
         )
     encoded = tokenizer(
         [episode.prompt for episode in episodes],
         add_special_tokens=False,
         return_offsets_mapping=True,
     )
-    found = []
-    for episode, spans in zip(episodes, encoded["offset_mapping"], strict=True):
-        ends = [end for _, end in spans]
-        places = [bisect_right(ends, begin) - 1 - len(ends) for begin in episode.outputs_begin]
-        found.append(tuple(places))
+    return [[(int(begin), int(end)) for begin, end in own] for own in encoded["offset_mapping"]]
+
+
+def tokens_in(
+    tokens: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> list[int | None]:
+    """Return the number of the span that each token belongs to, None outside all of them.
+
+    A token belongs to the span that holds its last character, so that a space or a separator that
+    is merged into the next word goes with the word.
+
+    Args:
+        tokens: Where the tokens begin and end, from :func:`token_spans`.
+        spans: Where the spans begin and end, in order and without overlap.
+
+    Example:
+        >>> tokens_in([(0, 3), (3, 6), (6, 7)], [(0, 3), (4, 6)])
+        [0, 1, None]
+    """
+    begins = [begin for begin, _ in spans]
+    found: list[int | None] = []
+    for begin, end in tokens:
+        last = max(begin, end - 1)
+        span = bisect_right(begins, last) - 1
+        found.append(span if span >= 0 and last < spans[span][1] else None)
     return found
 
 

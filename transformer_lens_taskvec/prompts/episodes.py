@@ -105,6 +105,11 @@ class Episode:
         return self.template.outputs_begin(self.demos, self.query.x, self.task)
 
     @property
+    def examples_begin(self) -> tuple[int, ...]:
+        """Where in the prompt each demonstration begins, and at last the query."""
+        return self.template.examples_begin(self.demos, self.query.x, self.task)
+
+    @property
     def separator(self) -> str:
         """The text that ends an answer where ``stop="separator"``."""
         return self.template.separator

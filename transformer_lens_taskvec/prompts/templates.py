@@ -89,6 +89,22 @@ class PromptTemplate:
             known.append(demo)
         return (*found, len(self.render(known, x, task)))
 
+    def examples_begin(self, demos: Iterable[Example], x: str, task: str = "") -> tuple[int, ...]:
+        """Return where in the text of :meth:`render` the demonstrations begin, and the query.
+
+        Before the first of them stands the instruction, if there is one. The separator after an
+        example belongs to it.
+
+        Example:
+            >>> import transformer_lens_taskvec as tv
+            >>> tv.PromptTemplate("{x} -> {y}").examples_begin([tv.Example("cat", "cats")], "dog")
+            (0, 12)
+        """
+        parts = [_fill(self.example, demo.x, demo.y) for demo in demos]
+        instruction = (self.instruction or "").replace("{task}", task)
+        ahead = (parts[:place] for place in range(len(parts) + 1))
+        return tuple(len(self._begin([*some, ""], instruction)) for some in ahead)
+
     def _begin(self, parts: list[str], instruction: str) -> str:
         return self.separator.join([instruction, *parts] if instruction else parts)
 

@@ -63,22 +63,52 @@ def what_heads_add(
     """
     added = None if scaled is None else _as_added(model, episodes, layers)
     if added is None or scaled is None:
-        raise ValueError(
-            f"what attention adds to the residual stream of {model_name(model)} is not the sum of "
-            "its heads' outputs through W_O, so no vectors can be made of heads; use task_vectors"
-        )
+        raise _not_the_sum(model, "no vectors can be made of heads; use task_vectors")
     factors, is_norm = added
     outputs = scaled if is_norm else means
     found = [
         factors[place]
         * einsum(
             outputs[:, layer],
-            _w_o(model, layer),
+            w_o(model, layer),
             "task head d, head d d_model -> task head d_model",
         )
         for place, layer in enumerate(layers)
     ]
     return torch.stack(found, dim=1)
+
+
+def multipliers(
+    model: Any, episodes: Sequence[AnyEpisode], found: Activations
+) -> Float[Tensor, "example layer d_model"]:
+    """Return what a prompt's heads are multiplied by, behind ``W_O``, when they are added.
+
+    It is 1 in most models, up to rounding. What attention adds to the residual stream at the last
+    token is this times ``z @ W_O + b_O``.
+
+    Args:
+        model: A model with ``blocks[l].attn.W_O``.
+        episodes: The episodes.
+        found: Their activations at the hook point ``z``.
+
+    Raises:
+        ValueError: If what attention adds is not the sum of the heads' outputs.
+    """
+    with suppress(AttributeError, NotImplementedError):
+        through = _through(model, found)
+        added = _as_added(model, episodes, found.layers)
+        if added is not None:
+            factors, is_norm = added
+            scale = _root_mean_square(model, through) if is_norm else torch.ones_like(through)
+            return factors / scale
+    raise _not_the_sum(model, "heads cannot be told apart in it")
+
+
+def _not_the_sum(model: Any, so: str) -> ValueError:
+    return ValueError(
+        f"what attention adds to the residual stream of {model_name(model)} is not the sum of its "
+        f"heads' outputs through W_O, so {so}"
+    )
 
 
 _FITTED = 4
@@ -124,13 +154,19 @@ def _through(model: Any, found: Activations) -> Float[Tensor, "example layer d_m
     """
     projected = []
     for place, layer in enumerate(found.layers):
-        weights, bias = _w_o(model, layer), getattr(model.blocks[layer].attn, "b_O", None)
+        weights, bias = w_o(model, layer), getattr(model.blocks[layer].attn, "b_O", None)
         one = einsum(found.values[:, place], weights, "row head d, head d d_model -> row d_model")
         projected.append(one if bias is None else one + bias.detach().to(one))
     return torch.stack(projected, dim=1)
 
 
-def _w_o(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
+def w_o(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """Return the output weights of a layer's heads, float32 on the CPU.
+
+    Raises:
+        AttributeError: If the model's attention has none.
+        NotImplementedError: The same.
+    """
     weights: Tensor = model.blocks[layer].attn.W_O.detach().to("cpu", torch.float32)
     return weights
 
