@@ -31,7 +31,8 @@ def generate(
     interventions: Variant = (),
     *,
     max_new_tokens: int | None = None,
-    every_token: bool = False,
+    first: int | None = 0,
+    decay: float = 1.0,
     stop: Stop | Sequence[Stop] | None = None,
     temperature: float = 0.0,
     config: GenerationConfig | None = None,
@@ -51,7 +52,8 @@ def generate(
     interventions: Variant = (),
     *,
     max_new_tokens: int | None = None,
-    every_token: bool = False,
+    first: int | None = 0,
+    decay: float = 1.0,
     stop: Stop | Sequence[Stop] | None = None,
     temperature: float = 0.0,
     config: GenerationConfig | None = None,
@@ -71,7 +73,8 @@ def generate(
     interventions: Variant = (),
     *,
     max_new_tokens: int | None = None,
-    every_token: bool = False,
+    first: int | None = 0,
+    decay: float = 1.0,
     stop: Stop | Sequence[Stop] | None = None,
     temperature: float = 0.0,
     config: GenerationConfig | None = None,
@@ -90,7 +93,8 @@ def generate(
     interventions: Variant = (),
     *,
     max_new_tokens: int | None = None,
-    every_token: bool = False,
+    first: int | None = 0,
+    decay: float = 1.0,
     stop: Stop | Sequence[Stop] | None = None,
     temperature: float = 0.0,
     config: GenerationConfig | None = None,
@@ -103,8 +107,8 @@ def generate(
 ) -> list[str] | Continuations:
     r"""Return continuations of prompts under interventions.
 
-    An intervention acts at its positions of the prompt, and nowhere else unless ``every_token`` is
-    True: with a KV cache, in the first pass only.
+    An intervention acts at its positions of the prompt, and on the ``first`` new tokens after it:
+    none by default, so with a KV cache in the first pass only.
 
     Each prompt's sampling has a random stream of its own, from ``seed``, its tokens, and how many
     times it came before in the list. So a continuation does not depend on the other prompts, and
@@ -117,7 +121,10 @@ def generate(
         interventions: Applied together, in order. Any other pair of a hook name and a hook function
             is called in every pass, with the positions of that pass.
         max_new_tokens: The most tokens per continuation; here or in ``config``.
-        every_token: Whether interventions also act on every new token.
+        first: On how many new tokens interventions also act; None for all.
+        decay: The factor of their scales per new token: a vector acts with its scale on the prompt,
+            with ``decay`` times its scale on the first new token, ``decay**2`` on the second. What
+            has no scale, such as an ablation, stays.
         stop: Texts before which a continuation ends, or ``transformers.StoppingCriteria``, after
             whose token; it always ends before the end-of-sequence token.
         temperature: 0 for greedy decoding, otherwise the divisor of the logits for sampling.
@@ -171,7 +178,8 @@ def generate(
             seed=seed,
             stop=stop,
         ),
-        every_token=every_token,
+        first=first,
+        decay=decay,
         template=template,
         observe=observe,
         scores=scores,

@@ -14,8 +14,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from transformer_lens_taskvec.activations import Reader
-from transformer_lens_taskvec.interventions.intervention import Intervention
-from transformer_lens_taskvec.interventions.variants import Hook, Variant
+from transformer_lens_taskvec.interventions.intervention import Intervention, altered
+from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models.beams import search_beams
 from transformer_lens_taskvec.models.decoding import Decoding, choice_of
 from transformer_lens_taskvec.models.forward import Hooks, new_cache, run_cached, run_prompts
@@ -132,7 +132,7 @@ def _keep_activations(reader: Reader, found: Sequence[Continued]) -> None:
 
 
 def hooks_of_pass(
-    hooks: Variant, prompts: Batch, seen: int, *, every_token: bool
+    hooks: Variant, prompts: Batch, seen: int, *, first: int | None = 0, decay: float = 1.0
 ) -> list[tuple[str, Callable[..., Any]]]:
     """Return the hooks of a pass over the positions from ``seen`` on.
 
@@ -140,32 +140,35 @@ def hooks_of_pass(
         hooks: Interventions, and pairs of a hook name and a hook function, which act in every pass.
         prompts: The prompts alone.
         seen: The number of positions before the pass, padding included.
-        every_token: Whether interventions act on the tokens after the prompt too.
+        first: On how many tokens after the prompt interventions act too; None for all.
+        decay: The factor of their scales per such token.
     """
-    found = [_from(hook, prompts, seen, every_token) for hook in hooks]
-    return [hook for hook in found if hook is not None]
+    found: list[tuple[str, Callable[..., Any]]] = []
+    for hook in hooks:
+        if not isinstance(hook, Intervention):
+            name, hook_function = hook
+            found.append((name, hook_function))
+        elif not seen or first is None or seen - prompts.tokens.shape[1] < first:
+            found.append((hook.name, _acting(hook, prompts, seen, first, decay)))
+    return found
 
 
-def _from(
-    hook: Hook, prompts: Batch, seen: int, every_token: bool
-) -> tuple[str, Callable[..., Any]] | None:
-    """Return one hook of a pass, None if it does not act."""
-    if not isinstance(hook, Intervention):
-        name, hook_function = hook
-        return name, hook_function
-    if seen and not every_token:
-        return None
-
-    intervention = hook
+def _acting(
+    intervention: Intervention, prompts: Batch, seen: int, first: int | None, decay: float
+) -> Callable[..., Tensor]:
     columns = None if seen else prompts.columns(intervention.position)
+    start = prompts.tokens.shape[1] - seen
 
-    def act(activation: Tensor, hook: Any = None) -> Tensor:
-        n_rows, n_new = activation.shape[:2]
-        inside = [] if columns is None else [columns]
-        if every_token:
-            first = max(prompts.tokens.shape[1] - seen, 0)
-            after = torch.arange(first, n_new, device=activation.device)
-            inside.append(repeat(after, "at -> row at", row=n_rows))
-        return intervention.edit_at(activation, torch.cat(inside, dim=1))
+    def hook_function(activation: Tensor, hook: Any = None) -> Tensor:
+        n_rows, end = activation.shape[:2]
+        edited = activation if columns is None else intervention.edit_at(activation, columns)
+        until = end if first is None else min(end, start + first)
+        after = torch.arange(max(start, 0), until, device=activation.device)
+        if decay == 1:
+            return intervention.edit_at(edited, repeat(after, "at -> row at", row=n_rows))
+        for at in after.tolist():
+            weaker = altered(intervention, scale=intervention.scale * decay ** (at - start + 1))
+            edited = weaker.edit_at(edited, after.new_full((n_rows, 1), at))
+        return edited
 
-    return intervention.name, act
+    return hook_function

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import pandas as pd
@@ -99,7 +100,8 @@ class Request:
         encoded: The prompts' tokens.
         interventions: As for :func:`generate`, as are the others.
         decoding: How the continuations are decoded.
-        every_token: Whether interventions also act on every new token.
+        first: On how many new tokens interventions also act; None for all.
+        decay: The factor of their scales per new token.
         observe: What is observed.
         names: The full names of its hook points.
         scores: Whether scores are kept.
@@ -112,7 +114,8 @@ class Request:
     encoded: Sequence[Sequence[int]]
     interventions: Variant
     decoding: Decoding
-    every_token: bool
+    first: int | None
+    decay: float
     observe: Observe | None
     names: Sequence[str]
     scores: bool
@@ -131,7 +134,8 @@ def request_of(
     interventions: Variant,
     decoding: Decoding,
     *,
-    every_token: bool = False,
+    first: int | None = 0,
+    decay: float = 1.0,
     template: PromptTemplate | None = None,
     observe: Observe | None = None,
     scores: bool = False,
@@ -146,6 +150,13 @@ def request_of(
     texts, episodes, encoded = _encoded(model, prompts, template)
     interventions = list(interventions)  # a generator can be read only once
     check_variants(model, [interventions])
+    if first is not None and first < 0:
+        raise ValueError(f"first is {first}; it must be 0 or more, or None for all new tokens")
+    if not (isfinite(decay) and decay > 0) or (decay != 1 and first == 0):
+        raise ValueError(
+            f"decay is {decay} and first {first}; decay must be a finite number above 0, and other "
+            "than 1 only with first above 0, or None for all new tokens"
+        )
     beams = decoding.n_beams > 1
     if beams:
         check_beams(model)
@@ -167,7 +178,8 @@ def request_of(
         encoded,
         interventions,
         decoding,
-        every_token,
+        first,
+        decay,
         observe,
         names,
         scores,
@@ -214,7 +226,7 @@ def continuations(model: Any, request: Request, carried: Variant = ()) -> Contin
         model,
         decoding,
         encoded,
-        hooks=partial(hooks_of_pass, edits, every_token=request.every_token),
+        hooks=partial(hooks_of_pass, edits, first=request.first, decay=request.decay),
         names=request.names,
         keeps_scores=request.scores,
         streamer=request.streamer,
