@@ -191,14 +191,14 @@ def test_steps_contain_every_prompt_once_and_beginnings_that_save_enough(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(data=st.data(), every_token=st.booleans())
+@given(data=st.data(), first=st.sampled_from([0, 2, None]))
 def test_continuations_of_prompts_that_share_are_those_of_each_prompt_alone(
-    bridge: Any, shares_all: None, data: Any, every_token: bool
+    bridge: Any, shares_all: None, data: Any, first: int | None
 ) -> None:
     words = st.lists(st.sampled_from(["one", "two", "three", " ", "->", "7"]), max_size=12)
     begin = "".join(data.draw(words))
     prompts = [f"{begin}{''.join(data.draw(words))}:" for _ in range(4)]
     edits = [data.draw(interventions())]
-    options: dict[str, Any] = {"max_new_tokens": 4, "every_token": every_token}
+    options: dict[str, Any] = {"max_new_tokens": 4, "first": first}
     together = tv.generate(bridge, prompts, edits, **options)
     assert together == [tv.generate(bridge, [one], edits, **options)[0] for one in prompts]

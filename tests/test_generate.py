@@ -30,14 +30,15 @@ def by_hand(model: Any, prompt: str, n_new: int, hooks_at: Any) -> str:
 
 @pytest.mark.model
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("every_token", [False, True])
+@pytest.mark.parametrize("first", [0, 2, None])
 def test_injection_acts_on_the_prompt_alone_unless_asked_otherwise(
-    model: Any, vectors: tv.TaskVectors, use_cache: bool, every_token: bool
+    model: Any, vectors: tv.TaskVectors, use_cache: bool, first: int | None
 ) -> None:
     intervention = tv.inject(vectors["en_fr", 1], 1, mode="add", scale=2.0)
 
     def hooks_at(n_prompt: int, n_now: int) -> list[Any]:
-        at = list(range(n_prompt - 1, n_now)) if every_token else [n_prompt - 1]
+        end = n_now if first is None else min(n_now, n_prompt + first)
+        at = list(range(n_prompt - 1, end))
 
         def edit(activation: torch.Tensor, hook: Any) -> torch.Tensor:
             edited = activation.clone()
@@ -51,7 +52,7 @@ def test_injection_acts_on_the_prompt_alone_unless_asked_otherwise(
         PROMPTS,
         [intervention],
         max_new_tokens=6,
-        every_token=every_token,
+        first=first,
         use_cache=use_cache,
     )
     assert texts == [by_hand(model, prompt, 6, hooks_at) for prompt in PROMPTS]

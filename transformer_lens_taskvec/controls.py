@@ -79,6 +79,7 @@ class ControlVectors:
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
+        relative: bool = False,
         position: Place = OWN,
     ) -> list[Intervention]:
         """Return the task's interventions with the control's vectors; as for ``Injectable``."""
@@ -86,7 +87,7 @@ class ControlVectors:
         found = self.vectors.inject(task, layer, mode=mode, scale=scale, **options)
         own = rearrange(self[task][layer_index(self.layers, layer)], "... d -> (...) d")
         return [
-            replace(one, vector=vector)
+            replace(one, vector=vector, relative=relative or one.relative)
             for one, vector in zip(found, own[: len(found)], strict=True)
         ]
 

@@ -144,7 +144,7 @@ def _rounds(edits: Sequence[tuple[int, Intervention]]) -> list[list[tuple[int, I
 
 def _kind(edit: Intervention) -> Any:
     """Return what edits that are made at once have in common; nothing else is equal to others."""
-    if edit.mode not in _AT_ONCE:
+    if edit.mode not in _AT_ONCE or edit.relative:
         return object()  # variants may share one intervention
     vector = edit.vector
     return edit.mode, edit.head is None, None if vector is None else (vector.dtype, vector.shape)

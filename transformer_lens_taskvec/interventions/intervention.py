@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_taskvec.interventions.modes import MODES, Mode
+from transformer_lens_taskvec.interventions.modes import MODES, Mode, rewritten
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.models.tokens import Position, Separator, as_position, row_indices
 
@@ -54,6 +54,8 @@ class Intervention:
             then it is the tensor itself, and in ``run_with_hooks`` gradients reach it. The
             library's own passes (``evaluate``, ``generate``, ...) run without gradients.
         scale: The factor of the vector.
+        relative: Whether ``scale`` is in units of the activation's norm at its place: then the
+            vector's own length does not count.
         position: Positions of the prompt, negative ones from its end, others from its first real
             token (as a bare hook on a padded batch only negative ones work), or a
             :class:`Separator`; None for every position, the answer's included.
@@ -74,6 +76,7 @@ class Intervention:
     position: Position = -1
     hook: str = "resid_post"
     head: int | None = None
+    relative: bool = False
 
     def __post_init__(self) -> None:
         """Check the values, and keep a vector of its own."""
@@ -91,6 +94,10 @@ class Intervention:
             )
         if self.vector is not None:
             _check_vector(self.vector)
+        if self.relative and (self.vector is None or self.mode in ("project", "zero")):
+            raise ValueError(f"relative is True, and {self.mode!r} has no strength; leave it out")
+        if self.relative and self.vector is not None and not bool(self.vector.any()):
+            raise ValueError("relative is True, and the zero vector has no direction")
         if self.vector is not None and not self.vector.requires_grad:
             kept["vector"] = self.vector.clone()
         for name, value in kept.items():
@@ -154,22 +161,13 @@ class Intervention:
     def _edit(self, rows: Tensor) -> Tensor:
         if self.vector is None:
             return torch.zeros_like(rows)
-        vector = self.vector.to(rows.device) * self.scale
+        vector = self.vector.to(rows.device)
         if vector.shape[-1] != rows.shape[-1]:
             raise ValueError(
                 f"the vector for {self.name} has width {vector.shape[-1]}, the activation there "
                 f"{rows.shape[-1]}. Is the vector from another model?"
             )
-        if isinstance(self.mode, str):
-            return MODES[self.mode](rows, vector)
-        edited: Any = self.mode(rows, vector.to(rows.dtype))
-        if not isinstance(edited, Tensor) or edited.shape != rows.shape:
-            shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise ValueError(
-                f"the callable mode at {self.name} must return the shape it got, "
-                f"{tuple(rows.shape)}; it returned {shape}"
-            )
-        return torch.as_tensor(edited)
+        return rewritten(self.mode, rows, vector, self.scale, relative=self.relative, at=self.name)
 
     def spec(self, prompt_length: int | None = None) -> dict[str, dict[str, Any]]:
         """Return the intervention as TransformerLens' ``RemoteBridge`` takes it, by hook name.
@@ -182,8 +180,8 @@ class Intervention:
                 positions from its start, so negative ones need it.
 
         Raises:
-            ValueError: If served models lack the operation (project, callables, one head), or a
-                position cannot be found without ``prompt_length`` or is outside the prompt.
+            ValueError: If served models lack the operation (project, callables, one head, relative
+                strength), or a position cannot be found without ``prompt_length`` or is outside it.
 
         Example:
             >>> import transformer_lens_taskvec as tv
@@ -194,7 +192,7 @@ class Intervention:
         operation = operations.get(self.mode) if isinstance(self.mode, str) else None
         if not isinstance(self.position, int | tuple | None):
             raise ValueError(f"where {self.position!r} is depends on the episode; give an index")
-        if operation is None or self.head is not None:
+        if operation is None or self.head is not None or self.relative:
             raise ValueError(f"{self!r} has no declarative form; use replace, add or zero")
         spec: dict[str, Any] = {"op": operation}
         if self.vector is not None:
@@ -223,8 +221,8 @@ class Intervention:
             parts.append(f"head={self.head}")
         if self.vector is not None:
             parts.append(f"|v|={float(self.vector.detach().norm()):.3g}")
-        if self.scale != 1.0:
-            parts.append(f"scale={self.scale:g}")
+        if self.scale != 1.0 or self.relative:
+            parts.append(f"scale={self.scale:g}{' of the norm' if self.relative else ''}")
         parts.append(f"position={self.position}")
         return f"Intervention({', '.join(parts)})"
 
@@ -235,6 +233,7 @@ def inject(
     *,
     mode: Mode = "replace",
     scale: float = 1.0,
+    relative: bool = False,
     position: int | Sequence[int] | Separator | None = -1,
     hook: str = "resid_post",
     head: int | None = None,
@@ -248,6 +247,8 @@ def inject(
             ``(rows [row, d], vector [d]) -> rows``, like that of :meth:`TaskVectors.subspace`; it
             gets the vector times ``scale``.
         scale: The factor of the vector.
+        relative: Whether ``scale`` is in units of the activation's norm at that place: what is
+            written is ``scale * |a| * v / |v|``, for every prompt and position its own.
         position: One or several positions of the prompt, -1 its last token, 0 its first; a
             :class:`Separator`; None for all.
         hook: The hook point within the block, as TransformerLens names it.
@@ -259,8 +260,9 @@ def inject(
     Raises:
         ValueError: If the vector is not one finite vector, the layer or head is not a whole number
             of at least 0, the scale is not finite, a position is not a whole number or there is
-            none, the hook point has no positions (``"pattern"``), or the mode is unknown. The
-            model's layers, hook points, heads and widths are checked on use.
+            none, the hook point has no positions (``"pattern"``), the mode is unknown, or a
+            relative strength is asked of ``"project"`` or of the zero vector. The model's layers,
+            hook points, heads and widths are checked on use.
 
     Example:
         >>> import torch
@@ -274,7 +276,7 @@ def inject(
     if not callable(mode) and mode not in MODES:
         named = ", ".join(repr(name) for name in MODES)
         raise ValueError(f"mode is {mode!r}; it must be one of {named}, or a callable")
-    return _make(layer, mode, vector, scale, position, hook, head)
+    return _make(layer, mode, vector, scale, position, hook, head, relative)
 
 
 def ablate(
@@ -342,10 +344,11 @@ def _make(
     position: int | Sequence[int] | Separator | None,
     hook: str,
     head: int | None,
+    relative: bool = False,
 ) -> Intervention:
     number = None if head is None else _whole("head", head)
     at, factor = as_position(position), _finite(scale)
-    return Intervention(_whole("layer", layer), mode, vector, factor, at, hook, number)
+    return Intervention(_whole("layer", layer), mode, vector, factor, at, hook, number, relative)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -6,6 +6,9 @@ On the rows ``a`` of an activation, with ``v`` the vector times its scale::
     zero     a' = 0                       project  a' = a - (a . u) u,  u = v / |v|
     any callable f                        a' = f(a, v)
 
+A relative strength makes ``v`` the vector's direction times its scale times ``|a|``, for each row
+its own.
+
 To add a mode, write one function and one entry of :data:`MODES` here, or give :func:`inject` a
 callable.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import einsum
@@ -24,11 +28,13 @@ Rewrite = Callable[[Float[Tensor, "row d"], Float[Tensor, " d"]], Float[Tensor, 
 Mode = str | Rewrite
 
 
-def _replace(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> Float[Tensor, "row d"]:
+def _replace(
+    rows: Float[Tensor, "row d"], vector: Float[Tensor, "*each d"]
+) -> Float[Tensor, "row d"]:
     return vector.to(rows).expand_as(rows)
 
 
-def _add(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> Float[Tensor, "row d"]:
+def _add(rows: Float[Tensor, "row d"], vector: Float[Tensor, "*each d"]) -> Float[Tensor, "row d"]:
     return rows + vector.to(rows)
 
 
@@ -40,6 +46,60 @@ def _project(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> Float
 
 MODES: Mapping[str, Rewrite] = {"replace": _replace, "add": _add, "project": _project}
 """The named modes that write a vector; ``"zero"`` writes none."""
+
+
+def rewritten(
+    mode: Mode,
+    rows: Float[Tensor, "row d"],
+    vector: Float[Tensor, " d"],
+    scale: float,
+    *,
+    relative: bool,
+    at: str,
+) -> Float[Tensor, "row d"]:
+    """Return rows of an activation with a vector written in a mode.
+
+    Args:
+        mode: One that writes a vector.
+        rows: The activation.
+        vector: The vector.
+        scale: Its factor.
+        relative: Whether the factor is in units of each row's norm.
+        at: The name of the hook point.
+
+    Raises:
+        ValueError: If a callable mode returns another shape.
+
+    Example:
+        >>> import torch
+        >>> rows, vector = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([7.0, 0.0])
+        >>> rewritten("add", rows, vector, 2.0, relative=True, at="resid_post")
+        tensor([[13.,  4.],
+                [ 2.,  1.]])
+    """
+    if not relative:
+        return _rewritten(mode, rows, vector * scale, at)
+    direction = scale * torch.nn.functional.normalize(vector.float(), dim=0)
+    each = einsum(rows.float().norm(dim=-1), direction, "row, d -> row d")
+    if isinstance(mode, str):
+        return MODES[mode](rows, each)
+    pairs = zip(rows.split(1), each, strict=True)
+    return torch.cat([_rewritten(mode, row, own, at) for row, own in pairs])
+
+
+def _rewritten(
+    mode: Mode, rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"], at: str
+) -> Float[Tensor, "row d"]:
+    if isinstance(mode, str):
+        return MODES[mode](rows, vector)
+    edited: Any = mode(rows, vector.to(rows.dtype))
+    if not isinstance(edited, Tensor) or edited.shape != rows.shape:
+        shape = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise ValueError(
+            f"the callable mode at {at} must return the shape it got, {tuple(rows.shape)}; it "
+            f"returned {shape}"
+        )
+    return torch.as_tensor(edited)
 
 
 @dataclass(frozen=True, eq=False)

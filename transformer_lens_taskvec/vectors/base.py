@@ -81,6 +81,7 @@ class Injectable(Protocol):
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
+        relative: bool = False,
         position: int | Sequence[int] | Separator | None = -1,
     ) -> list[Intervention]:
         """Return the interventions that make the model do the task.
@@ -90,6 +91,7 @@ class Injectable(Protocol):
             layer: One of ``layers``.
             mode: As for :func:`inject`; its own mode if None.
             scale: As for :func:`inject`.
+            relative: As for :func:`inject`.
             position: As for :func:`inject`; by default where the method says, which need not
                 be -1.
         """
@@ -241,6 +243,7 @@ class TaskVectors(Shown):
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
+        relative: bool = False,
         position: int | Sequence[int] | Separator | None = -1,
     ) -> list[Intervention]:
         """Return the intervention that injects a task's vector at the hook point it comes from.
@@ -254,8 +257,17 @@ class TaskVectors(Shown):
         if layer is None:
             raise ValueError(f"layer is None; give one of {list(self.layers)}")
         mode = self.source.mode if mode is None else mode
-        vector, hook = self[task, layer], self.source.hook
-        return [inject(vector, layer, mode=mode, scale=scale, position=position, hook=hook)]
+        return [
+            inject(
+                self[task, layer],
+                layer,
+                mode=mode,
+                scale=scale,
+                relative=relative,
+                position=position,
+                hook=self.source.hook,
+            )
+        ]
 
     def subspace(self, layer: int) -> InSubspace:
         """Return the span of the differences between tasks' vectors, as a mode for ``inject``.
@@ -400,6 +412,7 @@ class LayerwiseVectors(Shown):
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
+        relative: bool = False,
         position: Place = OWN,
     ) -> list[Intervention]:
         """Return the interventions of all layers up to one; as for :meth:`Injectable.inject`.
@@ -410,12 +423,12 @@ class LayerwiseVectors(Shown):
         """
         layer_index(self.layers, layer)
         options: dict[str, Any] = {"position": self.position, **at_place(position)}
-        mode = self.mode if mode is None else mode
+        options |= {"mode": self.mode if mode is None else mode, "relative": relative}
         return [
             edit
             for one in self.vectors.layers
             if layer is None or one <= layer
-            for edit in self.vectors.inject(task, one, mode=mode, scale=scale, **options)
+            for edit in self.vectors.inject(task, one, scale=scale, **options)
         ]
 
     def __repr__(self) -> str:

@@ -95,6 +95,7 @@ class SparseVectors(Shown):
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
+        relative: bool = False,
         position: int | Sequence[int] | Separator | None = -1,
     ) -> list[Intervention]:
         """Return the intervention that injects a task's vector; as for :meth:`Injectable.inject`.
@@ -103,7 +104,9 @@ class SparseVectors(Shown):
             KeyError: If there is no such task.
             ValueError: If there is no such layer, or as for :func:`inject`.
         """
-        return self.vectors.inject(task, layer, mode=mode, scale=scale, position=position)
+        return self.vectors.inject(
+            task, layer, mode=mode, scale=scale, relative=relative, position=position
+        )
 
     def active(self, task: str) -> tuple[int, ...]:
         """Return a task's active features, the most active first.

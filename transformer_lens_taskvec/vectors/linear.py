@@ -104,18 +104,25 @@ class LinearMaps:
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
+        relative: bool = False,
         position: int | Sequence[int] | Separator | None = -1,
     ) -> list[Intervention]:
         """Return the intervention that adds what the map predicts, times ``scale``.
 
         Raises:
             KeyError: If there is no such task.
-            ValueError: If there is no such layer, a mode is given, or as for :func:`inject`.
+            ValueError: If there is no such layer, a mode or a relative strength is given, or as
+                for :func:`inject`.
         """
         if mode is not None:
             raise ValueError(
                 f"mode is {mode!r}, and a map has one way to act: leave mode out, or inject its "
                 "constant part, maps.change"
+            )
+        if relative:
+            raise ValueError(
+                "relative is True, and what a map adds depends on the activation; leave it out, or "
+                "inject the map's constant part, maps.change"
             )
         of = self.at(task, layer)
         scaled = of if scale == 1 else replace(of, writes=scale * of.writes)

@@ -176,6 +176,7 @@ class SeparatorVectors:
         *,
         mode: Mode | None = None,
         scale: float = 1.0,
+        relative: bool = False,
         position: Place = OWN,
     ) -> list[Intervention]:
         """Return an intervention per separator; as for :meth:`Injectable.inject`.
@@ -202,6 +203,7 @@ class SeparatorVectors:
                 layer,
                 mode=mode,
                 scale=scale,
+                relative=relative,
                 hook=self.source.hook,
                 **{"position": Separator(index - self.n_separators), **given},
             )
