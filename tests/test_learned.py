@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import planted
@@ -248,3 +249,26 @@ def test_mistakes_are_named(model: Any, episodes: list[tv.Episode]) -> None:
         pytest.raises(ValueError, match="carries hooks of yours"),
     ):
         tv.vectors.learn_vectors(model, episodes, steps=1)
+
+
+def test_weighted_heads_carry_a_model_of_the_lab_beyond_its_lengths() -> None:
+    """Trained four points beyond, they help eight beyond; trained on other answers, they do not."""
+    run = lab.shipped_run()
+    mixture = replace(run.config.mixture, n_points=24)
+    model = lab.lengthened(run.model(), 24)
+    batch = mixture.sample(3, torch.Generator().manual_seed(0))
+    there = model(batch.xs[:, :16], batch.ys[:, :16])
+    torch.testing.assert_close(there, run.model()(batch.xs[:, :16], batch.ys[:, :16]))
+    with pytest.raises(ValueError, match="n_points is 23, and the model takes 24"):
+        lab.lengthened(model, 23)
+
+    def of_one_task(n: int, n_shots: int, seed: int) -> list[lab.RegressionEpisode]:
+        return lab.regression_episodes(mixture, n, n_shots, seed)[:n]
+
+    clean, on, test = of_one_task(30, 15, 1), of_one_task(60, 19, 2), of_one_task(100, 23, 3)
+    options: dict[str, Any] = {"steps": 40, "batch_size": 30, "rate": 0.1}
+    wrong = [replace(one, answer=-one.answer) for one in on]
+    learn = tv.vectors.learn_head_weights
+    found = [learn(model, clean, on=some, **options) for some in (on, wrong)]
+    plain, own, other = tv.evaluate_many(model, test, [[], *(v.inject("B1") for v in found)])
+    assert own.mean_loss < 0.85 * plain.mean_loss < other.mean_loss

@@ -27,6 +27,7 @@ from transformer_lens_taskvec.models.bridge import bridge_from_hf
 from transformer_lens_taskvec.planning import Plan, plan
 from transformer_lens_taskvec.plots import (
     explore_embedding,
+    plot_attribution,
     plot_decodability,
     plot_embedding,
     plot_head_effects,
@@ -34,6 +35,7 @@ from transformer_lens_taskvec.plots import (
     plot_methods,
     plot_pairwise,
     plot_perturbation,
+    plot_pooling_robustness,
     plot_similarity,
     plot_steering,
     plot_td_vs_accuracy,
@@ -122,6 +124,7 @@ __all__ = [
     "paper",
     "perturbation_matrix",
     "plan",
+    "plot_attribution",
     "plot_decodability",
     "plot_embedding",
     "plot_head_effects",
@@ -129,6 +132,7 @@ __all__ = [
     "plot_methods",
     "plot_pairwise",
     "plot_perturbation",
+    "plot_pooling_robustness",
     "plot_similarity",
     "plot_steering",
     "plot_td_vs_accuracy",

@@ -102,6 +102,7 @@ ALONGSIDE = {
         "interventions.modes.AddMapped",
         "interventions.modes.KeepNorm",
     ],
+    "generation": ["generation.Continuations", "models.decoding.Stop"],
     "scoring": ["_utils.metrics.Measure", "_utils.metrics.Answered"],
     "vectors": [
         "vectors.all_tokens.Origin",

@@ -1,5 +1,6 @@
 """Analyses, one per file: a function that measures, and the result it returns."""
 
+from transformer_lens_taskvec.analysis.attribution import Attribution, attribute_demonstrations
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
 from transformer_lens_taskvec.analysis.cosines import Similarity, similarity
 from transformer_lens_taskvec.analysis.decodability import (
@@ -10,27 +11,35 @@ from transformer_lens_taskvec.analysis.decodability import (
 from transformer_lens_taskvec.analysis.lenses import Vocabulary, vocabulary
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
+from transformer_lens_taskvec.analysis.robustness import PoolingRobustness, pooling_robustness
 from transformer_lens_taskvec.analysis.sensitivity import decodability_sensitivity
+from transformer_lens_taskvec.analysis.steered import Steering, steer
 from transformer_lens_taskvec.analysis.steering import SteeringEffect, steering_effect
 from transformer_lens_taskvec.analysis.sweep import LayerSweep, layer_sweep
 from transformer_lens_taskvec.analysis.td_accuracy import AccuracyFit, td_vs_accuracy
 
 __all__ = [
     "AccuracyFit",
+    "Attribution",
     "Comparison",
     "Decodability",
     "DecodabilityNull",
     "LayerSweep",
     "PerturbationMatrix",
+    "PoolingRobustness",
     "Similarity",
+    "Steering",
     "SteeringEffect",
     "Vocabulary",
+    "attribute_demonstrations",
     "compare",
     "decodability_sensitivity",
     "input_embeddings",
     "layer_sweep",
     "perturbation_matrix",
+    "pooling_robustness",
     "similarity",
+    "steer",
     "steering_effect",
     "task_decodability",
     "td_vs_accuracy",

@@ -69,6 +69,15 @@ class Steering(Shown):
         relative: Whether the scales are in units of the activation's norm.
         perplexity_bound: How many times the unsteered continuation's perplexity is too much.
         repetition_bound: By how much more repetition than the unsteered continuation's is too much.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.find_tasks(["OR"]), 10, 4, seed=0)
+        >>> vectors, prompts = tv.task_vectors(tv.collect(model, episodes)), ["example:01 11->"]
+        >>> found = steer(model, prompts, vectors, 1, scales=(0.5, 1), max_new_tokens=4)
+        >>> found.scales, found.perplexity.shape, found.control.proposed <= 1
+        ((0.0, 0.5, 1.0), torch.Size([3, 1]), True)
     """
 
     prompts: tuple[str, ...]

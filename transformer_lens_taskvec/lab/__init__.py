@@ -10,7 +10,12 @@ from transformer_lens_taskvec.lab.emergence import (
 from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
 from transformer_lens_taskvec.lab.evaluation import OracleErrors, evaluate_mixture, oracle_errors
 from transformer_lens_taskvec.lab.figures import emergence_figures, plot_oracles, plot_training
-from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer, interleave
+from transformer_lens_taskvec.lab.model import (
+    RegressionConfig,
+    RegressionTransformer,
+    interleave,
+    lengthened,
+)
 from transformer_lens_taskvec.lab.oracles import (
     MixturePosterior,
     bayes_mixture,
@@ -68,6 +73,7 @@ __all__ = [
     "interleave",
     "lasso",
     "least_squares",
+    "lengthened",
     "linear",
     "load_run",
     "measure_emergence",

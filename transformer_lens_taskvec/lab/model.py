@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -288,6 +288,40 @@ class HookedLayerNorm(nn.Module):
         normed = F.layer_norm(x, (x.shape[-1],), self.weight, self.bias)
         hooked: Tensor = self.hook_normalized(normed)
         return hooked
+
+
+def lengthened(
+    model: RegressionTransformer, n_points: int, *, seed: int = 0
+) -> RegressionTransformer:
+    """Return a copy of a model that takes longer sequences, without training.
+
+    The embeddings of the added positions are random, as at the start of training. So are those that
+    a model trained on shorter sequences than it takes has never seen (Saglam et al. 2025).
+
+    Args:
+        model: The model.
+        n_points: The largest number of pairs (x, y) in a sequence, at least the model's.
+        seed: Seed of the added embeddings.
+
+    Raises:
+        ValueError: If the model takes longer sequences already.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> model = lab.lengthened(lab.shipped_run().model(), 24)
+        >>> model.cfg.n_ctx, model.W_pos.shape
+        (47, torch.Size([47, 64]))
+    """
+    if n_points < model.cfg.n_points:
+        raise ValueError(
+            f"n_points is {n_points}, and the model takes {model.cfg.n_points}; ask for more"
+        )
+    longer = RegressionTransformer(replace(model.cfg, n_points=n_points), seed=seed)
+    state = model.state_dict()
+    added = longer.W_pos.detach()[len(state["W_pos"]) :]
+    state["W_pos"] = torch.cat([state["W_pos"], added.to(state["W_pos"])])
+    longer.load_state_dict(state)
+    return longer.eval()
 
 
 def interleave(

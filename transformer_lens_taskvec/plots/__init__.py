@@ -4,6 +4,7 @@ Each function takes a result and returns the ``Axes`` it drew on, new ones unles
 A task has the same colour and marker in all figures of results that list the same tasks.
 """
 
+from transformer_lens_taskvec.plots.attribution import plot_attribution
 from transformer_lens_taskvec.plots.decodability import (
     plot_decodability,
     plot_pairwise,
@@ -18,6 +19,7 @@ from transformer_lens_taskvec.plots.interventions import (
     plot_steering,
 )
 from transformer_lens_taskvec.plots.methods import plot_methods
+from transformer_lens_taskvec.plots.robustness import plot_pooling_robustness
 from transformer_lens_taskvec.plots.style import (
     FIGURE_SIZE,
     STYLE,
@@ -35,6 +37,7 @@ __all__ = [
     "explore_embedding",
     "figure_of",
     "part_figure",
+    "plot_attribution",
     "plot_decodability",
     "plot_embedding",
     "plot_head_effects",
@@ -42,6 +45,7 @@ __all__ = [
     "plot_methods",
     "plot_pairwise",
     "plot_perturbation",
+    "plot_pooling_robustness",
     "plot_similarity",
     "plot_steering",
     "plot_td_vs_accuracy",
