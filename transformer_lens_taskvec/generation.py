@@ -103,14 +103,57 @@ def generate(
         raise ValueError("prompts has both texts and episodes; give one kind")
     episodes = [prompt for prompt in prompts if not isinstance(prompt, str)]
     encoded = encode(model, texts) if texts else encode_prompts(model, episodes)[0]
+    added = continue_ids(
+        model,
+        encoded,
+        interventions,
+        episodes=episodes,
+        max_new_tokens=max_new_tokens,
+        every_token=every_token,
+        stop=stop,
+        temperature=temperature,
+        seed=seed,
+        use_cache=use_cache,
+    )
+    end = token_id(model, "eos")
+    return [_text(model, ids, end, stop) for ids in added]
+
+
+def continue_ids(
+    model: Any,
+    encoded: Sequence[Sequence[int]],
+    interventions: Variant = (),
+    *,
+    episodes: Sequence[AnyEpisode] = (),
+    max_new_tokens: int,
+    every_token: bool = False,
+    stop: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    use_cache: bool | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of :func:`generate`, up to the one that ends each continuation.
+
+    Args:
+        model: As for :func:`generate`.
+        encoded: The token ids of each prompt.
+        interventions: As for :func:`generate`, and checked already.
+        episodes: The episodes that the prompts are of, where interventions act at separators.
+        max_new_tokens: As for :func:`generate`.
+        every_token: As for :func:`generate`.
+        stop: As for :func:`generate`.
+        temperature: As for :func:`generate`.
+        seed: As for :func:`generate`.
+        use_cache: As for :func:`generate`.
+    """
     check_lengths(model, encoded, max_new_tokens)
     longest = max(map(len, encoded)) + max_new_tokens
-    continuations = [""] * len(prompts)
+    continuations: list[list[int]] = [[] for _ in encoded]
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     with inference(model), taking_along(model, Intervention) as carried:
         can = capabilities(model)
         if can.hooked:
-            warn_of_hooks(model, stacklevel=2)
+            warn_of_hooks(model, stacklevel=3)
         # The length from which on a prompt's numbers may depend on others in its batch.
         apart = None if can.apart is None else can.apart - max_new_tokens + 1
         cached = can.caches and (apart is None or max(map(len, encoded)) <= apart)
@@ -140,8 +183,8 @@ def generate(
                 choose=partial(_choose, temperature=temperature, generator=generator),
                 use_cache=caching,
             )
-            for row, text in zip(batch.rows, continued, strict=True):
-                continuations[row] = text
+            for row, ids in zip(batch.rows, continued, strict=True):
+                continuations[row] = ids
     return continuations
 
 
@@ -156,7 +199,7 @@ def _continue(
     stop: str | None,
     choose: Callable[[Tensor], Tensor],
     use_cache: bool,
-) -> list[str]:
+) -> list[list[int]]:
     end = token_id(model, "eos")
     cache = new_cache(model, len(batch.rows), past) if use_cache else None
     tokens, seen = batch.tokens, 0
@@ -182,7 +225,7 @@ def _continue(
                 del going[row]
         if not going:
             break
-    return [_text(model, ids, end, stop) for ids in added]
+    return added
 
 
 def _from(
