@@ -21,7 +21,7 @@ def test_accuracy_under_sampling_is_the_answers_probability(toy: Any) -> None:
     """The first token alone, at temperature 2: exact probabilities and 200 samples of each."""
     episodes = tv.sample_episodes(tv.find_tasks(["XOR"]), 6, 2, seed=0)
     task = tv.mapping_task("first", {e.query.x: e.query.y[0] for e in episodes})
-    zero = tv.zero_shot([e for e in tv.sample_episodes([task], 6, 1, seed=0)])
+    zero = tv.zero_shot(tv.sample_episodes([task], 6, 1, seed=0))
     expected = []
     for episode in zero:
         ids = toy.tokenizer.encode(episode.prompt, add_special_tokens=False)
