@@ -160,6 +160,7 @@ def test_differences_are_paired(found: ProgressiveIcl) -> None:
         assert row.difference == pytest.approx(float(apart.mean()))
         ends = row.difference_low, row.difference_high
         assert ends == pytest.approx(paired_interval(apart))
+        assert row.whole == 0 and frame.whole[task, "random", 5] == 1
         assert row.kept == (row.difference_low > -0.1) and row.n_distinct == len(apart)
     table = found.table()
     assert table.loc[(ALL, "task vector"), 0] == found.scores["task vector"][0].accuracy

@@ -294,7 +294,8 @@ class IclFidelity(Shown):
                 row["low"], row["high"] = scores.interval()
                 row["few_shot"], row["n_distinct"] = few_shot.accuracy, scores.n_distinct
                 rows.append(row)
-        return pd.DataFrame(rows)
+        layers = pd.Series([row["layer"] for row in rows], dtype=object)
+        return pd.DataFrame(rows).assign(layer=layers)
 
     def correlation(
         self, distance: str = "kl", *, variants: Sequence[str] | None = None

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.metrics import Answered
@@ -105,8 +105,9 @@ class ProgressiveIcl(Shown):
         gained on it, with Tango's 95 % interval for paired shares ``difference_low`` and
         ``difference_high``; ``kept``, whether that interval lies above -0.1; each of
         :data:`COSTS`, the mean per query, and ``..._ratio``, divided by that of few-shot answers;
-        ``length``, the mean number of tokens of the right answers; ``n_distinct``. Of several tasks
-        rows of all their queries together follow, as the task ``all tasks``.
+        ``length``, the mean number of tokens of the right answers, and ``whole``, the share of
+        answers that have no more than ``k``; ``n_distinct``. Of several tasks, rows of all their
+        queries together follow, as the task ``all tasks``.
         """
         tasks = [*self.tasks, *([ALL] if len(self.tasks) > 1 else [])]
         of_all = self._together(self.few_shot)
@@ -127,6 +128,7 @@ class ProgressiveIcl(Shown):
                         row[cost] = own
                         row[f"{cost}_ratio"] = own / self._mean(self.few_shot_costs[cost], task)
                     row["length"] = self._mean(self.lengths, task)
+                    row["whole"] = self._mean(self.lengths <= k, task)
                     rows.append({**row, "n_distinct": found["n_distinct"]})
         frame = pd.DataFrame(rows)
         order = {task: place for place, task in enumerate(tasks)}
@@ -162,7 +164,7 @@ class ProgressiveIcl(Shown):
     def _together(self, scores: Scores) -> Scores:
         return replace(scores, labels=torch.zeros_like(scores.labels), tasks=(ALL,))
 
-    def _mean(self, values: Int[Tensor, " example"], task: str) -> float:
+    def _mean(self, values: Shaped[Tensor, " example"], task: str) -> float:
         rows = torch.ones(len(values), dtype=torch.bool)
         if task in self.tasks:
             rows = self.few_shot.labels == self.tasks.index(task)
