@@ -153,7 +153,7 @@ def continue_ids(
     with inference(model), taking_along(model, Intervention) as carried:
         can = capabilities(model)
         if can.hooked:
-            warn_of_hooks(model, stacklevel=3)
+            warn_of_hooks(model, stacklevel=2)
         # The length from which on a prompt's numbers may depend on others in its batch.
         apart = None if can.apart is None else can.apart - max_new_tokens + 1
         cached = can.caches and (apart is None or max(map(len, encoded)) <= apart)
