@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from transformer_lens_taskvec.activations import Observe
 from transformer_lens_taskvec.interventions.generated import (
     Continuations,
+    Request,
     continuations,
     request_of,
 )
@@ -17,7 +18,8 @@ from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.carried import taking_along, warn_of_hooks
-from transformer_lens_taskvec.models.decoding import Stop, decoding_of
+from transformer_lens_taskvec.models.decoding import Decoding, Stop, decoding_of
+from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import inference
 from transformer_lens_taskvec.prompts import AnyEpisode, PromptTemplate
 
@@ -191,3 +193,39 @@ def generate(
             warn_of_hooks(model, stacklevel=2)
         found = continuations(model, request, carried)
     return list(found.texts) if observe is None and not scores else found
+
+
+def continue_ids(
+    model: Any,
+    encoded: Sequence[Sequence[int]],
+    decoding: Decoding,
+    interventions: Variant = (),
+) -> list[list[int]]:
+    """Return the new tokens after prompts that are token ids, with the one that ends each.
+
+    Args:
+        model: As for :func:`generate`.
+        encoded: The token ids of each prompt.
+        decoding: How the continuations are decoded.
+        interventions: As for :func:`generate`, checked and without separators.
+    """
+    check_lengths(model, encoded, decoding.max_new_tokens)
+    request = Request(
+        texts=(),
+        episodes=(),
+        encoded=encoded,
+        interventions=interventions,
+        decoding=decoding,
+        first=0,
+        decay=1.0,
+        observe=None,
+        names=(),
+        scores=False,
+        streamer=None,
+        use_cache=None,
+    )
+    with inference(model), taking_along(model, Intervention) as carried:
+        if capabilities(model).hooked:
+            warn_of_hooks(model, stacklevel=2)
+        found = continuations(model, request, carried)
+    return [list(ids) for ids in found.tokens]

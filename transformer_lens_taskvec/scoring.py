@@ -379,7 +379,7 @@ def evaluate_many(
         raise ValueError("episodes is empty; give at least one episode")
     measures = measures_of(metrics)
     tasks, labels = label(episodes)
-    groups = _groups(variants, labels, tasks)
+    groups = variant_groups(variants, labels, tasks)
     for _, some in groups:
         check_variants(model, some)
     layers: tuple[int, ...] = ()
@@ -485,7 +485,7 @@ def _number_parts(
         yield chunk, {"correct": torch.tensor(correct), "loss": loss}
 
 
-def _groups(
+def variant_groups(
     variants: Variants, labels: Int[Tensor, " example"], tasks: Sequence[str]
 ) -> list[tuple[Int[Tensor, " row"], Sequence[Variant]]]:
     """Return the episodes that share variants, and these variants."""

@@ -68,11 +68,23 @@ class Answered:
     @cached_property
     def nll(self) -> Float[Tensor, "row variant"]:
         """The negative log-likelihood of the whole answer, in nats."""
+        whole: Tensor = self.nll_by_token.sum(dim=-1)
+        return whole
+
+    @cached_property
+    def nll_by_token(self) -> Float[Tensor, "row variant answer_pos"]:
+        """The negative log-likelihood of each token, in nats; 0 past the end of an answer."""
         nll = self.by_row(
             lambda logits, ids: -logits.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
         )
-        whole: Tensor = nll.masked_fill(self.past, 0.0).sum(dim=-1)
-        return whole
+        return nll.masked_fill(self.past, 0.0)
+
+    @cached_property
+    def right_by_token(self) -> Bool[Tensor, "row variant answer_pos"]:
+        """Whether each token has the highest logit; True past the end of an answer."""
+        greedy = self.logits.argmax(dim=-1) == self.ids
+        # Of logits that are NaN the argmax is some token too.
+        return (greedy | self.past) & ~self.nll_by_token.isnan()
 
     def by_row(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return the stacked values of a function of each row's float32 logits and answers.
@@ -84,9 +96,7 @@ class Answered:
 
 
 def _correct(answered: Answered) -> Bool[Tensor, "row variant"]:
-    greedy = answered.logits.argmax(dim=-1) == answered.ids
-    # Of logits that are NaN the argmax is some token too.
-    return (greedy | answered.past).all(dim=-1) & ~answered.nll.isnan()
+    return answered.right_by_token.all(dim=-1)
 
 
 def _rank(answered: Answered) -> Float[Tensor, "row variant"]:
