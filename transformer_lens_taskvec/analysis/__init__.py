@@ -8,9 +8,16 @@ from transformer_lens_taskvec.analysis.decodability import (
     DecodabilityNull,
     task_decodability,
 )
+from transformer_lens_taskvec.analysis.decoding import DecodingSensitivity, decoding_sensitivity
+from transformer_lens_taskvec.analysis.fidelity import IclFidelity, icl_fidelity
 from transformer_lens_taskvec.analysis.lenses import Vocabulary, vocabulary
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
+from transformer_lens_taskvec.analysis.progressive import (
+    ProgressiveIcl,
+    progressive_generate,
+    progressive_icl,
+)
 from transformer_lens_taskvec.analysis.robustness import PoolingRobustness, pooling_robustness
 from transformer_lens_taskvec.analysis.sensitivity import decodability_sensitivity
 from transformer_lens_taskvec.analysis.steered import Steering, steer
@@ -24,9 +31,12 @@ __all__ = [
     "Comparison",
     "Decodability",
     "DecodabilityNull",
+    "DecodingSensitivity",
+    "IclFidelity",
     "LayerSweep",
     "PerturbationMatrix",
     "PoolingRobustness",
+    "ProgressiveIcl",
     "Similarity",
     "Steering",
     "SteeringEffect",
@@ -34,10 +44,14 @@ __all__ = [
     "attribute_demonstrations",
     "compare",
     "decodability_sensitivity",
+    "decoding_sensitivity",
+    "icl_fidelity",
     "input_embeddings",
     "layer_sweep",
     "perturbation_matrix",
     "pooling_robustness",
+    "progressive_generate",
+    "progressive_icl",
     "similarity",
     "steer",
     "steering_effect",

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import means_by_query, share_interval
@@ -30,6 +31,7 @@ DECODINGS: Mapping[str, Mapping[str, Any]] = {
     "temperature 0.3": {"temperature": 0.3},
     "temperature 0.7": {"temperature": 0.7},
     "temperature 1": {"temperature": 1.0},
+    "top-p 0.9": {"config": GenerationConfig(do_sample=True, top_p=0.9)},
 }
 """Keyword arguments of :func:`generate`, by the name of the decoding."""
 

@@ -12,6 +12,7 @@ from transformer_lens_taskvec.plots.decodability import (
 )
 from transformer_lens_taskvec.plots.embedding import explore_embedding, plot_embedding
 from transformer_lens_taskvec.plots.experiment import experiment_figures, part_figure
+from transformer_lens_taskvec.plots.fidelity import plot_fidelity, plot_progressive
 from transformer_lens_taskvec.plots.heads import plot_head_effects
 from transformer_lens_taskvec.plots.interventions import (
     plot_layer_sweep,
@@ -40,12 +41,14 @@ __all__ = [
     "plot_attribution",
     "plot_decodability",
     "plot_embedding",
+    "plot_fidelity",
     "plot_head_effects",
     "plot_layer_sweep",
     "plot_methods",
     "plot_pairwise",
     "plot_perturbation",
     "plot_pooling_robustness",
+    "plot_progressive",
     "plot_similarity",
     "plot_steering",
     "plot_td_vs_accuracy",
