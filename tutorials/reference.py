@@ -98,6 +98,7 @@ ALONGSIDE = {
         "interventions.Mode",
         "interventions.InSubspace",
         "interventions.Separator",
+        "interventions.variants.PromptHook",
         "models.tokens.Each",
         "interventions.modes.AddMapped",
         "interventions.modes.KeepNorm",
@@ -108,6 +109,7 @@ ALONGSIDE = {
         "vectors.all_tokens.Origin",
         "vectors.sparse.Reconstruction",
     ],
+    "controls": ["controls.ControlVectors"],
     "analysis": ["analysis.classifiers.Readout"],
 }
 """Types in the signatures of public functions that are in no namespace themselves."""
