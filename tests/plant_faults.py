@@ -144,7 +144,7 @@ FAULTS = [
     ),
     Fault("_utils/statistics.py", "8 * n * lost * delta", "8 * n * gained * delta", STATISTICS),
     Fault("_utils/statistics.py", "n = own.shape[-1]\n    if", "n = len(queries)\n    if", QUERIES),
-    Fault("scoring.py", "self.demo_sets, confidence", "None, confidence", QUERIES),
+    Fault("_utils/scores.py", "self.demo_sets, confidence", "None, confidence", QUERIES),
     Fault("_utils/statistics.py", "clamp(1, n)", "clamp(1, 1)", STATISTICS),
     Fault(
         "_utils/statistics.py", "(rare * estimated + alike)", "(rare * estimated + 1)", STATISTICS
