@@ -129,7 +129,7 @@ FAULTS = [
         TD,
     ),
     Fault(
-        "analysis/decodability.py",
+        "analysis/permuted.py",
         "return (1 + as_high)",
         "return as_high",
         TD,

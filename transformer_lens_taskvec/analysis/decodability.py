@@ -35,12 +35,21 @@ from transformer_lens_taskvec._utils.statistics import (
 from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
 from transformer_lens_taskvec.analysis.classifiers import (
     WITH_NEIGHBOURS,
-    Groups,
     Readout,
     neighbours,
     readout,
     readout_name,
     vote,
+)
+from transformer_lens_taskvec.analysis.permuted import ROUNDING, DecodabilityNull
+from transformer_lens_taskvec.analysis.points import (
+    check_k,
+    check_left_out,
+    flat,
+    n_others,
+    shared_sets,
+    warn_of_small_tasks,
+    warn_of_unequal_tasks,
 )
 
 _BY_MAJORITY = ("knn", "cosine", "linear")
@@ -48,9 +57,6 @@ _BY_MAJORITY = ("knn", "cosine", "linear")
 
 _VOTES_AT_ONCE = 500_000
 """Votes of permuted labels that are counted in one go."""
-
-_ROUNDING = 1e-6
-"""The most by which equal means of float32 numbers, summed in another order, differ."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,7 +125,7 @@ class Decodability(Shown):
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} here; there are: {', '.join(self.tasks)}")
         scores = self.mean if task is None else self.scores[:, self.tasks.index(task)]
-        return self.layers[int((scores >= scores.max() - _ROUNDING).int().argmax())]
+        return self.layers[int((scores >= scores.max() - ROUNDING).int().argmax())]
 
     @cached_property
     def held_out(self) -> float:
@@ -152,12 +158,12 @@ class Decodability(Shown):
         Raises:
             ValueError: If the layer was not collected, or a pair has k points or fewer.
         """
-        points = _flat(self.activations.at(layer))
+        points = flat(self.activations.at(layer))
         labels = self.activations.labels.to(points.device)
         matrix = torch.full((len(self.tasks), len(self.tasks)), float("nan"))
         for first, second in combinations(range(len(self.tasks)), 2):
             chosen = (labels == first) | (labels == second)
-            _check_k(self.k, labels[chosen], self._groups(chosen))
+            check_k(self.k, labels[chosen], self._groups(chosen))
             pair = (labels[chosen] == second).long()
             hits = self._method(self.k, chosen)(points[chosen], pair)
             matrix[first, second] = hits[pair == 0].float().mean()
@@ -203,7 +209,7 @@ class Decodability(Shown):
         permuted = torch.stack([labels[order] for order in orders])
         means = []
         for index in range(len(self.layers)):
-            points = _flat(self.activations.values[:, index])
+            points = flat(self.activations.values[:, index])
             shares = torch.cat([*self._of_permuted(points, permuted.to(points.device))], dim=1)
             means.append(shares.mean(dim=0).to(self.hits.device))
         own = [self.hits[:, self.activations.labels == task] for task in range(len(self.tasks))]
@@ -240,10 +246,10 @@ class Decodability(Shown):
     def _alone(self, rows: Bool[Tensor, " point"]) -> Float[Tensor, " layer"]:
         """Return the mean TD, by layer, of some points by themselves."""
         values, labels = self.activations.values[rows], self.activations.labels[rows]
-        fewest = _others(labels, self._groups(rows))
+        fewest = n_others(labels, self._groups(rows))
         method = self._method(max(1, min((self.k + 1) // 2, fewest)), rows)
         there, layers = labels.to(values.device), range(values.shape[1])
-        hits = torch.stack([method(_flat(values[:, layer]), there).float() for layer in layers])
+        hits = torch.stack([method(flat(values[:, layer]), there).float() for layer in layers])
         return torch.stack([hits[:, there == one].mean(dim=1) for one in there.unique()]).mean(
             dim=0
         )
@@ -313,68 +319,6 @@ class Decodability(Shown):
         )
 
 
-@dataclass(frozen=True, repr=False)
-class DecodabilityNull(Shown):
-    """TD next to its distribution under permuted labels.
-
-    Attributes:
-        observed: ``[layer]``, mean TD.
-        permuted: ``[permutation, layer]``, mean TD under permuted labels.
-        layers: The layers, counted from 0.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> activations = tv.collect(tv.load_model("toy"), episodes)
-        >>> null = tv.task_decodability(activations).null(n_permutations=99)
-        >>> null.p_value, null.band().shape
-        (0.01, torch.Size([2, 4]))
-    """
-
-    observed: Float[Tensor, " layer"]
-    permuted: Float[Tensor, "permutation layer"]
-    layers: tuple[int, ...]
-
-    @property
-    def p_values(self) -> Float[Tensor, " layer"]:
-        """``[layer]``, p-values without correction for the number of layers."""
-        as_high = (self.permuted >= self.observed - _ROUNDING).sum(dim=0)
-        return (1 + as_high) / (1 + len(self.permuted))
-
-    @property
-    def p_value(self) -> float:
-        """The p-value of the highest TD over layers, against each permutation's highest."""
-        highest = reduce(self.permuted, "permutation layer -> permutation", "max")
-        higher = int((highest >= self.observed.max() - _ROUNDING).sum())
-        return (1 + higher) / (1 + len(self.permuted))
-
-    def band(self, confidence: float = 0.95) -> Float[Tensor, "2 layer"]:
-        """Return the ends of the interval of TD under permuted labels, at each layer."""
-        tail = (1 - confidence) / 2
-        return torch.quantile(self.permuted, torch.tensor([tail, 1 - tail]), dim=0)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per layer: ``layer, td, null, null_low, null_high`` (95 %), ``p``."""
-        low, high = self.band()
-        columns = {
-            "td": self.observed,
-            "null": reduce(self.permuted, "permutation layer -> layer", "mean"),
-            "null_low": low,
-            "null_high": high,
-            "p": self.p_values,
-        }
-        return grid_frame({"layer": self.layers}, columns)
-
-    def __repr__(self) -> str:
-        best = int(self.observed.argmax())
-        high = float(self.band()[1, best])
-        return (
-            f"DecodabilityNull(layer {self.layers[best]}: TD {float(self.observed[best]):.3f}, "
-            f"{len(self.permuted)} permutations up to {high:.3f}; p = {self.p_value:.4f} over "
-            f"{len(self.layers)} layers)"
-        )
-
-
 def task_decodability(
     activations: Activations,
     k: int = 10,
@@ -431,89 +375,13 @@ def task_decodability(
     check_finite(activations)
     groups = shared_sets(activations)
     if groups is not None:
-        _check_left_out(groups, method, leave_out_sets)
-    _check_k(k, labels, groups)
+        check_left_out(groups, method, leave_out_sets)
+    check_k(k, labels, groups)
     of_points = readout(method, k, groups)
     if method in WITH_NEIGHBOURS:
-        _warn_of_small_tasks(activations, k)
+        warn_of_small_tasks(activations, k)
     if method in _BY_MAJORITY:
-        _warn_of_unequal_tasks(activations)
+        warn_of_unequal_tasks(activations)
     n_layers, there = len(activations.layers), labels.to(activations.values.device)
-    hits = [of_points(_flat(activations.values[:, index]), there) for index in range(n_layers)]
+    hits = [of_points(flat(activations.values[:, index]), there) for index in range(n_layers)]
     return Decodability(torch.stack(hits).to(labels.device).float(), activations, k, method)
-
-
-def shared_sets(activations: Activations) -> Int[Tensor, " point"] | None:
-    """Return the points' sets of demonstrations; None if no two points share one."""
-    sets = activations.demo_sets
-    return None if sets is None or len(sets.unique()) == len(sets) else sets
-
-
-def _check_left_out(groups: Int[Tensor, " point"], method: str | Readout, left_out: bool) -> None:
-    if not left_out:
-        raise ValueError(
-            f"the {len(groups)} prompts share {len(groups.unique())} sets of demonstrations, and "
-            "prompts of one set are each other's neighbours whatever the task. Use episodes with "
-            "fresh demonstrations (demo_sets=None), or leave_out_sets=True"
-        )
-    if method not in WITH_NEIGHBOURS:
-        raise ValueError(
-            f"method {readout_name(method)!r} cannot leave out the prompts that share a point's "
-            f"demonstrations; use one of {list(WITH_NEIGHBOURS)}, or fresh demonstrations"
-        )
-
-
-def _others(labels: Int[Tensor, " point"], groups: Groups) -> int:
-    """Return how many points can vote for each, at the least."""
-    return len(labels) - (1 if groups is None else int(numbered(groups).bincount().max()))
-
-
-def _check_k(k: int, labels: Int[Tensor, " point"], groups: Groups) -> None:
-    n_points, most = len(labels), _others(labels, groups)
-    if not 1 <= k <= most:
-        raise ValueError(
-            f"k is {k} and there are {n_points} points; k must be at least 1 and less than the "
-            "number of points, since a point does not vote for itself"
-            + ("" if groups is None else f", nor do those of its set: at most {most}")
-        )
-
-
-def majority_of(k: int) -> int:
-    """Return how many of k votes are a majority."""
-    return k // 2 + 1
-
-
-def _warn_of_small_tasks(activations: Activations, k: int) -> None:
-    """Warn of tasks whose points cannot have a majority of their own task among k neighbours."""
-    groups = shared_sets(activations)
-    left_out = 0 if groups is None else len(activations) - _others(activations.labels, groups) - 1
-    majority = majority_of(k) + left_out
-    sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
-    small = {task: n for task, n in zip(activations.tasks, sizes, strict=True) if n <= majority}
-    if small:
-        sizes_of_small = ", ".join(f"{task!r} has {n} point(s)" for task, n in small.items())
-        warnings.warn(
-            f"{sizes_of_small}, and a majority of k={k} neighbours takes {majority_of(k)} others "
-            "of the same task, so its decodability is too low. Use a smaller k, or at least "
-            f"{majority + 1} points per task.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_unequal_tasks(activations: Activations) -> None:
-    """Warn if some tasks have more than twice as many points as others."""
-    sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
-    if max(sizes) > 2 * min(sizes):
-        by_task = ", ".join(
-            f"{n} of {task!r}" for task, n in zip(activations.tasks, sizes, strict=True)
-        )
-        warnings.warn(
-            f"the numbers of points differ: {by_task}. Tasks with more points are decoded more "
-            "often even where the activations tell nothing. Give each task as many points, or use "
-            "method='centroid' or 'divergence'.",
-            stacklevel=3,
-        )
-
-
-def _flat(points: Tensor) -> Float[Tensor, "point d"]:
-    return rearrange(points.detach(), "point ... -> point (...)").float()
