@@ -1,11 +1,8 @@
 """Analyses, one per file: a function that measures, and the result it returns."""
 
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
-from transformer_lens_taskvec.analysis.decodability import (
-    Decodability,
-    DecodabilityNull,
-    task_decodability,
-)
+from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
+from transformer_lens_taskvec.analysis.permuted import DecodabilityNull
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.analysis.sensitivity import decodability_sensitivity
