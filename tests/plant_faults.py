@@ -154,9 +154,14 @@ FAULTS = [
     Fault("prompts/episodes.py", "demos=(), demo_set=None", "demos=()", PROMPTS),
     Fault("analysis/classifiers.py", "own == groups", "own < groups", TD),
     Fault("analysis/comparison.py", "_sign_test(means_by_query(apart, sets))", "0.0", STATISTICS),
-    Fault("scoring.py", "(*prompts[row],), episodes[row].answer,", "(*prompts[row],),", QUERIES),
     Fault(
-        "scoring.py",
+        "interventions/variants.py",
+        "(*prompts[row],), episodes[row].answer,",
+        "(*prompts[row],),",
+        QUERIES,
+    ),
+    Fault(
+        "interventions/variants.py",
         "isinstance(hook, Intervention) and isinstance(hook.mode, str)",
         "True",
         QUERIES,

@@ -12,17 +12,16 @@ the prediction. Such answers have no probability, and asking for one is an error
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
 import torch
-from einops import rearrange
-from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered, Metric, measures_of
+from transformer_lens_taskvec._utils.errors import reply_to
+from transformer_lens_taskvec._utils.metrics import ALWAYS, Metric, measures_of
 from transformer_lens_taskvec._utils.scores import (
     LOSS_LABELS,
     Scores,
@@ -31,20 +30,28 @@ from transformer_lens_taskvec._utils.scores import (
     stack,
 )
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
+from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
-from transformer_lens_taskvec.interventions.packed import (
-    Chunk,
-    NumberChunk,
-    answer_logits,
-    answer_numbers,
+from transformer_lens_taskvec.interventions.measured import number_parts, text_parts
+from transformer_lens_taskvec.interventions.variants import (
+    Variant,
+    Variants,
+    alike_in_scores,
+    at_separators,
+    grouped,
 )
-from transformer_lens_taskvec.interventions.variants import Variant, at_separators
 from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.layouts import check_readable
+from transformer_lens_taskvec.models.limits import limits
 from transformer_lens_taskvec.models.protocol import inference
-from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts
-from transformer_lens_taskvec.prompts import AnyEpisode, demo_sets_of
+from transformer_lens_taskvec.models.tokens import (
+    continuing_ids,
+    decode,
+    encode_answers,
+    encode_prompts,
+)
+from transformer_lens_taskvec.prompts import AnyEpisode, Episode, demo_sets_of
 
 __all__ = [
     "LOSS_LABELS",
@@ -55,10 +62,11 @@ __all__ = [
     "intervals_by_task",
     "mean_by_task",
     "stack",
+    "with_texts",
 ]
 
-Variants = Sequence[Variant] | Callable[[str], Sequence[Variant]]
-"""Variants for all episodes, or a function from a task to its variants, equally many per task."""
+_MORE = 4
+"""How many tokens a generated answer may have more than the longest right one."""
 
 
 def evaluate(
@@ -69,6 +77,7 @@ def evaluate(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> Scores:
     """Return the greedy exact match, the loss and other metrics of every episode's answer.
@@ -82,6 +91,8 @@ def evaluate(
         metrics: As for :func:`evaluate_many`.
         stop: None, or ``"separator"`` if the template's separator must follow the answer.
         max_tokens: The most tokens per pass; by default from the model and the free memory.
+        keep_text: Whether to keep what the model answers, for :meth:`Scores.errors`. Wrong answers
+            are generated as by :func:`with_texts`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -89,7 +100,8 @@ def evaluate(
 
     Raises:
         ValueError: If there are no episodes, a prompt or an answer has no tokens, an intervention
-            does not fit the model, or ``stop`` or a metric is unknown.
+            does not fit the model, ``stop`` or a metric is unknown, or answers shall be kept that
+            are not texts.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -107,6 +119,7 @@ def evaluate(
         metrics=metrics,
         stop=stop,
         max_tokens=max_tokens,
+        keep_text=keep_text,
         progress=progress,
     )
     return found
@@ -122,6 +135,7 @@ def evaluate_many(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> list[Scores]: ...
 
@@ -136,6 +150,7 @@ def evaluate_many(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> tuple[Activations, list[Scores]]: ...
 
@@ -149,6 +164,7 @@ def evaluate_many(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> list[Scores] | tuple[Activations, list[Scores]]:
     """Return the scores under many variants, each a list of interventions, in few passes.
@@ -167,6 +183,7 @@ def evaluate_many(
             [answer_pos]) -> float``, listed under their own names.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
+        keep_text: As for :func:`evaluate`, for every variant.
         progress: As for :func:`evaluate`.
 
     Returns:
@@ -194,8 +211,10 @@ def evaluate_many(
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
     measures = measures_of(metrics)
+    if keep_text:
+        _check_texts(episodes)
     tasks, labels = label(episodes)
-    groups = _groups(variants, labels, tasks)
+    groups = grouped(variants, labels, tasks)
     for _, some in groups:
         check_variants(model, some)
     layers: tuple[int, ...] = ()
@@ -204,7 +223,7 @@ def evaluate_many(
         layers, names = check_readable(model, observe.layers, observe.hook)
     prompts, bos = encode_prompts(model, episodes)
     numbers = isinstance(prompts[0], Tensor)
-    parts_of = _number_parts if numbers else _text_parts
+    parts_of = number_parts if numbers else text_parts
     options = {"observe": names, "max_tokens": max_tokens}
     found: dict[str, Tensor] = {}
     values: Tensor | None = None
@@ -217,7 +236,7 @@ def evaluate_many(
     ):
         for rows, variants_here in groups:
             some = [[*carried, *variant] for variant in variants_here]
-            alike = _alike(rows.tolist(), episodes, prompts, some)
+            alike = alike_in_scores(rows.tolist(), episodes, prompts, some)
             some_episodes = [episodes[copies[0]] for copies in alike]
             some_prompts = [prompts[copies[0]] for copies in alike]
             some = at_separators(model, some, some_episodes)
@@ -255,96 +274,110 @@ def evaluate_many(
         )
         for index in range(n_variants)
     ]
+    if keep_text:
+        scores = [
+            _with_texts(model, episodes, one, [(rows, some[index]) for rows, some in groups])
+            for index, one in enumerate(scores)
+        ]
     if observe is None or values is None:
         return scores
     return labelled(model, episodes, values, hook=observe.hook, layers=layers, bos=bos), scores
 
 
-def _text_parts(
+def with_texts(
     model: Any,
-    episodes: Sequence[Any],
-    prompts: Sequence[Any],
-    variants: Sequence[Variant],
-    measures: Mapping[str, Callable[[Answered], Tensor]],
-    stop: str | None,
-    **options: Any,
-) -> Iterator[tuple[Chunk, dict[str, Tensor]]]:
-    answers = encode_answers(model, episodes, stop=stop)
-    for chunk in answer_logits(model, prompts, answers, variants, **options):
-        chunk = replace(chunk, queries=tuple(episodes[row].query_id for row in chunk.rows))
-        yield chunk, {name: measure(chunk) for name, measure in measures.items()}
-
-
-def _number_parts(
-    model: Any,
-    episodes: Sequence[Any],
-    prompts: Sequence[Any],
-    variants: Sequence[Variant],
-    measures: Mapping[str, Callable[[Answered], Tensor]],
-    stop: str | None,
-    **options: Any,
-) -> Iterator[tuple[NumberChunk, dict[str, Tensor]]]:
-    other = [name for name in measures if name not in ALWAYS]
-    if other:
-        raise ValueError(
-            f"the metric {other[0]!r} is of answers of tokens, and these answers are numbers; "
-            "ask for 'correct' and 'loss', the squared error"
-        )
-    for chunk in answer_numbers(model, prompts, variants, **options):
-        some = [episodes[row] for row in chunk.rows]
-        answers = torch.tensor([episode.answer for episode in some])
-        correct = [
-            [episode.is_right(prediction) for prediction in predictions]
-            for episode, predictions in zip(some, chunk.predictions.tolist(), strict=True)
-        ]
-        loss = (chunk.predictions - rearrange(answers, "row -> row 1")).square()
-        yield chunk, {"correct": torch.tensor(correct), "loss": loss}
-
-
-def _groups(
-    variants: Variants, labels: Int[Tensor, " example"], tasks: Sequence[str]
-) -> list[tuple[Int[Tensor, " row"], Sequence[Variant]]]:
-    """Return the episodes that share variants, and these variants."""
-    if callable(variants):
-        groups = [
-            (torch.where(labels == index)[0], _listed(variants(task)))
-            for index, task in enumerate(tasks)
-        ]
-    else:
-        groups = [(torch.arange(len(labels)), _listed(variants))]
-    sizes = {len(some) for _, some in groups}
-    if len(sizes) > 1:
-        raise ValueError(f"variants gives {sorted(sizes)} variants; give each task the same number")
-    if 0 in sizes:
-        raise ValueError("variants is empty; [[]] is the model without interventions")
-    return groups
-
-
-def _listed(variants: Iterable[Iterable[Any]]) -> Sequence[Variant]:
-    """Return variants that can be read more than once, such as those of generators."""
-    return [list(variant) for variant in variants]
-
-
-def _alike(
-    rows: Sequence[int],
     episodes: Sequence[AnyEpisode],
-    prompts: Sequence[Any],
-    variants: Sequence[Variant],
-) -> list[list[int]]:
-    """Return the rows in lists whose episodes get the same scores, so that one of them will do.
+    scores: Scores,
+    interventions: Variant | Callable[[str], Variant] = (),
+) -> Scores:
+    """Return scores with what the model answered, for :meth:`Scores.errors`.
 
-    Every row stands alone if prompts are vectors, or if a function of the caller's may tell them
-    apart.
+    Where the model is right its answer is known. Where it is wrong a continuation is generated:
+    greedily, under the same interventions, up to the separator, and at most four tokens longer than
+    the task's longest answer here. Equal prompts are continued once.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes.
+        scores: Their scores under the interventions.
+        interventions: As for :func:`evaluate`, or a function from a task to them. A function of the
+            caller's own gets the prompt and all of the continuation in every pass.
+
+    Raises:
+        ValueError: If answers are not texts, or the scores are of other episodes.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 2, 4, seed=0)
+        >>> scores = with_texts(model, episodes, tv.evaluate(model, episodes))
+        >>> scores.texts == tuple(episode.query.y for episode in episodes)
+        True
     """
-    known = all(
-        isinstance(hook, Intervention) and isinstance(hook.mode, str)
-        for variant in variants
-        for hook in variant
-    )
-    if not known or isinstance(prompts[0], Tensor):
-        return [[row] for row in rows]
-    alike: dict[Any, list[int]] = {}
-    for row in rows:
-        key = (*prompts[row],), episodes[row].answer, episodes[row].template
-        alike.setdefault(key, []).append(row)
-    return list(alike.values())
+    _check_texts(episodes)
+    if scores.queries.tolist() != [episode.query_id for episode in episodes]:
+        raise ValueError("scores are of other episodes; give those that they were measured on")
+    variants = (lambda task: [interventions(task)]) if callable(interventions) else [interventions]
+    groups = grouped(variants, scores.labels, scores.tasks)
+    for _, some in groups:
+        check_variants(model, some)
+    return _with_texts(model, episodes, scores, [(rows, some[0]) for rows, some in groups])
+
+
+def _check_texts(episodes: Sequence[AnyEpisode]) -> None:
+    """Raise ``ValueError`` if the answers of episodes are not texts."""
+    for episode in episodes:
+        if not isinstance(episode, Episode):
+            raise ValueError(
+                f"keep_text is for answers that are texts, and a {type(episode).__name__} has none "
+                "that can be kept; leave it out"
+            )
+
+
+def _with_texts(
+    model: Any,
+    episodes: Sequence[Any],
+    scores: Scores,
+    groups: Sequence[tuple[Tensor, Variant]],
+) -> Scores:
+    """Return scores with answers, generated under one variant per group of rows."""
+    texts = {row: episode.answer for row, episode in enumerate(episodes)}
+    prompts, _ = encode_prompts(model, episodes)
+    lengths = list(map(len, encode_answers(model, episodes)))
+    context = limits(model).context
+    for rows, variant in groups:
+        wrong = [row for row in rows.tolist() if not scores.correct[row]]
+        alike = alike_in_scores(wrong, episodes, prompts, [variant])
+        together: dict[tuple[str, int], list[list[int]]] = {}
+        for copies in alike:
+            row = copies[0]
+            same = (scores.labels == scores.labels[row]).tolist()
+            most = _MORE + max(n for n, own in zip(lengths, same, strict=True) if own)
+            if context is not None:
+                most = min(most, context + 1 - len(prompts[row]))
+            together.setdefault((episodes[row].separator, most), []).append(copies)
+        for (separator, most), some in together.items():
+            ours = all(isinstance(hook, Intervention) for hook in variant)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what there is to say was said of the scores
+                found = generate(
+                    model,
+                    [episodes[copies[0]] for copies in some],
+                    variant,
+                    max_new_tokens=most,
+                    stop=_visible(model, separator),
+                    use_cache=None if ours else False,
+                )
+            for copies, text in zip(some, found, strict=True):
+                texts.update(dict.fromkeys(copies, text))
+    replies = (reply_to(episode, texts[row]) for row, episode in enumerate(episodes))
+    return replace(scores, replies=tuple(replies))
+
+
+def _visible(model: Any, separator: str) -> str | None:
+    """Return what is left of a separator in a text that is decoded without special tokens."""
+    if not separator:
+        return None
+    (ids,) = continuing_ids(model.tokenizer, [separator])
+    text = decode(model, ids)
+    return text if text == separator or text.strip(" ") else None

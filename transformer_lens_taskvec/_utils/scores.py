@@ -7,14 +7,16 @@ demonstrations, intervals are over queries and sets of demonstrations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.errors import Errors, Reply, sort_errors
 from transformer_lens_taskvec._utils.metrics import ALWAYS
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import (
@@ -45,6 +47,8 @@ class Scores(Shown):
         bos: Whether a beginning-of-sequence token preceded the prompts.
         demo_sets: ``[example]``, equal where episodes share their demonstrations; None where all
             demonstrations are fresh, or there are none.
+        replies: ``[example]``, what was asked and what the model answered; None unless
+            ``keep_text`` was given.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -62,6 +66,12 @@ class Scores(Shown):
     stop: str | None = None
     bos: bool = False
     demo_sets: Int[Tensor, " example"] | None = None
+    replies: tuple[Reply, ...] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...] | None:
+        """``[example]``, what the model answered; None unless ``keep_text`` was given."""
+        return None if self.replies is None else tuple(reply.text for reply in self.replies)
 
     @property
     def correct(self) -> Bool[Tensor, " example"]:
@@ -136,7 +146,11 @@ class Scores(Shown):
         metrics = {name: values[rows] for name, values in self.metrics.items()}
         sets = None if self.demo_sets is None else self.demo_sets[rows]
         labels, queries = self.labels[rows], self.queries[rows]
-        return replace(self, metrics=metrics, labels=labels, queries=queries, demo_sets=sets)
+        replies = self.replies
+        if replies is not None:
+            replies = tuple(replies[at] for at in torch.arange(len(self))[rows].tolist())
+        own = replace(self, metrics=metrics, labels=labels, queries=queries)
+        return replace(own, demo_sets=sets, replies=replies)
 
     def of(self, task: str) -> Scores:
         """Return the scores of one task's episodes.
@@ -153,11 +167,51 @@ class Scores(Shown):
         """Return the mean of a metric per task, the accuracy by default."""
         return {task: self.of(task).mean(metric) for task in self.tasks}
 
+    def errors(self, *, tasks: Iterable[Any] | Mapping[str, Any] = ()) -> Errors:
+        """Return the kind of each wrong answer: the query's input, another task's answer, ...
+
+        The other tasks are those of these scores and the given ones; of each, the outputs are
+        known for the inputs that occur in these episodes, and of a given task for all of its
+        inputs, or 16,384 of them. Without ``stop``, an answer may be followed by more, as it may
+        where it is right.
+
+        Args:
+            tasks: Tasks to compare the answers with, such as those of the experiment.
+
+        Raises:
+            ValueError: If the answers were not kept.
+
+        Example:
+            >>> import transformer_lens_taskvec as tv
+            >>> capitals = tv.find_tasks(["country_capital"])
+            >>> episodes = tv.zero_shot(tv.sample_episodes(capitals, n=4, n_shots=1, seed=0))
+            >>> scores = tv.evaluate(tv.load_model("toy"), episodes, keep_text=True)
+            >>> scores.errors(tasks=capitals).to_frame()[["task", "kind", "n"]].values.tolist()
+            [['country_capital', 'none of these', 4]]
+        """
+        if self.replies is None:
+            raise ValueError(
+                "these scores have no answers to sort; evaluate with keep_text=True to keep them"
+            )
+        names = [self.tasks[label] for label in self.labels.tolist()]
+        right, whole = self.correct.tolist(), self.stop is not None
+        kinds, others = sort_errors(self.replies, names, right, whole=whole, tasks=tasks)
+        given = self.labels, self.tasks, self.queries, self.demo_sets
+        return Errors(kinds, others, self.replies, *given)
+
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per episode: ``task, query`` and the metrics; ``demo_set`` if shared."""
+        """Return one row per episode: ``task, query`` and the metrics.
+
+        There is ``demo_set`` if demonstrations are shared, and ``input, answer, text`` if answers
+        were kept.
+        """
         columns = {name: values.tolist() for name, values in self.metrics.items()}
         if self.demo_sets is not None:
             columns["demo_set"] = self.demo_sets.tolist()
+        if self.replies is not None:
+            columns["input"] = [reply.query for reply in self.replies]
+            columns["answer"] = [reply.answer for reply in self.replies]
+            columns["text"] = [reply.text for reply in self.replies]
         tasks = [self.tasks[i] for i in self.labels.tolist()]
         return pd.DataFrame({"task": tasks, "query": self.queries.tolist(), **columns})
 
