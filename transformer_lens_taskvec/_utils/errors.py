@@ -2,7 +2,8 @@
 
 An accuracy of 0.00 may mean that the model repeats the query, or that it does another task, or that
 it has the task and not the item. The kinds are tried in the order of :data:`KINDS`, and the first
-that fits counts: chance agreement is possible with each of them.
+that fits counts: an answer may agree by chance with each of them. It fits if what the model says
+begins with it; more may follow, but not within a word or a number.
 """
 
 from __future__ import annotations
@@ -187,7 +188,6 @@ def sort_errors(
     names: Sequence[str],
     correct: Sequence[bool],
     *,
-    whole: bool,
     tasks: Iterable[Any] | Mapping[str, Any] = (),
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Return the kind of each reply, and the other tasks that give it for the same input.
@@ -196,22 +196,20 @@ def sort_errors(
         replies: The replies.
         names: The task of each.
         correct: Whether each is right.
-        whole: Whether an answer is all of the text; otherwise more may follow, after a word.
         tasks: Tasks of which more answers are known than from the replies.
     """
     known = _known(replies, names, tasks)
     outputs = {task: {y for ys in pairs.values() for y in ys} for task, pairs in known.items()}
     kinds, others = [], []
     for reply, task, right in zip(replies, names, correct, strict=True):
-        said = _beginnings(reply.text, whole)
+        said = _beginnings(reply.text)
         same = {
             other: pairs.get(reply.query.strip(), set())
             for other, pairs in known.items()
             if other != task
         }
         fits = (
-            # The separator may be missing after the right text.
-            {reply.answer.strip()} & _beginnings(reply.text, False),
+            {reply.answer.strip()} & said,
             {reply.query.strip()} & said,
             set().union(*same.values()) & said,
             {y.strip() for _, y in reply.demos} & said,
@@ -244,11 +242,8 @@ def _known(
     return known
 
 
-def _beginnings(text: str, whole: bool) -> set[str]:
-    """Return the text, and where more may follow, all that it begins with up to a word's end."""
-    ends = (
-        end
-        for end in range(1, len(text))
-        if not whole and not (text[end - 1].isalnum() and text[end].isalnum())
-    )
+def _beginnings(text: str) -> set[str]:
+    """Return what the text begins with, up to each place that is not within a word or a number."""
+    within = (text[end - 1 : end + 1].isalnum() for end in range(1, len(text)))
+    ends = [end for end, inside in enumerate(within, start=1) if not inside]
     return {text, *(text[:end] for end in ends)} - {""}

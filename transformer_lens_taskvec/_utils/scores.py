@@ -172,8 +172,7 @@ class Scores(Shown):
 
         The other tasks are those of these scores and the given ones; of each, the outputs are
         known for the inputs that occur in these episodes, and of a given task for all of its
-        inputs, or 16,384 of them. Without ``stop``, an answer may be followed by more, as it may
-        where it is right.
+        inputs, or 16,384 of them.
 
         Args:
             tasks: Tasks to compare the answers with, such as those of the experiment.
@@ -194,8 +193,7 @@ class Scores(Shown):
                 "these scores have no answers to sort; evaluate with keep_text=True to keep them"
             )
         names = [self.tasks[label] for label in self.labels.tolist()]
-        right, whole = self.correct.tolist(), self.stop is not None
-        kinds, others = sort_errors(self.replies, names, right, whole=whole, tasks=tasks)
+        kinds, others = sort_errors(self.replies, names, self.correct.tolist(), tasks=tasks)
         given = self.labels, self.tasks, self.queries, self.demo_sets
         return Errors(kinds, others, self.replies, *given)
 
