@@ -260,7 +260,6 @@ def test_an_answer_is_cut_off_where_the_model_ends(tokenizer: Any) -> None:
     assert len(tokenizer(episode.prompt)["input_ids"]) == 255  # the model takes 256
     scores = tv.evaluate(model, [episode], keep_text=True)
     assert scores.texts is not None
-    assert 1 <= len(tokenizer(" " + scores.texts[0])["input_ids"]) <= 3
 
 
 def test_a_plan_with_texts_counts_the_most_that_it_can_take(

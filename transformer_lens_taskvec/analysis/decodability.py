@@ -11,9 +11,7 @@ a task without a rule is decoded. They are refused, unless such neighbours are l
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -34,29 +32,32 @@ from transformer_lens_taskvec._utils.statistics import (
 )
 from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
 from transformer_lens_taskvec.analysis.classifiers import (
+    BY_INPUT,
     WITH_NEIGHBOURS,
     Readout,
-    neighbours,
     readout,
     readout_name,
-    vote,
 )
-from transformer_lens_taskvec.analysis.permuted import ROUNDING, DecodabilityNull
+from transformer_lens_taskvec.analysis.permuted import (
+    ROUNDING,
+    DecodabilityNull,
+    permuted_labels,
+    under_permuted,
+)
 from transformer_lens_taskvec.analysis.points import (
     check_k,
     check_left_out,
     flat,
     n_others,
     shared_sets,
+    warn_of_repeats,
     warn_of_small_tasks,
     warn_of_unequal_tasks,
 )
+from transformer_lens_taskvec.analysis.retrieval import by_chance, on_shared_inputs
 
 _BY_MAJORITY = ("knn", "cosine", "linear")
 """The methods that favour tasks with more points."""
-
-_VOTES_AT_ONCE = 500_000
-"""Votes of permuted labels that are counted in one go."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,8 +66,9 @@ class Decodability(Shown):
 
     Attributes:
         hits: ``[layer, point]``, the method's score of each point: 1 where it is classified
-            correctly, else 0.
-        activations: What it was computed from.
+            correctly, else 0; for ``"retrieval"`` one over a rank.
+        activations: What it was computed from; for ``"retrieval"`` the points whose inputs all
+            tasks are asked.
         k: The number of neighbours that vote.
         method: ``"knn"``, the name of another method, or a function.
 
@@ -136,9 +138,9 @@ class Decodability(Shown):
         is classified by itself, with half the neighbours: two points that are each other's
         neighbours are right or wrong together.
         """
-        turn = torch.zeros_like(self.activations.labels)
-        for task in range(len(self.tasks)):
-            rows = self.activations.labels == task
+        labels = self.activations.labels
+        turn = torch.zeros_like(labels)
+        for rows in (labels == task for task in range(len(self.tasks))):
             turn[rows] = numbered(self._units[rows]) % 2
         choosing = torch.stack([self._alone(turn == half) for half in (0, 1)])
         return float(cross_fitted_best(self._by_task(self._units), choosing))
@@ -146,6 +148,8 @@ class Decodability(Shown):
     @property
     def chance(self) -> float:
         """The expected score of a method that ignores the representation."""
+        if self._inputs is not None:
+            return by_chance(self.activations.labels, self._inputs, recall=self.method == "recall")
         return 0.0 if self.method == "divergence" else 1 / len(self.tasks)
 
     def pairwise(self, layer: int) -> Float[Tensor, "task task"]:
@@ -163,7 +167,8 @@ class Decodability(Shown):
         matrix = torch.full((len(self.tasks), len(self.tasks)), float("nan"))
         for first, second in combinations(range(len(self.tasks)), 2):
             chosen = (labels == first) | (labels == second)
-            check_k(self.k, labels[chosen], self._groups(chosen))
+            if self._inputs is None:
+                check_k(self.k, labels[chosen], self._groups(chosen))
             pair = (labels[chosen] == second).long()
             hits = self._method(self.k, chosen)(points[chosen], pair)
             matrix[first, second] = hits[pair == 0].float().mean()
@@ -173,8 +178,9 @@ class Decodability(Shown):
     def null(self, n_permutations: int = 1_000, seed: int = 0) -> DecodabilityNull:
         """Return the distribution of mean TD under permuted labels, at every layer.
 
-        The permutations are the same at every layer. With ``"knn"`` the neighbours are computed
-        once; other methods run again for each permutation.
+        The permutations are the same at every layer; with ``"retrieval"`` they are among the points
+        of each input. With ``"knn"`` and ``"retrieval"`` the neighbours are computed once; other
+        methods run again for each permutation.
 
         Args:
             n_permutations: The number of permutations.
@@ -196,24 +202,15 @@ class Decodability(Shown):
                 "independent. Use episodes with fresh demonstrations"
             )
         if bool((self.n_distinct < self.n).any()):
-            warnings.warn(
-                f"the {int(self.n.sum())} prompts have {int(self.n_distinct.sum())} distinct "
-                "queries; p-values take prompts of one query to be independent, and are too small. "
-                "Sample no more episodes than a task has inputs",
-                stacklevel=2,
-            )
-        generator = torch.Generator().manual_seed(seed)
-        small = torch.int8 if len(self.tasks) < 128 else torch.int64
-        labels = self.activations.labels.to(small)
-        orders = (torch.randperm(len(labels), generator=generator) for _ in range(n_permutations))
-        permuted = torch.stack([labels[order] for order in orders])
+            warn_of_repeats(int(self.n.sum()), int(self.n_distinct.sum()))
+        permuted = permuted_labels(self.activations.labels, self._inputs, n_permutations, seed)
         means = []
         for index in range(len(self.layers)):
             points = flat(self.activations.values[:, index])
-            shares = torch.cat([*self._of_permuted(points, permuted.to(points.device))], dim=1)
-            means.append(shares.mean(dim=0).to(self.hits.device))
-        own = [self.hits[:, self.activations.labels == task] for task in range(len(self.tasks))]
-        observed = torch.stack([hits.mean(dim=1) for hits in own]).mean(dim=0)
+            own = under_permuted(points, permuted, self.method, self.k, self._inputs)
+            means.append(own.to(self.hits.device))
+        rows = [self.activations.labels == task for task in range(len(self.tasks))]
+        observed = torch.stack([self.hits[:, some].mean(dim=1) for some in rows]).mean(dim=0)
         return DecodabilityNull(observed, torch.stack(means, dim=1), self.layers)
 
     def interval(self, layer: int, confidence: float = 0.95) -> Float[Tensor, "task 2"]:
@@ -228,6 +225,19 @@ class Decodability(Shown):
         at = layer_index(self.layers, layer)
         return self._intervals(confidence)[at]
 
+    @property
+    def recall(self) -> Decodability:
+        """The recall at 1: how often the nearest candidate is of the point's task.
+
+        Raises:
+            ValueError: If the method is not ``"retrieval"``.
+        """
+        if self._inputs is None:
+            raise ValueError(
+                f"method is {readout_name(self.method)!r}; recall at 1 is of method='retrieval'"
+            )
+        return replace(self, hits=(self.hits == 1).float(), method="recall")
+
     def at(self, layer: int) -> Float[Tensor, " task"]:
         """Return the scores at one layer."""
         return self.scores[layer_index(self.layers, layer)]
@@ -235,12 +245,15 @@ class Decodability(Shown):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per layer and task.
 
-        The columns are ``layer, task, td, low, high`` (95 %), ``n, n_distinct, k``.
+        The columns are ``layer, task, td, low, high`` (95 %), ``n, n_distinct, k``; for
+        ``"retrieval"``, where ``td`` is the mean reciprocal rank, ``recall`` in place of ``k``.
         """
         low, high = rearrange(self._intervals(), "layer task end -> end layer task")
         sizes = {"n": self.n, "n_distinct": self.n_distinct}
         columns = {"td": self.scores, "low": low, "high": high, **sizes}
         frame = grid_frame({"layer": self.layers, "task": self.tasks}, columns)
+        if self.method == "retrieval":
+            return frame.assign(recall=self.recall.scores.flatten().tolist())
         return frame.assign(k=self.k)
 
     def _alone(self, rows: Bool[Tensor, " point"]) -> Float[Tensor, " layer"]:
@@ -250,9 +263,8 @@ class Decodability(Shown):
         method = self._method(max(1, min((self.k + 1) // 2, fewest)), rows)
         there, layers = labels.to(values.device), range(values.shape[1])
         hits = torch.stack([method(flat(values[:, layer]), there).float() for layer in layers])
-        return torch.stack([hits[:, there == one].mean(dim=1) for one in there.unique()]).mean(
-            dim=0
-        )
+        means = torch.stack([hits[:, there == one].mean(dim=1) for one in there.unique()])
+        return means.mean(dim=0)
 
     def _by_task(
         self, units: Int[Tensor, " point"] | None = None
@@ -263,7 +275,8 @@ class Decodability(Shown):
 
     def _method(self, k: int, rows: Bool[Tensor, " point"]) -> Readout:
         """Return the method, to be applied to some points."""
-        return readout(self.method, k, self._groups(rows))
+        inputs = None if self._inputs is None else self._inputs[rows.to(self._inputs.device)]
+        return readout(self.method, k, self._groups(rows), inputs)
 
     def _groups(self, rows: Bool[Tensor, " point"] | None = None) -> Int[Tensor, " chosen"] | None:
         """Return the sets of demonstrations of some points, or of all; None if none are shared."""
@@ -271,9 +284,14 @@ class Decodability(Shown):
         return sets if sets is None or rows is None else sets[rows.to(sets.device)]
 
     @property
+    def _inputs(self) -> Int[Tensor, " point"] | None:
+        """The points' inputs if the method compares tasks on the same ones."""
+        return self.activations.inputs if self.method in BY_INPUT else None
+
+    @property
     def _units(self) -> Int[Tensor, " point"]:
-        """What is halved to choose a layer: the queries, or the shared sets of demonstrations."""
-        groups = self._groups()
+        """What is halved to choose a layer: queries or inputs, or shared sets of demonstrations."""
+        groups = self._groups() if self._inputs is None else self._inputs
         return self._queries if groups is None else groups
 
     @property
@@ -289,21 +307,6 @@ class Decodability(Shown):
             ends = torch.stack(share_interval(*given), -1) if shares else change_interval(*given)
             found.append(ends.float())
         return torch.stack(found, dim=1)
-
-    def _of_permuted(
-        self, points: Float[Tensor, "point d"], permuted: Int[Tensor, "permutation point"]
-    ) -> Iterator[Float[Tensor, "task some"]]:
-        """Yield the tasks' TD under permuted labels, some permutations at a time."""
-        knn, method = self.method == "knn", readout(self.method, self.k)
-        if knn:
-            nearest, others = neighbours(points, self.k)
-        for some in permuted.split(max(1, _VOTES_AT_ONCE // (len(points) * self.k))):
-            if knn:
-                hits = (vote(some[:, others], nearest, len(self.tasks)) == some).float()
-            else:
-                hits = torch.stack([method(points, labels.long()).float() for labels in some])
-            shares = [(hits * (some == task)).sum(dim=1) / n for task, n in enumerate(self.n)]
-            yield torch.stack(shares)
 
     def __repr__(self) -> str:
         best = self.best_layer()
@@ -337,6 +340,11 @@ def task_decodability(
     - ``"divergence"``: an f-divergence in place of accuracy (the paper's Definition B.3): the
       Jensen-Shannon divergence between the tasks' distributions, divided by the logarithm of their
       number to lie between 0 and 1; a lower bound, estimated from the neighbours' labels.
+    - ``"retrieval"``: the mean reciprocal rank of the first point of the same task among all
+      others, on inputs that all tasks are asked: the other tasks' points with the point's own input
+      are hard negatives (Zhang et al. 2024, CodeSage). Points of the same task and input are left
+      out, and so are points whose inputs not all tasks are asked. ``.recall`` is the recall at 1.
+    - ``"recall"``: that recall alone.
     - Your own function: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for correct.
 
     A task with too few points to win a majority of the k votes is warned about, and so are tasks
@@ -354,7 +362,8 @@ def task_decodability(
     Raises:
         ValueError: If there is only one task, the method is unknown, an activation is NaN or
             infinite, ``k`` is not between 1 and the number of points that can vote, or episodes
-            share their demonstrations and ``leave_out_sets`` is not given or not possible.
+            share their demonstrations and ``leave_out_sets`` is not given or not possible, or the
+            tasks share fewer than two inputs for ``"retrieval"``.
         ImportError: If ``"linear"`` is asked for and scikit-learn is not installed.
 
     Example:
@@ -376,8 +385,13 @@ def task_decodability(
     groups = shared_sets(activations)
     if groups is not None:
         check_left_out(groups, method, leave_out_sets)
-    check_k(k, labels, groups)
-    of_points = readout(method, k, groups)
+    inputs = None
+    if method in BY_INPUT:
+        activations = on_shared_inputs(activations)
+        labels, inputs = activations.labels, activations.inputs
+    else:
+        check_k(k, labels, groups)
+    of_points = readout(method, k, groups, inputs)
     if method in WITH_NEIGHBOURS:
         warn_of_small_tasks(activations, k)
     if method in _BY_MAJORITY:

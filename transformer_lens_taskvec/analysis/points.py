@@ -93,6 +93,16 @@ def warn_of_unequal_tasks(activations: Activations) -> None:
         )
 
 
+def warn_of_repeats(n_prompts: int, n_distinct: int) -> None:
+    """Warn that the prompts of one query are not independent of each other."""
+    warnings.warn(
+        f"the {n_prompts} prompts have {n_distinct} distinct queries; p-values take prompts of one "
+        "query to be independent, and are too small. Sample no more episodes than a task has "
+        "inputs",
+        stacklevel=3,
+    )
+
+
 def flat(points: Tensor) -> Float[Tensor, "point d"]:
     """Return each point as one float32 vector."""
     return rearrange(points.detach(), "point ... -> point (...)").float()
