@@ -57,6 +57,7 @@ def generated(model: Any, episodes: list[tv.Episode], edits: Any, n: int = 12) -
 
 
 @pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*one intervention at a time")
 @pytest.mark.parametrize("stop", [None, "separator"])
 def test_the_kept_answers_are_those_that_the_model_generates(
     model: Any, episodes: list[tv.Episode], vectors: tv.TaskVectors, stop: str | None

@@ -222,8 +222,7 @@ class Decodability(Shown):
         Raises:
             ValueError: If the layer was not collected.
         """
-        at = layer_index(self.layers, layer)
-        return self._intervals(confidence)[at]
+        return self._intervals(confidence)[layer_index(self.layers, layer)]
 
     @property
     def recall(self) -> Decodability:
@@ -343,8 +342,8 @@ def task_decodability(
     - ``"retrieval"``: the mean reciprocal rank of the first point of the same task among all
       others, on inputs that all tasks are asked: the other tasks' points with the point's own input
       are hard negatives (Zhang et al. 2024, CodeSage). Points of the same task and input are left
-      out, and so are points whose inputs not all tasks are asked. ``.recall`` is the recall at 1.
-    - ``"recall"``: that recall alone.
+      out, and so are points whose inputs not all tasks are asked. ``.recall`` is the recall at 1,
+      and ``"recall"`` measures it alone.
     - Your own function: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for correct.
 
     A task with too few points to win a majority of the k votes is warned about, and so are tasks
