@@ -129,7 +129,7 @@ FAULTS = [
         TD,
     ),
     Fault(
-        "analysis/decodability.py",
+        "analysis/permuted.py",
         "return (1 + as_high)",
         "return as_high",
         TD,
@@ -144,7 +144,7 @@ FAULTS = [
     ),
     Fault("_utils/statistics.py", "8 * n * lost * delta", "8 * n * gained * delta", STATISTICS),
     Fault("_utils/statistics.py", "n = own.shape[-1]\n    if", "n = len(queries)\n    if", QUERIES),
-    Fault("scoring.py", "self.demo_sets, confidence", "None, confidence", QUERIES),
+    Fault("_utils/scores.py", "self.demo_sets, confidence", "None, confidence", QUERIES),
     Fault("_utils/statistics.py", "clamp(1, n)", "clamp(1, 1)", STATISTICS),
     Fault(
         "_utils/statistics.py", "(rare * estimated + alike)", "(rare * estimated + 1)", STATISTICS
@@ -154,9 +154,14 @@ FAULTS = [
     Fault("prompts/episodes.py", "demos=(), demo_set=None", "demos=()", PROMPTS),
     Fault("analysis/classifiers.py", "own == groups", "own < groups", TD),
     Fault("analysis/comparison.py", "_sign_test(means_by_query(apart, sets))", "0.0", STATISTICS),
-    Fault("scoring.py", "(*prompts[row],), episodes[row].answer,", "(*prompts[row],),", QUERIES),
     Fault(
-        "scoring.py",
+        "interventions/variants.py",
+        "(*prompts[row],), episodes[row].answer,",
+        "(*prompts[row],),",
+        QUERIES,
+    ),
+    Fault(
+        "interventions/variants.py",
         "isinstance(hook, Intervention) and isinstance(hook.mode, str)",
         "True",
         QUERIES,

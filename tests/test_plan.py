@@ -13,7 +13,7 @@ import torch
 import zoo
 
 import transformer_lens_taskvec as tv
-from transformer_lens_taskvec import controls, lab
+from transformer_lens_taskvec import controls, lab, scoring
 from transformer_lens_taskvec.interventions.variants import Variant
 from transformer_lens_taskvec.models import carried, counted, prefixes
 from transformer_lens_taskvec.models.capabilities import capabilities
@@ -242,9 +242,17 @@ def test_a_whole_job_is_planned_by_doing_all_but_its_passes(tmp_path: Path) -> N
     def job(through: Any, folder: Path) -> None:
         tv.run_experiment(through(model), tasks, n_shots=4, n=12).save(folder)
 
+    def all_wrong(model: Any, episodes: Any, scores: tv.Scores, groups: Any) -> tv.Scores:
+        wrong = replace(scores, metrics={"correct": torch.zeros_like(scores.correct)})
+        return replace(with_texts(model, episodes, wrong, groups), metrics=scores.metrics)
+
     plan = plan_job(job)
     with watching(model) as ran, pytest.MonkeyPatch.context() as patch:
         patch.setattr(carried, "_OWN", (*carried._OWN, __name__))
+        # A plan takes all answers to be wrong, and none to end.
+        with_texts, continued = scoring._with_texts, scoring.generate
+        patch.setattr(scoring, "_with_texts", all_wrong)
+        patch.setattr(scoring, "generate", lambda *a, **b: continued(*a, **{**b, "stop": None}))
         patch.setattr(controls, "_with_shuffled_weights", lambda same, seed: same)
         job(lambda same: same, tmp_path)
     assert plan.passes == ran.calls

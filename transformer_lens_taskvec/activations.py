@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -122,6 +122,8 @@ class Activations:
         queries: ``[example]``, equal where episodes ask the same query; None if all differ.
         demo_sets: ``[example]``, equal where episodes share their demonstrations; None where all
             demonstrations are fresh, or there are none.
+        inputs: ``[example]``, equal where queries have the same input, whatever the task; None
+            where that is not known.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -138,6 +140,7 @@ class Activations:
     source: Source
     queries: Int[Tensor, " example"] | None = None
     demo_sets: Int[Tensor, " example"] | None = None
+    inputs: Int[Tensor, " example"] | None = None
 
     @property
     def hook(self) -> str:
@@ -151,6 +154,17 @@ class Activations:
             ValueError: If the layer was not collected.
         """
         return self.values[:, layer_index(self.layers, layer)]
+
+    def select(self, rows: Int[Tensor, " row"]) -> Activations:
+        """Return the activations of some examples, by their indices; all tasks stay listed."""
+        return replace(
+            self,
+            values=self.values[rows],
+            labels=self.labels[rows],
+            queries=None if self.queries is None else self.queries[rows],
+            demo_sets=None if self.demo_sets is None else self.demo_sets[rows],
+            inputs=None if self.inputs is None else self.inputs[rows],
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -257,7 +271,9 @@ def labelled(
     source = source_of(model, episodes, hook=hook, position=position, bos=bos)
     queries = torch.tensor([episode.query_id for episode in episodes])
     sets = demo_sets_of(episodes)
-    return Activations(values, labels, tasks, tuple(layers), source, queries, sets)
+    known = [getattr(episode, "input_id", None) for episode in episodes]
+    inputs = None if None in known else torch.tensor(known)
+    return Activations(values, labels, tasks, tuple(layers), source, queries, sets, inputs)
 
 
 def read_prompts(

@@ -221,13 +221,18 @@ def run(
         return found, [*found.save(folder), *save_figures(experiment_figures(found), folder)]
 
     if dry_run:
-        return _say(work)
+        _say(work)
+        typer.echo("included: the texts of the injected answers, as if all of them were wrong")
+        return
     result, paths = work(_as_it_is, out)
     frame = result.to_frame()
     typer.echo(frame.to_string(index=False, float_format="{:.2f}".format))
     typer.echo("\naccuracy with each control in place of the task's vector:")
     controls = result.comparison.table().reset_index()
     typer.echo(controls.to_string(index=False) + "\n")
+    typer.echo("wrong answers with each task's vector, by kind:")
+    errors = result.errors.to_frame().drop(columns=["low", "high"])
+    typer.echo(errors.to_string(index=False, float_format="{:.2f}".format) + "\n")
     best = result.decodability.best_layer()
     typer.echo(
         f"task decodability peaks at layer {best}: {float(result.decodability.mean.max()):.2f} "

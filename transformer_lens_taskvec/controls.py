@@ -51,7 +51,7 @@ class ControlVectors:
     """
 
     vectors: Injectable
-    values: Float[Tensor, "task layer *part d"]
+    values: Float[Tensor, "task layer ..."]
 
     @property
     def tasks(self) -> tuple[str, ...]:

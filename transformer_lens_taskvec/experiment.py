@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from transformer_lens_taskvec._utils.atomic_io import write_text
+from transformer_lens_taskvec._utils.errors import Errors
 from transformer_lens_taskvec._utils.metrics import Metric
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, collect
@@ -29,7 +30,7 @@ from transformer_lens_taskvec.analysis.sweep import LayerSweep, layer_sweep
 from transformer_lens_taskvec.controls import control_vectors
 from transformer_lens_taskvec.models.protocol import check_layers
 from transformer_lens_taskvec.prompts import EXAMPLE_ARROW, PromptTemplate, sample_splits, zero_shot
-from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
+from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many, with_texts
 from transformer_lens_taskvec.tasks.base import Task
 from transformer_lens_taskvec.vectors.base import TaskVectors
 from transformer_lens_taskvec.vectors.means import task_vectors
@@ -55,6 +56,7 @@ class Experiment(Shown):
         decodability: TD of the train episodes.
         activations: Activations of the train episodes.
         vectors: The task vectors.
+        errors: What the model answered in ``injected`` where it was wrong, by kind.
         settings: Shots, size of the sets, seed, template, ``stop``, and the number of sets of
             demonstrations in ``icl``, None if they are fresh.
 
@@ -74,6 +76,7 @@ class Experiment(Shown):
     decodability: Decodability
     activations: Activations
     vectors: TaskVectors
+    errors: Errors
     settings: dict[str, Any]
 
     @property
@@ -121,6 +124,7 @@ class Experiment(Shown):
         return {
             "tasks": self.to_frame().set_index("task").to_dict(orient="index"),
             "controls": json.loads(self.comparison.to_frame().to_json(orient="records")),
+            "errors": self.errors.to_json(),
             "decodability": {
                 "scores": self.decodability.scores.tolist(),
                 "layers": list(self.decodability.layers),
@@ -254,15 +258,17 @@ def run_experiment(
     if report is not None:
         report("layer_sweep", sweep)
     layers = {task: sweep.best_layer(task) for task in vectors.tasks}
+    queries = zero_shot(sets["test"])
     plain, injected, *controlled = evaluate_many(
         model,
-        zero_shot(sets["test"]),
+        queries,
         lambda task: [
             [],
             *(some.inject(task, layers[task]) for some in (vectors, *made.values())),
         ],
         **options,
     )
+    injected = with_texts(model, queries, injected, lambda task: vectors.inject(task, layers[task]))
     if note := _too_few(plain):
         warnings.warn(note, stacklevel=2)
     return Experiment(
@@ -275,6 +281,7 @@ def run_experiment(
         decodability=decodability,
         activations=activations,
         vectors=vectors,
+        errors=injected.errors(tasks=chosen),
         settings={
             "n_shots": n_shots,
             "n": n,

@@ -96,11 +96,13 @@ def plan(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     tokens_per_second: float | None = None,
 ) -> Plan:
     """Return what :func:`evaluate_many` would run with the same arguments, without running it.
 
-    Tokens and passes are exact, unless an intervention makes activations infinite. For time and
+    Tokens and passes are exact, unless an intervention makes activations infinite; with
+    ``keep_text`` they are the most that there can be, as if every answer were wrong. For time and
     memory a few passes with few rows run on the model, some seconds in all, without hooks that were
     put on its hook points. The caller's own hook functions are not called.
 
@@ -112,6 +114,7 @@ def plan(
         metrics: As for :func:`evaluate_many`; they are measured on random logits.
         stop: As for :func:`evaluate_many`.
         max_tokens: As for :func:`evaluate_many`.
+        keep_text: As for :func:`evaluate_many`.
         tokens_per_second: How many tokens the model runs in a second, if that is known; by default
             it is measured.
 
@@ -131,7 +134,12 @@ def plan(
         True
     """
     check_rate(tokens_per_second)
-    options: dict[str, Any] = {"metrics": list(metrics), "stop": stop, "max_tokens": max_tokens}
+    options: dict[str, Any] = {
+        "metrics": list(metrics),
+        "stop": stop,
+        "max_tokens": max_tokens,
+        "keep_text": keep_text,
+    }
     variants = variants if callable(variants) else [list(variant) for variant in variants]
     with inference(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,241 +7,66 @@ teacher-forced pass is enough, and gives every other metric of the answer too.
 Where answers are numbers (the lab's episodes), the episode decides whether a prediction is right,
 and the loss is the squared error: up to a constant, the NLL under a Gaussian of variance 1/2 around
 the prediction. Such answers have no probability, and asking for one is an error.
-
-The unit of every average and interval is the distinct query, not the episode: five prompts that ask
-for the same answer to the same query are one observation of the task. Where episodes share their
-demonstrations, intervals are over queries and sets of demonstrations.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
-import pandas as pd
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered, Metric, measures_of
-from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.statistics import (
-    change_interval,
-    means_by_query,
-    share_interval,
+from transformer_lens_taskvec._utils.errors import reply_to
+from transformer_lens_taskvec._utils.metrics import ALWAYS, Metric, measures_of
+from transformer_lens_taskvec._utils.scores import (
+    LOSS_LABELS,
+    Scores,
+    intervals_by_task,
+    mean_by_task,
+    stack,
 )
-from transformer_lens_taskvec._utils.text import spelled_size
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
+from transformer_lens_taskvec.generation import generate
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
-from transformer_lens_taskvec.interventions.packed import (
-    Chunk,
-    NumberChunk,
-    answer_logits,
-    answer_numbers,
+from transformer_lens_taskvec.interventions.measured import number_parts, text_parts
+from transformer_lens_taskvec.interventions.variants import (
+    Variant,
+    Variants,
+    alike_in_scores,
+    at_separators,
+    grouped,
 )
-from transformer_lens_taskvec.interventions.variants import Variant, at_separators
 from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.layouts import check_readable
+from transformer_lens_taskvec.models.limits import limits
 from transformer_lens_taskvec.models.protocol import inference
-from transformer_lens_taskvec.models.tokens import encode_answers, encode_prompts
-from transformer_lens_taskvec.prompts import AnyEpisode, demo_sets_of
+from transformer_lens_taskvec.models.tokens import (
+    continuing_ids,
+    decode,
+    encode_answers,
+    encode_prompts,
+)
+from transformer_lens_taskvec.prompts import AnyEpisode, Episode, demo_sets_of
 
-Variants = Sequence[Variant] | Callable[[str], Sequence[Variant]]
-"""Variants for all episodes, or a function from a task to its variants, equally many per task."""
+__all__ = [
+    "LOSS_LABELS",
+    "Scores",
+    "Variants",
+    "evaluate",
+    "evaluate_many",
+    "intervals_by_task",
+    "mean_by_task",
+    "stack",
+    "with_texts",
+]
 
-LOSS_LABELS: Mapping[str, str] = {"nll": "NLL (nats)", "squared_error": "squared error"}
-"""The kinds of loss, and their names in figures."""
-
-
-@dataclass(frozen=True, repr=False)
-class Scores(Shown):
-    """How each episode was answered.
-
-    Attributes:
-        metrics: By name, one number per episode, ``[example]``; always with ``correct`` (whether
-            greedy decoding gives exactly the answer) and ``loss``.
-        labels: ``[example]`` indices into ``tasks``.
-        tasks: The tasks' names, in order of first appearance.
-        queries: ``[example]``, a hash of each episode's task, query and answer. Averages are means
-            over distinct queries of the mean over each query's episodes.
-        loss_kind: ``"nll"``, the negative log-likelihood of the whole answer in nats, or
-            ``"squared_error"`` if answers are numbers.
-        stop: None, or ``"separator"`` if the separator had to follow the answer.
-        bos: Whether a beginning-of-sequence token preceded the prompts.
-        demo_sets: ``[example]``, equal where episodes share their demonstrations; None where all
-            demonstrations are fresh, or there are none.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> scores = tv.evaluate(tv.load_model("toy"), episodes, metrics=["rank"])
-        >>> round(scores.accuracy, 1), round(scores.by_task()["XOR"], 1), list(scores.metrics)
-        (1.0, 1.0, ['correct', 'loss', 'rank'])
-    """
-
-    metrics: Mapping[str, Shaped[Tensor, " example"]]
-    labels: Int[Tensor, " example"]
-    tasks: tuple[str, ...]
-    queries: Int[Tensor, " example"]
-    loss_kind: str = "nll"
-    stop: str | None = None
-    bos: bool = False
-    demo_sets: Int[Tensor, " example"] | None = None
-
-    @property
-    def correct(self) -> Bool[Tensor, " example"]:
-        """Whether each episode's answer was right."""
-        return self.metrics["correct"]
-
-    @property
-    def loss(self) -> Float[Tensor, " example"]:
-        """Each episode's loss, of the kind ``loss_kind``."""
-        return self.metrics["loss"]
-
-    @property
-    def accuracy(self) -> float:
-        """The share answered right, over distinct queries."""
-        return self.mean("correct")
-
-    @property
-    def mean_loss(self) -> float:
-        """The mean loss, of the kind ``loss_kind``."""
-        return self.mean("loss")
-
-    @property
-    def n_distinct(self) -> int:
-        """The number of distinct queries."""
-        return len(self.queries.unique())
-
-    @property
-    def size(self) -> str:
-        """The numbers of queries and episodes as text: ``n = 8 queries (40 episodes)``.
-
-        With several tasks they are those of each task, from the smallest to the largest. Shared
-        sets of demonstrations are counted over all tasks.
-        """
-        by_task = [self.of(task) for task in self.tasks]
-        size = spelled_size([own.n_distinct for own in by_task], [len(own) for own in by_task])
-        shared = self.demo_sets
-        return size if shared is None else f"{size}, {len(shared.unique())} demonstration sets"
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """The metrics other than ``correct`` and ``loss``."""
-        return tuple(name for name in self.metrics if name not in ALWAYS)
-
-    def mean(self, metric: str) -> float:
-        """Return the mean of a metric over distinct queries.
-
-        Raises:
-            KeyError: If it was not measured.
-        """
-        if metric not in self.metrics:
-            raise KeyError(f"no metric {metric!r}; there are: {', '.join(self.metrics)}")
-        return float(means_by_query(self.metrics[metric], self.queries).mean())
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the lower and upper end of Wilson's interval of the accuracy over queries.
-
-        Where demonstrations are shared it is over queries and sets, and wider: their number is
-        divided by the design effect, and the quantile is Student's.
-
-        Args:
-            confidence: Its coverage, between 0 and 1.
-        """
-        low, high = share_interval(self.correct, self.queries, self.demo_sets, confidence)
-        return float(low), float(high)
-
-    def select(self, rows: Shaped[Tensor, " row"]) -> Scores:
-        """Return the scores of some episodes.
-
-        Args:
-            rows: Their indices, or a mask over all episodes.
-        """
-        metrics = {name: values[rows] for name, values in self.metrics.items()}
-        sets = None if self.demo_sets is None else self.demo_sets[rows]
-        labels, queries = self.labels[rows], self.queries[rows]
-        return replace(self, metrics=metrics, labels=labels, queries=queries, demo_sets=sets)
-
-    def of(self, task: str) -> Scores:
-        """Return the scores of one task's episodes.
-
-        Raises:
-            KeyError: If there is no such task.
-        """
-        if task not in self.tasks:
-            raise KeyError(f"no scores for task {task!r}; there are: {', '.join(self.tasks)}")
-        own = self.select(self.labels == self.tasks.index(task))
-        return replace(own, labels=torch.zeros_like(own.labels), tasks=(task,))
-
-    def by_task(self, metric: str = "correct") -> dict[str, float]:
-        """Return the mean of a metric per task, the accuracy by default."""
-        return {task: self.of(task).mean(metric) for task in self.tasks}
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per episode: ``task, query`` and the metrics; ``demo_set`` if shared."""
-        columns = {name: values.tolist() for name, values in self.metrics.items()}
-        if self.demo_sets is not None:
-            columns["demo_set"] = self.demo_sets.tolist()
-        tasks = [self.tasks[i] for i in self.labels.tolist()]
-        return pd.DataFrame({"task": tasks, "query": self.queries.tolist(), **columns})
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __repr__(self) -> str:
-        per_task = ", ".join(f"{task} {share:.2f}" for task, share in self.by_task().items())
-        extra = "".join(f", {name} {self.mean(name):.3f}" for name in self.extra)
-        return (
-            f"Scores(accuracy {self.accuracy:.3f}, {LOSS_LABELS[self.loss_kind]} "
-            f"{self.mean_loss:.3f}{extra}, {self.size}; {per_task})"
-        )
-
-
-def stack(scores: Sequence[Scores]) -> dict[str, Shaped[Tensor, "variant example"]]:
-    """Return the metrics of several scores of the same episodes, one tensor per metric."""
-    return {name: torch.stack([one.metrics[name] for one in scores]) for name in scores[0].metrics}
-
-
-def mean_by_task(
-    values: Shaped[Tensor, "*many example"], scores: Scores
-) -> Float[Tensor, "*many task"]:
-    """Return the mean over each task's distinct queries, in float64.
-
-    Args:
-        values: One value per episode.
-        scores: Scores of the same episodes, which name their tasks and queries.
-    """
-    own = [scores.labels == index for index in range(len(scores.tasks))]
-    means = [means_by_query(values[..., rows], scores.queries[rows]) for rows in own]
-    return torch.stack([one.mean(dim=-1) for one in means], dim=-1)
-
-
-def intervals_by_task(
-    values: Shaped[Tensor, "*many example"], scores: Scores, *, shares: bool = False
-) -> Float[Tensor, "*many task 2"]:
-    """Return the 95 % interval of the mean over each task's distinct queries.
-
-    Args:
-        values: One value per episode.
-        scores: Scores of the same episodes, which name their tasks, queries and shared sets of
-            demonstrations.
-        shares: Whether the values are shares, so that the interval is Wilson's; otherwise it is
-            Student's with a correction for skewness.
-    """
-    found = []
-    for index in range(len(scores.tasks)):
-        rows = scores.labels == index
-        own = scores.select(rows)
-        given = values[..., rows], own.queries, own.demo_sets
-        ends = torch.stack(share_interval(*given), dim=-1) if shares else change_interval(*given)
-        found.append(ends)
-    return torch.stack(found, dim=-2)
+_MORE = 4
+"""How many tokens a generated answer may have more than the longest right one."""
 
 
 def evaluate(
@@ -252,6 +77,7 @@ def evaluate(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> Scores:
     """Return the greedy exact match, the loss and other metrics of every episode's answer.
@@ -265,6 +91,8 @@ def evaluate(
         metrics: As for :func:`evaluate_many`.
         stop: None, or ``"separator"`` if the template's separator must follow the answer.
         max_tokens: The most tokens per pass; by default from the model and the free memory.
+        keep_text: Whether to keep what the model answers, for :meth:`Scores.errors`. Wrong answers
+            are generated as by :func:`with_texts`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -272,7 +100,8 @@ def evaluate(
 
     Raises:
         ValueError: If there are no episodes, a prompt or an answer has no tokens, an intervention
-            does not fit the model, or ``stop`` or a metric is unknown.
+            does not fit the model, ``stop`` or a metric is unknown, or answers shall be kept that
+            are not texts.
 
     Example:
         >>> import transformer_lens_taskvec as tv
@@ -290,6 +119,7 @@ def evaluate(
         metrics=metrics,
         stop=stop,
         max_tokens=max_tokens,
+        keep_text=keep_text,
         progress=progress,
     )
     return found
@@ -305,6 +135,7 @@ def evaluate_many(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> list[Scores]: ...
 
@@ -319,6 +150,7 @@ def evaluate_many(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> tuple[Activations, list[Scores]]: ...
 
@@ -332,6 +164,7 @@ def evaluate_many(
     metrics: Iterable[str | Metric] = ALWAYS,
     stop: str | None = None,
     max_tokens: int | None = None,
+    keep_text: bool = False,
     progress: bool = False,
 ) -> list[Scores] | tuple[Activations, list[Scores]]:
     """Return the scores under many variants, each a list of interventions, in few passes.
@@ -351,6 +184,7 @@ def evaluate_many(
             [answer_pos]) -> float``, listed under their own names.
         stop: As for :func:`evaluate`.
         max_tokens: As for :func:`evaluate`.
+        keep_text: As for :func:`evaluate`, for every variant.
         progress: As for :func:`evaluate`.
 
     Returns:
@@ -378,8 +212,10 @@ def evaluate_many(
     if not episodes:
         raise ValueError("episodes is empty; give at least one episode")
     measures = measures_of(metrics)
+    if keep_text:
+        _check_texts(episodes)
     tasks, labels = label(episodes)
-    groups = variant_groups(variants, labels, tasks)
+    groups = grouped(variants, labels, tasks)
     for _, some in groups:
         check_variants(model, some)
     layers: tuple[int, ...] = ()
@@ -388,7 +224,7 @@ def evaluate_many(
         layers, names = check_readable(model, observe.layers, observe.hook)
     prompts, bos = encode_prompts(model, episodes)
     numbers = isinstance(prompts[0], Tensor)
-    parts_of = _number_parts if numbers else _text_parts
+    parts_of = number_parts if numbers else text_parts
     options = {"observe": names, "max_tokens": max_tokens}
     found: dict[str, Tensor] = {}
     values: Tensor | None = None
@@ -401,7 +237,7 @@ def evaluate_many(
     ):
         for rows, variants_here in groups:
             some = [[*carried, *variant] for variant in variants_here]
-            alike = _alike(rows.tolist(), episodes, prompts, some)
+            alike = alike_in_scores(rows.tolist(), episodes, prompts, some)
             some_episodes = [episodes[copies[0]] for copies in alike]
             some_prompts = [prompts[copies[0]] for copies in alike]
             some = at_separators(model, some, some_episodes)
@@ -439,96 +275,110 @@ def evaluate_many(
         )
         for index in range(n_variants)
     ]
+    if keep_text:
+        scores = [
+            _with_texts(model, episodes, one, [(rows, some[index]) for rows, some in groups])
+            for index, one in enumerate(scores)
+        ]
     if observe is None or values is None:
         return scores
     return labelled(model, episodes, values, hook=observe.hook, layers=layers, bos=bos), scores
 
 
-def _text_parts(
+def with_texts(
     model: Any,
-    episodes: Sequence[Any],
-    prompts: Sequence[Any],
-    variants: Sequence[Variant],
-    measures: Mapping[str, Callable[[Answered], Tensor]],
-    stop: str | None,
-    **options: Any,
-) -> Iterator[tuple[Chunk, dict[str, Tensor]]]:
-    answers = encode_answers(model, episodes, stop=stop)
-    for chunk in answer_logits(model, prompts, answers, variants, **options):
-        chunk = replace(chunk, queries=tuple(episodes[row].query_id for row in chunk.rows))
-        yield chunk, {name: measure(chunk) for name, measure in measures.items()}
-
-
-def _number_parts(
-    model: Any,
-    episodes: Sequence[Any],
-    prompts: Sequence[Any],
-    variants: Sequence[Variant],
-    measures: Mapping[str, Callable[[Answered], Tensor]],
-    stop: str | None,
-    **options: Any,
-) -> Iterator[tuple[NumberChunk, dict[str, Tensor]]]:
-    other = [name for name in measures if name not in ALWAYS]
-    if other:
-        raise ValueError(
-            f"the metric {other[0]!r} is of answers of tokens, and these answers are numbers; "
-            "ask for 'correct' and 'loss', the squared error"
-        )
-    for chunk in answer_numbers(model, prompts, variants, **options):
-        some = [episodes[row] for row in chunk.rows]
-        answers = torch.tensor([episode.answer for episode in some])
-        correct = [
-            [episode.is_right(prediction) for prediction in predictions]
-            for episode, predictions in zip(some, chunk.predictions.tolist(), strict=True)
-        ]
-        loss = (chunk.predictions - rearrange(answers, "row -> row 1")).square()
-        yield chunk, {"correct": torch.tensor(correct), "loss": loss}
-
-
-def variant_groups(
-    variants: Variants, labels: Int[Tensor, " example"], tasks: Sequence[str]
-) -> list[tuple[Int[Tensor, " row"], Sequence[Variant]]]:
-    """Return the episodes that share variants, and these variants."""
-    if callable(variants):
-        groups = [
-            (torch.where(labels == index)[0], _listed(variants(task)))
-            for index, task in enumerate(tasks)
-        ]
-    else:
-        groups = [(torch.arange(len(labels)), _listed(variants))]
-    sizes = {len(some) for _, some in groups}
-    if len(sizes) > 1:
-        raise ValueError(f"variants gives {sorted(sizes)} variants; give each task the same number")
-    if 0 in sizes:
-        raise ValueError("variants is empty; [[]] is the model without interventions")
-    return groups
-
-
-def _listed(variants: Iterable[Iterable[Any]]) -> Sequence[Variant]:
-    """Return variants that can be read more than once, such as those of generators."""
-    return [list(variant) for variant in variants]
-
-
-def _alike(
-    rows: Sequence[int],
     episodes: Sequence[AnyEpisode],
-    prompts: Sequence[Any],
-    variants: Sequence[Variant],
-) -> list[list[int]]:
-    """Return the rows in lists whose episodes get the same scores, so that one of them will do.
+    scores: Scores,
+    interventions: Variant | Callable[[str], Variant] = (),
+) -> Scores:
+    """Return scores with what the model answered, for :meth:`Scores.errors`.
 
-    Every row stands alone if prompts are vectors, or if a function of the caller's may tell them
-    apart.
+    Where the model is right its answer is known. Where it is wrong a continuation is generated:
+    greedily, under the same interventions, up to the separator, and at most four tokens longer than
+    the task's longest answer here. Equal prompts are continued once.
+
+    Args:
+        model: Any model with TransformerLens' hook API.
+        episodes: The episodes.
+        scores: Their scores under the interventions.
+        interventions: As for :func:`evaluate`, or a function from a task to them. A function of the
+            caller's own gets the prompt and all of the continuation in every pass.
+
+    Raises:
+        ValueError: If answers are not texts, or the scores are of other episodes.
+
+    Example:
+        >>> import transformer_lens_taskvec as tv
+        >>> model = tv.load_model("toy")
+        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 2, 4, seed=0)
+        >>> scores = with_texts(model, episodes, tv.evaluate(model, episodes))
+        >>> scores.texts == tuple(episode.query.y for episode in episodes)
+        True
     """
-    known = all(
-        isinstance(hook, Intervention) and isinstance(hook.mode, str)
-        for variant in variants
-        for hook in variant
-    )
-    if not known or isinstance(prompts[0], Tensor):
-        return [[row] for row in rows]
-    alike: dict[Any, list[int]] = {}
-    for row in rows:
-        key = (*prompts[row],), episodes[row].answer, episodes[row].template
-        alike.setdefault(key, []).append(row)
-    return list(alike.values())
+    _check_texts(episodes)
+    if scores.queries.tolist() != [episode.query_id for episode in episodes]:
+        raise ValueError("scores are of other episodes; give those that they were measured on")
+    variants = (lambda task: [interventions(task)]) if callable(interventions) else [interventions]
+    groups = grouped(variants, scores.labels, scores.tasks)
+    for _, some in groups:
+        check_variants(model, some)
+    return _with_texts(model, episodes, scores, [(rows, some[0]) for rows, some in groups])
+
+
+def _check_texts(episodes: Sequence[AnyEpisode]) -> None:
+    """Raise ``ValueError`` if the answers of episodes are not texts."""
+    for episode in episodes:
+        if not isinstance(episode, Episode):
+            raise ValueError(
+                f"keep_text is for answers that are texts, and a {type(episode).__name__} has none "
+                "that can be kept; leave it out"
+            )
+
+
+def _with_texts(
+    model: Any,
+    episodes: Sequence[Any],
+    scores: Scores,
+    groups: Sequence[tuple[Tensor, Variant]],
+) -> Scores:
+    """Return scores with answers, generated under one variant per group of rows."""
+    texts = {row: episode.answer for row, episode in enumerate(episodes)}
+    prompts, _ = encode_prompts(model, episodes)
+    lengths = list(map(len, encode_answers(model, episodes)))
+    context = limits(model).context
+    for rows, variant in groups:
+        wrong = [row for row in rows.tolist() if not scores.correct[row]]
+        alike = alike_in_scores(wrong, episodes, prompts, [variant])
+        together: dict[tuple[str, int], list[list[int]]] = {}
+        for copies in alike:
+            row = copies[0]
+            same = (scores.labels == scores.labels[row]).tolist()
+            most = _MORE + max(n for n, own in zip(lengths, same, strict=True) if own)
+            if context is not None:
+                most = min(most, context + 1 - len(prompts[row]))
+            together.setdefault((episodes[row].separator, most), []).append(copies)
+        for (separator, most), some in together.items():
+            ours = all(isinstance(hook, Intervention) for hook in variant)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what there is to say was said of the scores
+                found = generate(
+                    model,
+                    [episodes[copies[0]] for copies in some],
+                    variant,
+                    max_new_tokens=most,
+                    stop=_visible(model, separator),
+                    use_cache=None if ours else False,
+                )
+            for copies, text in zip(some, found, strict=True):
+                texts.update(dict.fromkeys(copies, text))
+    replies = (reply_to(episode, texts[row]) for row, episode in enumerate(episodes))
+    return replace(scores, replies=tuple(replies))
+
+
+def _visible(model: Any, separator: str) -> str | None:
+    """Return what is left of a separator in a text that is decoded without special tokens."""
+    if not separator:
+        return None
+    (ids,) = continuing_ids(model.tokenizer, [separator])
+    text = decode(model, ids)
+    return text if text == separator or text.strip(" ") else None

@@ -3,14 +3,11 @@
 from transformer_lens_taskvec.analysis.attribution import Attribution, attribute_demonstrations
 from transformer_lens_taskvec.analysis.comparison import Comparison, compare
 from transformer_lens_taskvec.analysis.cosines import Similarity, similarity
-from transformer_lens_taskvec.analysis.decodability import (
-    Decodability,
-    DecodabilityNull,
-    task_decodability,
-)
+from transformer_lens_taskvec.analysis.decodability import Decodability, task_decodability
 from transformer_lens_taskvec.analysis.decoding import DecodingSensitivity, decoding_sensitivity
 from transformer_lens_taskvec.analysis.fidelity import IclFidelity, icl_fidelity
 from transformer_lens_taskvec.analysis.lenses import Vocabulary, vocabulary
+from transformer_lens_taskvec.analysis.permuted import DecodabilityNull
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, perturbation_matrix
 from transformer_lens_taskvec.analysis.pooling import input_embeddings
 from transformer_lens_taskvec.analysis.progressive import (

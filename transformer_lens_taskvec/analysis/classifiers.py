@@ -14,20 +14,29 @@ from torch import Tensor
 Groups = Int[Tensor, " point"] | None
 """Equal for points that do not vote for each other, besides themselves; None if all others vote."""
 
+Inputs = Int[Tensor, " point"] | None
+"""Equal for points whose queries have the same input; None where that does not matter."""
+
 Readout = Callable[[Float[Tensor, "point d"], Int[Tensor, " point"]], Tensor]
 """Scores every point: 1 where its task is decoded correctly from the other points, else 0."""
 
 
-def readout(method: str | Readout, k: int, groups: Groups = None) -> Readout:
+def readout(
+    method: str | Readout,
+    k: int,
+    groups: Groups = None,
+    inputs: Int[Tensor, " point"] | None = None,
+) -> Readout:
     """Return the method with a name, or the function that was given.
 
-    Only methods of :data:`WITH_NEIGHBOURS` can leave out groups.
+    Only methods of :data:`WITH_NEIGHBOURS` can leave out groups, and only those of
+    :data:`BY_INPUT` need to know the points' inputs.
     """
     if callable(method):
         return method
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}; it must be a function or one of {list(_METHODS)}")
-    return _METHODS[method](k, groups)
+    return _METHODS[method](k, groups, inputs)
 
 
 def readout_name(method: str | Readout) -> str:
@@ -35,7 +44,7 @@ def readout_name(method: str | Readout) -> str:
     return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
 
 
-def _knn(k: int, groups: Groups = None) -> Readout:
+def _knn(k: int, groups: Groups = None, *_: Any) -> Readout:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         nearest, others = neighbours(points, k, groups)
         return vote(labels[others], nearest, int(labels.max()) + 1) == labels
@@ -43,7 +52,7 @@ def _knn(k: int, groups: Groups = None) -> Readout:
     return hits
 
 
-def _cosine(k: int, groups: Groups = None) -> Readout:
+def _cosine(k: int, groups: Groups = None, *_: Any) -> Readout:
     def hits(points: Tensor, labels: Tensor) -> Tensor:
         # In float64, since the squares of small numbers are zero in float32.
         directions = torch.nn.functional.normalize(points.double(), dim=1, eps=1e-300)
@@ -95,7 +104,7 @@ def _linear(*_: Any) -> Readout:
     return hits
 
 
-def _divergence(k: int, groups: Groups = None) -> Readout:
+def _divergence(k: int, groups: Groups = None, *_: Any) -> Readout:
     def scores(points: Tensor, labels: Tensor) -> Tensor:
         _, others = neighbours(points, k, groups)
         n_classes = int(labels.max()) + 1
@@ -110,14 +119,51 @@ def _divergence(k: int, groups: Groups = None) -> Readout:
     return scores
 
 
-_METHODS: Mapping[str, Callable[[int, Groups], Readout]] = {
+def _retrieval(_k: int, _groups: Groups, inputs: Int[Tensor, " point"]) -> Readout:
+    def scores(points: Tensor, labels: Tensor) -> Tensor:
+        _, others = neighbours(points, len(points) - 1)
+        return reciprocal_ranks(others, labels, inputs.to(labels.device))
+
+    return scores
+
+
+def _recall(*given: Any) -> Readout:
+    def hits(points: Tensor, labels: Tensor) -> Tensor:
+        return _retrieval(*given)(points, labels) == 1
+
+    return hits
+
+
+def reciprocal_ranks(
+    others: Int[Tensor, "point other"], labels: Int[Tensor, " point"], inputs: Int[Tensor, " point"]
+) -> Float[Tensor, " point"]:
+    """Return one over the rank of the first point of the same task; 0 where there is none.
+
+    Points of the same task and the same input are left out.
+
+    Args:
+        others: All other points in the order of their distance, the nearest first.
+        labels: The points' tasks.
+        inputs: The points' inputs.
+    """
+    same = labels[others] == rearrange(labels, "point -> point 1")
+    candidates = ~(same & (inputs[others] == rearrange(inputs, "point -> point 1")))
+    found = same & candidates
+    ranks = candidates.cumsum(dim=1).gather(1, found.int().argmax(dim=1, keepdim=True))
+    return torch.where(found.any(dim=1), 1 / rearrange(ranks.double(), "point 1 -> point"), 0.0)
+
+
+_METHODS: Mapping[str, Callable[..., Readout]] = {
     "knn": _knn,
     "cosine": _cosine,
     "centroid": _centroid,
     "linear": _linear,
     "divergence": _divergence,
+    "retrieval": _retrieval,
+    "recall": _recall,
 }
 WITH_NEIGHBOURS = ("knn", "cosine", "divergence")
+BY_INPUT = ("retrieval", "recall")
 
 
 _DISTANCES_AT_ONCE = 2**22

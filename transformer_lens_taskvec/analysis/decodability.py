@@ -11,9 +11,7 @@ a task without a rule is decoded. They are refused, unless such neighbours are l
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -34,23 +32,32 @@ from transformer_lens_taskvec._utils.statistics import (
 )
 from transformer_lens_taskvec.activations import Activations, check_finite, layer_index
 from transformer_lens_taskvec.analysis.classifiers import (
+    BY_INPUT,
     WITH_NEIGHBOURS,
-    Groups,
     Readout,
-    neighbours,
     readout,
     readout_name,
-    vote,
 )
+from transformer_lens_taskvec.analysis.permuted import (
+    ROUNDING,
+    DecodabilityNull,
+    permuted_labels,
+    under_permuted,
+)
+from transformer_lens_taskvec.analysis.points import (
+    check_k,
+    check_left_out,
+    flat,
+    n_others,
+    shared_sets,
+    warn_of_repeats,
+    warn_of_small_tasks,
+    warn_of_unequal_tasks,
+)
+from transformer_lens_taskvec.analysis.retrieval import by_chance, on_shared_inputs
 
 _BY_MAJORITY = ("knn", "cosine", "linear")
 """The methods that favour tasks with more points."""
-
-_VOTES_AT_ONCE = 500_000
-"""Votes of permuted labels that are counted in one go."""
-
-_ROUNDING = 1e-6
-"""The most by which equal means of float32 numbers, summed in another order, differ."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,8 +66,9 @@ class Decodability(Shown):
 
     Attributes:
         hits: ``[layer, point]``, the method's score of each point: 1 where it is classified
-            correctly, else 0.
-        activations: What it was computed from.
+            correctly, else 0; for ``"retrieval"`` one over a rank.
+        activations: What it was computed from; for ``"retrieval"`` the points whose inputs all
+            tasks are asked.
         k: The number of neighbours that vote.
         method: ``"knn"``, the name of another method, or a function.
 
@@ -119,7 +127,7 @@ class Decodability(Shown):
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} here; there are: {', '.join(self.tasks)}")
         scores = self.mean if task is None else self.scores[:, self.tasks.index(task)]
-        return self.layers[int((scores >= scores.max() - _ROUNDING).int().argmax())]
+        return self.layers[int((scores >= scores.max() - ROUNDING).int().argmax())]
 
     @cached_property
     def held_out(self) -> float:
@@ -130,9 +138,9 @@ class Decodability(Shown):
         is classified by itself, with half the neighbours: two points that are each other's
         neighbours are right or wrong together.
         """
-        turn = torch.zeros_like(self.activations.labels)
-        for task in range(len(self.tasks)):
-            rows = self.activations.labels == task
+        labels = self.activations.labels
+        turn = torch.zeros_like(labels)
+        for rows in (labels == task for task in range(len(self.tasks))):
             turn[rows] = numbered(self._units[rows]) % 2
         choosing = torch.stack([self._alone(turn == half) for half in (0, 1)])
         return float(cross_fitted_best(self._by_task(self._units), choosing))
@@ -140,6 +148,8 @@ class Decodability(Shown):
     @property
     def chance(self) -> float:
         """The expected score of a method that ignores the representation."""
+        if self._inputs is not None:
+            return by_chance(self.activations.labels, self._inputs, recall=self.method == "recall")
         return 0.0 if self.method == "divergence" else 1 / len(self.tasks)
 
     def pairwise(self, layer: int) -> Float[Tensor, "task task"]:
@@ -152,12 +162,13 @@ class Decodability(Shown):
         Raises:
             ValueError: If the layer was not collected, or a pair has k points or fewer.
         """
-        points = _flat(self.activations.at(layer))
+        points = flat(self.activations.at(layer))
         labels = self.activations.labels.to(points.device)
         matrix = torch.full((len(self.tasks), len(self.tasks)), float("nan"))
         for first, second in combinations(range(len(self.tasks)), 2):
             chosen = (labels == first) | (labels == second)
-            _check_k(self.k, labels[chosen], self._groups(chosen))
+            if self._inputs is None:
+                check_k(self.k, labels[chosen], self._groups(chosen))
             pair = (labels[chosen] == second).long()
             hits = self._method(self.k, chosen)(points[chosen], pair)
             matrix[first, second] = hits[pair == 0].float().mean()
@@ -167,8 +178,9 @@ class Decodability(Shown):
     def null(self, n_permutations: int = 1_000, seed: int = 0) -> DecodabilityNull:
         """Return the distribution of mean TD under permuted labels, at every layer.
 
-        The permutations are the same at every layer. With ``"knn"`` the neighbours are computed
-        once; other methods run again for each permutation.
+        The permutations are the same at every layer; with ``"retrieval"`` they are among the points
+        of each input. With ``"knn"`` and ``"retrieval"`` the neighbours are computed once; other
+        methods run again for each permutation.
 
         Args:
             n_permutations: The number of permutations.
@@ -190,24 +202,15 @@ class Decodability(Shown):
                 "independent. Use episodes with fresh demonstrations"
             )
         if bool((self.n_distinct < self.n).any()):
-            warnings.warn(
-                f"the {int(self.n.sum())} prompts have {int(self.n_distinct.sum())} distinct "
-                "queries; p-values take prompts of one query to be independent, and are too small. "
-                "Sample no more episodes than a task has inputs",
-                stacklevel=2,
-            )
-        generator = torch.Generator().manual_seed(seed)
-        small = torch.int8 if len(self.tasks) < 128 else torch.int64
-        labels = self.activations.labels.to(small)
-        orders = (torch.randperm(len(labels), generator=generator) for _ in range(n_permutations))
-        permuted = torch.stack([labels[order] for order in orders])
+            warn_of_repeats(int(self.n.sum()), int(self.n_distinct.sum()))
+        permuted = permuted_labels(self.activations.labels, self._inputs, n_permutations, seed)
         means = []
         for index in range(len(self.layers)):
-            points = _flat(self.activations.values[:, index])
-            shares = torch.cat([*self._of_permuted(points, permuted.to(points.device))], dim=1)
-            means.append(shares.mean(dim=0).to(self.hits.device))
-        own = [self.hits[:, self.activations.labels == task] for task in range(len(self.tasks))]
-        observed = torch.stack([hits.mean(dim=1) for hits in own]).mean(dim=0)
+            points = flat(self.activations.values[:, index])
+            own = under_permuted(points, permuted, self.method, self.k, self._inputs)
+            means.append(own.to(self.hits.device))
+        rows = [self.activations.labels == task for task in range(len(self.tasks))]
+        observed = torch.stack([self.hits[:, some].mean(dim=1) for some in rows]).mean(dim=0)
         return DecodabilityNull(observed, torch.stack(means, dim=1), self.layers)
 
     def interval(self, layer: int, confidence: float = 0.95) -> Float[Tensor, "task 2"]:
@@ -219,8 +222,20 @@ class Decodability(Shown):
         Raises:
             ValueError: If the layer was not collected.
         """
-        at = layer_index(self.layers, layer)
-        return self._intervals(confidence)[at]
+        return self._intervals(confidence)[layer_index(self.layers, layer)]
+
+    @property
+    def recall(self) -> Decodability:
+        """The recall at 1: how often the nearest candidate is of the point's task.
+
+        Raises:
+            ValueError: If the method is not ``"retrieval"``.
+        """
+        if self._inputs is None:
+            raise ValueError(
+                f"method is {readout_name(self.method)!r}; recall at 1 is of method='retrieval'"
+            )
+        return replace(self, hits=(self.hits == 1).float(), method="recall")
 
     def at(self, layer: int) -> Float[Tensor, " task"]:
         """Return the scores at one layer."""
@@ -229,24 +244,26 @@ class Decodability(Shown):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per layer and task.
 
-        The columns are ``layer, task, td, low, high`` (95 %), ``n, n_distinct, k``.
+        The columns are ``layer, task, td, low, high`` (95 %), ``n, n_distinct, k``; for
+        ``"retrieval"``, where ``td`` is the mean reciprocal rank, ``recall`` in place of ``k``.
         """
         low, high = rearrange(self._intervals(), "layer task end -> end layer task")
         sizes = {"n": self.n, "n_distinct": self.n_distinct}
         columns = {"td": self.scores, "low": low, "high": high, **sizes}
         frame = grid_frame({"layer": self.layers, "task": self.tasks}, columns)
+        if self.method == "retrieval":
+            return frame.assign(recall=self.recall.scores.flatten().tolist())
         return frame.assign(k=self.k)
 
     def _alone(self, rows: Bool[Tensor, " point"]) -> Float[Tensor, " layer"]:
         """Return the mean TD, by layer, of some points by themselves."""
         values, labels = self.activations.values[rows], self.activations.labels[rows]
-        fewest = _others(labels, self._groups(rows))
+        fewest = n_others(labels, self._groups(rows))
         method = self._method(max(1, min((self.k + 1) // 2, fewest)), rows)
         there, layers = labels.to(values.device), range(values.shape[1])
-        hits = torch.stack([method(_flat(values[:, layer]), there).float() for layer in layers])
-        return torch.stack([hits[:, there == one].mean(dim=1) for one in there.unique()]).mean(
-            dim=0
-        )
+        hits = torch.stack([method(flat(values[:, layer]), there).float() for layer in layers])
+        means = torch.stack([hits[:, there == one].mean(dim=1) for one in there.unique()])
+        return means.mean(dim=0)
 
     def _by_task(
         self, units: Int[Tensor, " point"] | None = None
@@ -257,7 +274,8 @@ class Decodability(Shown):
 
     def _method(self, k: int, rows: Bool[Tensor, " point"]) -> Readout:
         """Return the method, to be applied to some points."""
-        return readout(self.method, k, self._groups(rows))
+        inputs = None if self._inputs is None else self._inputs[rows.to(self._inputs.device)]
+        return readout(self.method, k, self._groups(rows), inputs)
 
     def _groups(self, rows: Bool[Tensor, " point"] | None = None) -> Int[Tensor, " chosen"] | None:
         """Return the sets of demonstrations of some points, or of all; None if none are shared."""
@@ -265,9 +283,14 @@ class Decodability(Shown):
         return sets if sets is None or rows is None else sets[rows.to(sets.device)]
 
     @property
+    def _inputs(self) -> Int[Tensor, " point"] | None:
+        """The points' inputs if the method compares tasks on the same ones."""
+        return self.activations.inputs if self.method in BY_INPUT else None
+
+    @property
     def _units(self) -> Int[Tensor, " point"]:
-        """What is halved to choose a layer: the queries, or the shared sets of demonstrations."""
-        groups = self._groups()
+        """What is halved to choose a layer: queries or inputs, or shared sets of demonstrations."""
+        groups = self._groups() if self._inputs is None else self._inputs
         return self._queries if groups is None else groups
 
     @property
@@ -284,21 +307,6 @@ class Decodability(Shown):
             found.append(ends.float())
         return torch.stack(found, dim=1)
 
-    def _of_permuted(
-        self, points: Float[Tensor, "point d"], permuted: Int[Tensor, "permutation point"]
-    ) -> Iterator[Float[Tensor, "task some"]]:
-        """Yield the tasks' TD under permuted labels, some permutations at a time."""
-        knn, method = self.method == "knn", readout(self.method, self.k)
-        if knn:
-            nearest, others = neighbours(points, self.k)
-        for some in permuted.split(max(1, _VOTES_AT_ONCE // (len(points) * self.k))):
-            if knn:
-                hits = (vote(some[:, others], nearest, len(self.tasks)) == some).float()
-            else:
-                hits = torch.stack([method(points, labels.long()).float() for labels in some])
-            shares = [(hits * (some == task)).sum(dim=1) / n for task, n in enumerate(self.n)]
-            yield torch.stack(shares)
-
     def __repr__(self) -> str:
         best = self.best_layer()
         per_task = ", ".join(
@@ -310,68 +318,6 @@ class Decodability(Shown):
             f"Decodability(best layer {best}: mean {float(self.mean.max()):.3f}, "
             f"{self.held_out:.3f} on points it was not chosen on "
             f"(chance {self.chance:.3f}, {how}); {per_task})"
-        )
-
-
-@dataclass(frozen=True, repr=False)
-class DecodabilityNull(Shown):
-    """TD next to its distribution under permuted labels.
-
-    Attributes:
-        observed: ``[layer]``, mean TD.
-        permuted: ``[permutation, layer]``, mean TD under permuted labels.
-        layers: The layers, counted from 0.
-
-    Example:
-        >>> import transformer_lens_taskvec as tv
-        >>> episodes = tv.sample_episodes(tv.bitwise_tasks(null=False), 10, 4, seed=0)
-        >>> activations = tv.collect(tv.load_model("toy"), episodes)
-        >>> null = tv.task_decodability(activations).null(n_permutations=99)
-        >>> null.p_value, null.band().shape
-        (0.01, torch.Size([2, 4]))
-    """
-
-    observed: Float[Tensor, " layer"]
-    permuted: Float[Tensor, "permutation layer"]
-    layers: tuple[int, ...]
-
-    @property
-    def p_values(self) -> Float[Tensor, " layer"]:
-        """``[layer]``, p-values without correction for the number of layers."""
-        as_high = (self.permuted >= self.observed - _ROUNDING).sum(dim=0)
-        return (1 + as_high) / (1 + len(self.permuted))
-
-    @property
-    def p_value(self) -> float:
-        """The p-value of the highest TD over layers, against each permutation's highest."""
-        highest = reduce(self.permuted, "permutation layer -> permutation", "max")
-        higher = int((highest >= self.observed.max() - _ROUNDING).sum())
-        return (1 + higher) / (1 + len(self.permuted))
-
-    def band(self, confidence: float = 0.95) -> Float[Tensor, "2 layer"]:
-        """Return the ends of the interval of TD under permuted labels, at each layer."""
-        tail = (1 - confidence) / 2
-        return torch.quantile(self.permuted, torch.tensor([tail, 1 - tail]), dim=0)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per layer: ``layer, td, null, null_low, null_high`` (95 %), ``p``."""
-        low, high = self.band()
-        columns = {
-            "td": self.observed,
-            "null": reduce(self.permuted, "permutation layer -> layer", "mean"),
-            "null_low": low,
-            "null_high": high,
-            "p": self.p_values,
-        }
-        return grid_frame({"layer": self.layers}, columns)
-
-    def __repr__(self) -> str:
-        best = int(self.observed.argmax())
-        high = float(self.band()[1, best])
-        return (
-            f"DecodabilityNull(layer {self.layers[best]}: TD {float(self.observed[best]):.3f}, "
-            f"{len(self.permuted)} permutations up to {high:.3f}; p = {self.p_value:.4f} over "
-            f"{len(self.layers)} layers)"
         )
 
 
@@ -393,6 +339,11 @@ def task_decodability(
     - ``"divergence"``: an f-divergence in place of accuracy (the paper's Definition B.3): the
       Jensen-Shannon divergence between the tasks' distributions, divided by the logarithm of their
       number to lie between 0 and 1; a lower bound, estimated from the neighbours' labels.
+    - ``"retrieval"``: the mean reciprocal rank of the first point of the same task among all
+      others, on inputs that all tasks are asked: the other tasks' points with the point's own input
+      are hard negatives (Zhang et al. 2024, CodeSage). Points of the same task and input are left
+      out, and so are points whose inputs not all tasks are asked. ``.recall`` is the recall at 1,
+      and ``"recall"`` measures it alone.
     - Your own function: ``(points [point, d], labels [point]) -> [point]`` scores, 1 for correct.
 
     A task with too few points to win a majority of the k votes is warned about, and so are tasks
@@ -410,7 +361,8 @@ def task_decodability(
     Raises:
         ValueError: If there is only one task, the method is unknown, an activation is NaN or
             infinite, ``k`` is not between 1 and the number of points that can vote, or episodes
-            share their demonstrations and ``leave_out_sets`` is not given or not possible.
+            share their demonstrations and ``leave_out_sets`` is not given or not possible, or the
+            tasks share fewer than two inputs for ``"retrieval"``.
         ImportError: If ``"linear"`` is asked for and scikit-learn is not installed.
 
     Example:
@@ -431,89 +383,18 @@ def task_decodability(
     check_finite(activations)
     groups = shared_sets(activations)
     if groups is not None:
-        _check_left_out(groups, method, leave_out_sets)
-    _check_k(k, labels, groups)
-    of_points = readout(method, k, groups)
+        check_left_out(groups, method, leave_out_sets)
+    inputs = None
+    if method in BY_INPUT:
+        activations = on_shared_inputs(activations)
+        labels, inputs = activations.labels, activations.inputs
+    else:
+        check_k(k, labels, groups)
+    of_points = readout(method, k, groups, inputs)
     if method in WITH_NEIGHBOURS:
-        _warn_of_small_tasks(activations, k)
+        warn_of_small_tasks(activations, k)
     if method in _BY_MAJORITY:
-        _warn_of_unequal_tasks(activations)
+        warn_of_unequal_tasks(activations)
     n_layers, there = len(activations.layers), labels.to(activations.values.device)
-    hits = [of_points(_flat(activations.values[:, index]), there) for index in range(n_layers)]
+    hits = [of_points(flat(activations.values[:, index]), there) for index in range(n_layers)]
     return Decodability(torch.stack(hits).to(labels.device).float(), activations, k, method)
-
-
-def shared_sets(activations: Activations) -> Int[Tensor, " point"] | None:
-    """Return the points' sets of demonstrations; None if no two points share one."""
-    sets = activations.demo_sets
-    return None if sets is None or len(sets.unique()) == len(sets) else sets
-
-
-def _check_left_out(groups: Int[Tensor, " point"], method: str | Readout, left_out: bool) -> None:
-    if not left_out:
-        raise ValueError(
-            f"the {len(groups)} prompts share {len(groups.unique())} sets of demonstrations, and "
-            "prompts of one set are each other's neighbours whatever the task. Use episodes with "
-            "fresh demonstrations (demo_sets=None), or leave_out_sets=True"
-        )
-    if method not in WITH_NEIGHBOURS:
-        raise ValueError(
-            f"method {readout_name(method)!r} cannot leave out the prompts that share a point's "
-            f"demonstrations; use one of {list(WITH_NEIGHBOURS)}, or fresh demonstrations"
-        )
-
-
-def _others(labels: Int[Tensor, " point"], groups: Groups) -> int:
-    """Return how many points can vote for each, at the least."""
-    return len(labels) - (1 if groups is None else int(numbered(groups).bincount().max()))
-
-
-def _check_k(k: int, labels: Int[Tensor, " point"], groups: Groups) -> None:
-    n_points, most = len(labels), _others(labels, groups)
-    if not 1 <= k <= most:
-        raise ValueError(
-            f"k is {k} and there are {n_points} points; k must be at least 1 and less than the "
-            "number of points, since a point does not vote for itself"
-            + ("" if groups is None else f", nor do those of its set: at most {most}")
-        )
-
-
-def majority_of(k: int) -> int:
-    """Return how many of k votes are a majority."""
-    return k // 2 + 1
-
-
-def _warn_of_small_tasks(activations: Activations, k: int) -> None:
-    """Warn of tasks whose points cannot have a majority of their own task among k neighbours."""
-    groups = shared_sets(activations)
-    left_out = 0 if groups is None else len(activations) - _others(activations.labels, groups) - 1
-    majority = majority_of(k) + left_out
-    sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
-    small = {task: n for task, n in zip(activations.tasks, sizes, strict=True) if n <= majority}
-    if small:
-        sizes_of_small = ", ".join(f"{task!r} has {n} point(s)" for task, n in small.items())
-        warnings.warn(
-            f"{sizes_of_small}, and a majority of k={k} neighbours takes {majority_of(k)} others "
-            "of the same task, so its decodability is too low. Use a smaller k, or at least "
-            f"{majority + 1} points per task.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_unequal_tasks(activations: Activations) -> None:
-    """Warn if some tasks have more than twice as many points as others."""
-    sizes = torch.bincount(activations.labels, minlength=len(activations.tasks)).tolist()
-    if max(sizes) > 2 * min(sizes):
-        by_task = ", ".join(
-            f"{n} of {task!r}" for task, n in zip(activations.tasks, sizes, strict=True)
-        )
-        warnings.warn(
-            f"the numbers of points differ: {by_task}. Tasks with more points are decoded more "
-            "often even where the activations tell nothing. Give each task as many points, or use "
-            "method='centroid' or 'divergence'.",
-            stacklevel=3,
-        )
-
-
-def _flat(points: Tensor) -> Float[Tensor, "point d"]:
-    return rearrange(points.detach(), "point ... -> point (...)").float()

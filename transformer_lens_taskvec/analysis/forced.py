@@ -15,13 +15,18 @@ from transformer_lens_taskvec.activations import label
 from transformer_lens_taskvec.generation import continue_ids
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.packed import Chunk, answer_logits
-from transformer_lens_taskvec.interventions.variants import Variant, at_separators
+from transformer_lens_taskvec.interventions.variants import (
+    Variant,
+    Variants,
+    at_separators,
+    grouped,
+)
 from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.decoding import decoding_of
 from transformer_lens_taskvec.models.protocol import inference
 from transformer_lens_taskvec.models.tokens import encode_prompts
 from transformer_lens_taskvec.prompts import AnyEpisode, Episode, demo_sets_of
-from transformer_lens_taskvec.scoring import Scores, Variants, variant_groups
+from transformer_lens_taskvec.scoring import Scores
 
 DISTANCES = ("kl", "tv", "discrepancy")
 """What is measured at each position of an answer."""
@@ -125,7 +130,7 @@ def _answered(
     tasks, labels = label(episodes)
     prompts, _ = encode_prompts(model, episodes)
     with inference(model), taking_along(model, Intervention) as carried:
-        for rows, of_rows in variant_groups(variants, labels, tasks):
+        for rows, of_rows in grouped(variants, labels, tasks):
             own = rows.tolist()
             given = [[*carried, *variant] for variant in of_rows]
             edits = at_separators(model, given, [episodes[row] for row in own])

@@ -30,7 +30,7 @@ from transformer_lens_taskvec.analysis.named import NamedVariants, check_few_sho
 from transformer_lens_taskvec.generation import continue_ids
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention, altered
-from transformer_lens_taskvec.interventions.variants import Hook, at_separators
+from transformer_lens_taskvec.interventions.variants import Hook, Variants, at_separators, grouped
 from transformer_lens_taskvec.models.decoding import decoding_of
 from transformer_lens_taskvec.models.tokens import (
     Each,
@@ -40,13 +40,7 @@ from transformer_lens_taskvec.models.tokens import (
     encode_prompts,
 )
 from transformer_lens_taskvec.prompts import Episode, zero_shot
-from transformer_lens_taskvec.scoring import (
-    Scores,
-    Variants,
-    evaluate,
-    evaluate_many,
-    variant_groups,
-)
+from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
 from transformer_lens_taskvec.vectors.base import Injectable
 
 ALL = "all tasks"
@@ -306,7 +300,7 @@ def progressive_generate(
         )
     zero = zero_shot(few_shot)
     tasks, labels = label(few_shot)
-    groups = variant_groups(variants, labels, tasks)
+    groups = grouped(variants, labels, tasks)
     for _, some in groups:
         check_variants(model, some)
     prompts, short = (encode_prompts(model, some)[0] for some in (few_shot, zero))

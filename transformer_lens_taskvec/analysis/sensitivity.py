@@ -11,7 +11,8 @@ from einops import rearrange
 
 from transformer_lens_taskvec.activations import Activations
 from transformer_lens_taskvec.analysis.classifiers import WITH_NEIGHBOURS, Readout, readout_name
-from transformer_lens_taskvec.analysis.decodability import majority_of, task_decodability
+from transformer_lens_taskvec.analysis.decodability import task_decodability
+from transformer_lens_taskvec.analysis.points import majority_of
 
 
 def decodability_sensitivity(

@@ -114,7 +114,7 @@ class LayerSweep(Shown):
         """
         at = layer_index(self.layers, layer)
         metrics = {name: values[0, at] for name, values in self.metrics.items()}
-        return replace(self.baseline, metrics=metrics)
+        return replace(self.baseline, metrics=metrics, replies=None)
 
     def at_scale(self, scale: float) -> LayerSweep:
         """Return the sweep at one scale, with its controls if they have that scale.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from transformer_lens_taskvec.interventions.intervention import Intervention, altered
 from transformer_lens_taskvec.models.protocol import hook_name
@@ -52,6 +54,9 @@ Hook = Intervention | PromptHook | tuple[str, Callable[..., Any]]
 
 Variant = Sequence[Hook]
 """Interventions applied together, in order; the empty variant is the unedited model."""
+
+Variants = Sequence[Variant] | Callable[[str], Sequence[Variant]]
+"""Variants for all episodes, or a function from a task to its variants, equally many per task."""
 
 
 def acts_at_end(hook: Hook) -> bool:
@@ -197,3 +202,52 @@ def _early(points: Mapping[str, Any], n_layers: int, variant: Variant) -> Varian
 def _first(variant: Variant) -> int:
     """Return the first layer that a variant edits."""
     return min(hook.layer for hook in variant if isinstance(hook, Intervention))
+
+
+def grouped(
+    variants: Variants, labels: Int[Tensor, " example"], tasks: Sequence[str]
+) -> list[tuple[Int[Tensor, " row"], Sequence[Variant]]]:
+    """Return the episodes that share variants, and these variants."""
+    if callable(variants):
+        groups = [
+            (torch.where(labels == index)[0], _listed(variants(task)))
+            for index, task in enumerate(tasks)
+        ]
+    else:
+        groups = [(torch.arange(len(labels)), _listed(variants))]
+    sizes = {len(some) for _, some in groups}
+    if len(sizes) > 1:
+        raise ValueError(f"variants gives {sorted(sizes)} variants; give each task the same number")
+    if 0 in sizes:
+        raise ValueError("variants is empty; [[]] is the model without interventions")
+    return groups
+
+
+def _listed(variants: Iterable[Iterable[Any]]) -> Sequence[Variant]:
+    """Return variants that can be read more than once, such as those of generators."""
+    return [list(variant) for variant in variants]
+
+
+def alike_in_scores(
+    rows: Sequence[int],
+    episodes: Sequence[AnyEpisode],
+    prompts: Sequence[Any],
+    variants: Sequence[Variant],
+) -> list[list[int]]:
+    """Return the rows in lists whose episodes get the same scores, so that one of them will do.
+
+    Every row stands alone if prompts are vectors, or if a function of the caller's may tell them
+    apart.
+    """
+    known = all(
+        isinstance(hook, Intervention) and isinstance(hook.mode, str)
+        for variant in variants
+        for hook in variant
+    )
+    if not known or isinstance(prompts[0], Tensor):
+        return [[row] for row in rows]
+    alike: dict[Any, list[int]] = {}
+    for row in rows:
+        key = (*prompts[row],), episodes[row].answer, episodes[row].template
+        alike.setdefault(key, []).append(row)
+    return list(alike.values())

@@ -72,6 +72,11 @@ class RegressionEpisode:
         """A hash of the task, the query's input and the answer."""
         return stable_hash(self.task, self.xs[-1].cpu().numpy().tobytes(), repr(self.answer))
 
+    @property
+    def input_id(self) -> int:
+        """A hash of the query's input alone."""
+        return stable_hash(self.xs[-1].cpu().numpy().tobytes())
+
     def is_right(self, prediction: float) -> bool:
         """Whether a prediction counts as right, by the mixture's rule."""
         return self.rule(prediction, self.answer)

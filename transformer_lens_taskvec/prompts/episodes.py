@@ -124,6 +124,11 @@ class Episode:
         """A hash of task, query and answer; demonstrations and template do not count."""
         return stable_hash(self.task, self.query.x, self.query.y)
 
+    @property
+    def input_id(self) -> int:
+        """A hash of the query's input alone, the same whatever the task."""
+        return stable_hash(self.query.x)
+
     def with_answers(self, order: Sequence[int]) -> Episode:
         """Return the episode with its demonstrations' answers in another order.
 

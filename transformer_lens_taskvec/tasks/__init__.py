@@ -16,6 +16,7 @@ from transformer_lens_taskvec.tasks.mappings import (
 from transformer_lens_taskvec.tasks.pos import pos_tasks, split_pos_tasks
 from transformer_lens_taskvec.tasks.registry import FAMILIES, Family, all_tasks, find_tasks
 from transformer_lens_taskvec.tasks.sentences import Sentence, generate_sentences
+from transformer_lens_taskvec.tasks.shared import with_same_inputs
 
 __all__ = [
     "FAMILIES",
@@ -41,4 +42,5 @@ __all__ = [
     "pos_tasks",
     "split_pos_tasks",
     "translation_tasks",
+    "with_same_inputs",
 ]
