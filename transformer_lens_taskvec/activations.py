@@ -28,7 +28,7 @@ from transformer_lens_taskvec.models.protocol import (
     revision,
 )
 from transformer_lens_taskvec.models.tokens import (
-    Batch,
+    PromptBatch,
     as_position,
     encode_prompts,
     row_indices,
@@ -278,7 +278,7 @@ def labelled(
 
 def read_prompts(
     model: Any,
-    batch: Batch,
+    batch: PromptBatch,
     names: Sequence[str],
     ends: int | Sequence[int] = -1,
     *,

@@ -86,7 +86,7 @@ PAGES = (
     "glossary",
 )
 """The pages of the guide, in their order."""
-HOMES = {"models": "loading"}
+HOMES = {"models": "loading", "_utils": "scoring"}
 """Modules whose public names stand on the page of another."""
 NAMESPACES = (tv, tv.tasks, tv.vectors, tv.benchmark, tv.analysis, tv.plots, tv.paper, tv.lab)
 """Where public names are looked for; one that is in several is documented under the first."""
@@ -99,12 +99,18 @@ ALONGSIDE = {
         "interventions.InSubspace",
         "interventions.Separator",
         "interventions.variants.PromptHook",
+        "models.tokens.PromptBatch",
         "models.tokens.Each",
         "interventions.modes.AddMapped",
         "interventions.modes.KeepNorm",
     ],
     "generation": ["generation.Continuations", "models.decoding.Stop"],
-    "scoring": ["_utils.metrics.Measure", "_utils.metrics.Answered"],
+    "scoring": [
+        "_utils.metrics.Measure",
+        "_utils.metrics.Answered",
+        "_utils.errors.Errors",
+        "_utils.errors.Reply",
+    ],
     "vectors": [
         "vectors.all_tokens.Origin",
         "vectors.sparse.Reconstruction",

@@ -33,7 +33,7 @@ from transformer_lens_taskvec.analysis.comparison import Comparison, compare
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.interventions.variants import PromptHook
 from transformer_lens_taskvec.models.protocol import check_layers, hook_name
-from transformer_lens_taskvec.models.tokens import Batch, token_spans, tokens_in
+from transformer_lens_taskvec.models.tokens import PromptBatch, token_spans, tokens_in
 from transformer_lens_taskvec.prompts import AnyEpisode
 from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
 
@@ -316,7 +316,9 @@ def _elsewhere(spans: Sequence[Span], length: int, rng: random.Random) -> list[S
     return found
 
 
-def _pooling(spans: Sequence[Sequence[Span]], how: str, batch: Batch) -> Callable[..., Tensor]:
+def _pooling(
+    spans: Sequence[Sequence[Span]], how: str, batch: PromptBatch
+) -> Callable[..., Tensor]:
     """Return a hook function that pools each prompt's own spans, counted from its end."""
     width, device = batch.tokens.shape[1], batch.tokens.device
     cells = [
@@ -347,7 +349,7 @@ def _pooling(spans: Sequence[Sequence[Span]], how: str, batch: Batch) -> Callabl
     return hook_function
 
 
-def _reading(states: Float[Tensor, "example d_model"], batch: Batch) -> Callable[..., None]:
+def _reading(states: Float[Tensor, "example d_model"], batch: PromptBatch) -> Callable[..., None]:
     """Return a hook function that writes the last prompt token's activations to ``states``."""
     last = batch.tokens.shape[1] - 1
 

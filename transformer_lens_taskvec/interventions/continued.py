@@ -20,7 +20,7 @@ from transformer_lens_taskvec.models.beams import search_beams
 from transformer_lens_taskvec.models.decoding import Decoding, choice_of
 from transformer_lens_taskvec.models.forward import Hooks, new_cache, run_cached, run_prompts
 from transformer_lens_taskvec.models.past import Past
-from transformer_lens_taskvec.models.tokens import Batch
+from transformer_lens_taskvec.models.tokens import PromptBatch
 
 
 @dataclass
@@ -58,13 +58,13 @@ class Work:
     model: Any
     decoding: Decoding
     prompts: Sequence[Sequence[int]]
-    hooks: Callable[[Batch, int], Hooks]
+    hooks: Callable[[PromptBatch, int], Hooks]
     names: Sequence[str]
     keeps_scores: bool
     streamer: Any
     use_cache: bool
 
-    def continued(self, batch: Batch, past: Past | None) -> list[Continued]:
+    def continued(self, batch: PromptBatch, past: Past | None) -> list[Continued]:
         """Return the continuations of a batch of prompts behind what stands before them."""
         if self.decoding.n_beams > 1:
             best = search_beams(
@@ -73,7 +73,7 @@ class Work:
             return [Continued(ids) for ids in best]
         return self._one_by_one(batch, past)
 
-    def _one_by_one(self, batch: Batch, past: Past | None) -> list[Continued]:
+    def _one_by_one(self, batch: PromptBatch, past: Past | None) -> list[Continued]:
         cache = new_cache(self.model, len(batch.rows), past) if self.use_cache else None
         tokens, seen = batch.tokens, 0
         mask = batch.mask if past is None else torch.cat([past.mask, batch.mask], dim=1)
@@ -132,7 +132,7 @@ def _keep_activations(reader: Reader, found: Sequence[Continued]) -> None:
 
 
 def hooks_of_pass(
-    hooks: Variant, prompts: Batch, seen: int, *, first: int | None = 0, decay: float = 1.0
+    hooks: Variant, prompts: PromptBatch, seen: int, *, first: int | None = 0, decay: float = 1.0
 ) -> list[tuple[str, Callable[..., Any]]]:
     """Return the hooks of a pass over the positions from ``seen`` on.
 
@@ -154,7 +154,7 @@ def hooks_of_pass(
 
 
 def _acting(
-    intervention: Intervention, prompts: Batch, seen: int, first: int | None, decay: float
+    intervention: Intervention, prompts: PromptBatch, seen: int, first: int | None, decay: float
 ) -> Callable[..., Tensor]:
     columns = None if seen else prompts.columns(intervention.position)
     start = prompts.tokens.shape[1] - seen

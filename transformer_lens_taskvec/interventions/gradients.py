@@ -33,7 +33,7 @@ from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.past import Past
 from transformer_lens_taskvec.models.protocol import device_of, inference, model_name
 from transformer_lens_taskvec.models.tokens import (
-    Batch,
+    PromptBatch,
     alike_in_length,
     encode_answers,
     encode_prompts,
@@ -181,7 +181,7 @@ class _Part:
 
     model: Any
     can: Capabilities
-    batch: Batch
+    batch: PromptBatch
     past: Past | None
     ids: Tensor
     real: Tensor

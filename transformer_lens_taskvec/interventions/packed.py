@@ -60,9 +60,9 @@ from transformer_lens_taskvec.models.prefixes import Step, fewest_saved, in_step
 from transformer_lens_taskvec.models.protocol import device_of, model_name
 from transformer_lens_taskvec.models.readout import ENTERS, Keep
 from transformer_lens_taskvec.models.tokens import (
-    Batch,
     Each,
     Position,
+    PromptBatch,
     batches,
     pad_id,
     right_padded,
@@ -280,7 +280,7 @@ def answer_numbers(
         yield NumberChunk(last, batch.rows, tuple(range(len(variants))), observed)
 
 
-def prompt_hooks(hooks: Variant, prompts: Batch) -> list[tuple[str, Callable[..., Any]]]:
+def prompt_hooks(hooks: Variant, prompts: PromptBatch) -> list[tuple[str, Callable[..., Any]]]:
     """Return hooks that act at the interventions' positions of prompts that tokens may follow.
 
     Args:
@@ -358,7 +358,9 @@ def _warn_plain(model: Any, reason: str) -> None:
     )
 
 
-def _packed(work: _Work, batch: Batch, past: Past | None, branches: Branching) -> Iterator[Chunk]:
+def _packed(
+    work: _Work, batch: PromptBatch, past: Past | None, branches: Branching
+) -> Iterator[Chunk]:
     """Run the prompts once, then the variants of prompts with similar answers.
 
     Args:
@@ -417,7 +419,7 @@ def _packed(work: _Work, batch: Batch, past: Past | None, branches: Branching) -
 
 
 def _unedited(
-    work: _Work, batch: Batch, past: Past | None, variants: tuple[int, ...]
+    work: _Work, batch: PromptBatch, past: Past | None, variants: tuple[int, ...]
 ) -> Iterator[Chunk]:
     """Run prompts and answers in one pass."""
     ids, real = work.answers_of(batch.rows)
@@ -431,7 +433,7 @@ def _unedited(
     yield from work.chunks(alike, ids, real, batch.rows, variants, reader.take())
 
 
-def _at_prompt(intervention: Intervention, prompts: Batch) -> Callable[..., Tensor]:
+def _at_prompt(intervention: Intervention, prompts: PromptBatch) -> Callable[..., Tensor]:
     everywhere = intervention.position is None
     columns = None if everywhere else prompts.columns(intervention.position)
 
@@ -444,7 +446,7 @@ def _at_prompt(intervention: Intervention, prompts: Batch) -> Callable[..., Tens
 
 
 def _with_answers(
-    batch: Batch, ids: Int[Tensor, "row answer_pos"]
+    batch: PromptBatch, ids: Int[Tensor, "row answer_pos"]
 ) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"] | None]:
     """Return prompts with their answers but the last token, and where these are real.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transformer_lens_taskvec.interventions.intervention import Intervention, altered
 from transformer_lens_taskvec.models.protocol import hook_name
-from transformer_lens_taskvec.models.tokens import Batch, Each, Separator, separators
+from transformer_lens_taskvec.models.tokens import Each, PromptBatch, Separator, separators
 from transformer_lens_taskvec.prompts import AnyEpisode
 
 
@@ -30,7 +30,7 @@ class PromptHook:
     """
 
     name: str
-    of: Callable[[Batch], Callable[..., Any]]
+    of: Callable[[PromptBatch], Callable[..., Any]]
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the hook name and the hook function, as ``fwd_hooks`` expects."""

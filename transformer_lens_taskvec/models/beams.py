@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformer_lens_taskvec.models.decoding import Decoding
 from transformer_lens_taskvec.models.forward import Hooks
 from transformer_lens_taskvec.models.protocol import model_name
-from transformer_lens_taskvec.models.tokens import Batch, pad_id
+from transformer_lens_taskvec.models.tokens import PromptBatch, pad_id
 
 
 def check_beams(model: Any) -> None:
@@ -27,9 +27,9 @@ def check_beams(model: Any) -> None:
 
 def search_beams(
     model: Any,
-    prompts: Batch,
+    prompts: PromptBatch,
     decoding: Decoding,
-    hooks: Callable[[Batch, int], Hooks],
+    hooks: Callable[[PromptBatch, int], Hooks],
     *,
     use_cache: bool,
 ) -> list[list[int]]:
@@ -43,7 +43,7 @@ def search_beams(
         use_cache: Whether there is a KV cache.
     """
     n, width = decoding.n_beams, prompts.tokens.shape[1]
-    beams = Batch(
+    beams = PromptBatch(
         repeat(prompts.tokens, "row pos -> (row beam) pos", beam=n),
         repeat(prompts.mask, "row pos -> (row beam) pos", beam=n),
         tuple(row for row in prompts.rows for _ in range(n)),
@@ -80,9 +80,9 @@ def search_beams(
 @contextmanager
 def _in_each_pass(
     model: Any,
-    beams: Batch,
+    beams: PromptBatch,
     width: int,
-    hooks: Callable[[Batch, int], Hooks],
+    hooks: Callable[[PromptBatch, int], Hooks],
     *,
     use_cache: bool,
 ) -> Iterator[None]:

@@ -26,7 +26,7 @@ from transformer_lens_taskvec.models.forward import (
 from transformer_lens_taskvec.models.limits import limits
 from transformer_lens_taskvec.models.protocol import counted_for, device_of, hook_name, inference
 from transformer_lens_taskvec.models.readout import ENTERS, Keep, Readout, candidates
-from transformer_lens_taskvec.models.tokens import Batch
+from transformer_lens_taskvec.models.tokens import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _packing_error(model: Any, n_prompt: int | None = None) -> float:
     tokens = _probe_tokens(model, n + 4)
     padded, mask = _padded(tokens[:, :n])
     ends = [tokens[:, n + start : n + start + 2] for start in range(3)]
-    past = run_prefix(model, Batch(padded, mask, (0,), (n,)))
+    past = run_prefix(model, PromptBatch(padded, mask, (0,), (n,)))
     packed = run_branches(model, torch.cat(ends, dim=1), past, n_branches=3)
     alone = [_alone(model, torch.cat([tokens[:, :n], end], dim=1))[:, n:] for end in ends]
     return _relative(packed, torch.cat(alone, dim=1))
@@ -241,6 +241,6 @@ def _sharing_error(model: Any) -> float:
             first.append(layer if last else layer + 1)
     branches = repeat(tokens[:, n:], "row pos -> row (branch pos)", branch=3)
     active = [1 + sum(layer >= one for one in first) for layer in range(n_layers)]
-    past = run_prefix(model, Batch(padded, mask, (0,), (n,)))
+    past = run_prefix(model, PromptBatch(padded, mask, (0,), (n,)))
     shared = run_branches(model, branches, past, hooks, n_branches=3, active=active)
     return _relative(shared, torch.cat(alone, dim=1))

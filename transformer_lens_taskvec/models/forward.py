@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformer_lens_taskvec.models.past import Continued, Past
 from transformer_lens_taskvec.models.protocol import device_of, hook_name
 from transformer_lens_taskvec.models.readout import ENTERS, Keep
-from transformer_lens_taskvec.models.tokens import Batch
+from transformer_lens_taskvec.models.tokens import PromptBatch
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
@@ -93,7 +93,7 @@ def run_until(
         model.run_with_hooks(tokens, fwd_hooks=[*hooks, (last, stop)], **kwargs)
 
 
-def run_prefix(model: Any, batch: Batch, past: Past | None = None) -> Past:
+def run_prefix(model: Any, batch: PromptBatch, past: Past | None = None) -> Past:
     """Return the past of what follows a batch of tokens; nothing else is computed.
 
     Args:

@@ -19,7 +19,13 @@ from transformer_lens_taskvec.models.capabilities import Capabilities
 from transformer_lens_taskvec.models.forward import run_prefix
 from transformer_lens_taskvec.models.past import Past
 from transformer_lens_taskvec.models.protocol import device_of
-from transformer_lens_taskvec.models.tokens import Batch, Tokens, alike_in_length, pad_id, padded
+from transformer_lens_taskvec.models.tokens import (
+    PromptBatch,
+    Tokens,
+    alike_in_length,
+    pad_id,
+    padded,
+)
 
 FEWEST = 4
 """The shortest beginning that is run apart, in tokens."""
@@ -173,7 +179,7 @@ def fewest_saved(model: Any) -> int:
     return max(FEWEST, cost // (12 * int(model.cfg.d_model) ** 2))
 
 
-def in_steps(model: Any, plan: Sequence[Step]) -> Iterator[tuple[Batch, Past | None]]:
+def in_steps(model: Any, plan: Sequence[Step]) -> Iterator[tuple[PromptBatch, Past | None]]:
     """Yield the batches of a plan that end prompts, each with what stands before it.
 
     Run it inside :func:`~transformer_lens_taskvec.models.protocol.inference`.

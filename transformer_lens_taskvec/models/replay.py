@@ -31,7 +31,7 @@ from transformer_lens_taskvec.models.forward import (
 )
 from transformer_lens_taskvec.models.past import Past, Segment
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference
-from transformer_lens_taskvec.models.tokens import Batch
+from transformer_lens_taskvec.models.tokens import PromptBatch
 
 _FEW_TOKENS = 64
 """The tokens of the first passes that are timed; the next ones have four times as many each."""
@@ -203,7 +203,7 @@ def _past(model: Any, rows: int, width: int) -> Past:
 def _prefix(model: Any) -> Segment:
     """Return the keys and values of one token."""
     one = torch.ones(1, 1, dtype=torch.long, device=device_of(model))
-    return run_prefix(model, Batch(one, one.bool(), (0,), (1,))).parts[0][0]
+    return run_prefix(model, PromptBatch(one, one.bool(), (0,), (1,))).parts[0][0]
 
 
 def _kv_bytes(model: Any) -> int:

@@ -81,7 +81,7 @@ def as_position(position: Any) -> Position:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Left-padded prompts.
 
     Attributes:
@@ -110,19 +110,19 @@ class Batch:
             found = row_indices(position, self.lengths, width)
         return found.to(self.tokens.device)
 
-    def part(self, start: int, end: int) -> Batch:
+    def part(self, start: int, end: int) -> PromptBatch:
         """Return the rows from ``start`` to ``end``."""
         some = slice(start, end)
-        return Batch(self.tokens[some], self.mask[some], self.rows[some], self.lengths[some])
+        return PromptBatch(self.tokens[some], self.mask[some], self.rows[some], self.lengths[some])
 
-    def before_last(self) -> Batch:
+    def before_last(self) -> PromptBatch:
         """Return the prompts without their last tokens."""
         shorter = tuple(length - 1 for length in self.lengths)
-        return Batch(self.tokens[:, :-1], self.mask[:, :-1], self.rows, shorter)
+        return PromptBatch(self.tokens[:, :-1], self.mask[:, :-1], self.rows, shorter)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> PromptBatch:
         """Return the batch on another device."""
-        return Batch(self.tokens.to(device), self.mask.to(device), self.rows, self.lengths)
+        return PromptBatch(self.tokens.to(device), self.mask.to(device), self.rows, self.lengths)
 
 
 Tokens = Sequence[int] | Float[Tensor, "pos dim"]
@@ -399,7 +399,7 @@ def batches(
     pad: int,
     same_length: bool = False,
     apart: int | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[PromptBatch]:
     """Yield left-padded batches of prompts of similar length, the longest first.
 
     Args:
@@ -446,7 +446,7 @@ def alike_in_length(
     return found
 
 
-def padded(prompts: Sequence[Tokens], rows: Sequence[int], pad: int) -> Batch:
+def padded(prompts: Sequence[Tokens], rows: Sequence[int], pad: int) -> PromptBatch:
     """Return left-padded prompts as a batch, with the numbers ``rows``."""
     lengths = tuple(map(len, prompts))
     width = max(lengths)
@@ -456,7 +456,7 @@ def padded(prompts: Sequence[Tokens], rows: Sequence[int], pad: int) -> Batch:
     for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         tokens[index, width - length :] = torch.as_tensor(prompt)
         mask[index, width - length :] = True
-    return Batch(tokens, mask, tuple(rows), lengths)
+    return PromptBatch(tokens, mask, tuple(rows), lengths)
 
 
 def right_padded(

@@ -26,8 +26,8 @@ from transformer_lens_taskvec.models.forward import run_prompts
 from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.protocol import device_of, hook_name, inference, model_name
 from transformer_lens_taskvec.models.tokens import (
-    Batch,
     Position,
+    PromptBatch,
     batches,
     encode_answers,
     encode_prompts,
@@ -126,7 +126,7 @@ def estimated_effects(
 
 def _of_batch(
     model: Any,
-    batch: Batch,
+    batch: PromptBatch,
     answers: Sequence[Sequence[int]],
     patch: Float[Tensor, "row layer head d_head"],
     changed: Bool[Tensor, "row pos"],
