@@ -63,7 +63,10 @@ FAULTS = [
     ),
     Fault("interventions/variants.py", "return [*moved, *rest]", "return [*rest, *moved]", ENGINE),
     Fault(
-        "interventions/packed.py", "-1:], ids[:, :-1]], dim=1)", "-1:], ids[:, 1:]], dim=1)", ENGINE
+        "interventions/packed.py",
+        "ids[:, :-1]], dim=1)\n        columns",
+        "ids[:, 1:]], dim=1)\n        columns",
+        ENGINE,
     ),
     Fault("interventions/packed.py", "values[:, 1:], ids", "values[:, :-1], ids", ENGINE),
     Fault(
@@ -104,8 +107,8 @@ FAULTS = [
     ),
     Fault(
         "_utils/metrics.py",
-        "(greedy | answered.past).all(dim=-1)",
-        "(greedy | answered.past).any(dim=-1)",
+        "answered.right_by_token.all(dim=-1)",
+        "answered.right_by_token.any(dim=-1)",
         "tests/test_evaluate.py",
     ),
     Fault(

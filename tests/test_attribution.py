@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import architectures
+import matplotlib.pyplot as plt
 import planted
 import pytest
 import torch
@@ -297,6 +298,7 @@ def test_the_table_and_the_figure_say_what_the_result_holds(
     assert "3 demonstrations" in repr(found) and found.to_frame().equals(frame)
     ax = plot_attribution(found, task="en_fr")
     shown = torch.tensor(ax.images[0].get_array().tolist())
+    plt.close(ax.figure)
     torch.testing.assert_close(shown, found.by_layer[1].T.float(), atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="no attribution of 'x'"):
         plot_attribution(found, task="x")

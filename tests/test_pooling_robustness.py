@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib.pyplot as plt
 import planted
 import pytest
 import torch
@@ -216,6 +217,7 @@ def test_the_figure_and_the_table_say_what_the_scores_do(
     for ax, metric in ((accuracy, "correct"), (td, "decoded")):
         shown = ax.lines[0].get_ydata()
         assert list(shown) == [one.mean(metric) for one in found.pooled["constituents"]]
+    plt.close(accuracy.figure)
     assert "unpooled" in repr(found)
 
 

@@ -133,7 +133,8 @@ import torch
 
 def median(model, episodes):
     activations = tv.collect(model, episodes)
-    values = [activations.values[activations.labels == i].median(dim=0).values for i in range(1)]
+    labels, n = activations.labels, len(activations.tasks)
+    values = [activations.values[labels == task].median(dim=0).values for task in range(n)]
     return replace(tv.task_vectors(activations), values=torch.stack(values))
 
 

@@ -149,8 +149,8 @@ class Scores(Shown):
         replies = self.replies
         if replies is not None:
             replies = tuple(replies[at] for at in torch.arange(len(self))[rows].tolist())
-        own = replace(self, metrics=metrics, labels=labels, queries=queries)
-        return replace(own, demo_sets=sets, replies=replies)
+        about = {"labels": labels, "queries": queries, "demo_sets": sets, "replies": replies}
+        return replace(self, metrics=metrics, **about)
 
     def of(self, task: str) -> Scores:
         """Return the scores of one task's episodes.

@@ -102,11 +102,12 @@ class Work:
             self._stream(chosen)
             tokens = torch.cat([tokens, rearrange(chosen, "row -> row 1")], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            logprobs = logits.float().log_softmax(dim=-1).gather(1, tokens[:, -1:])[:, 0].tolist()
-            new = chosen.tolist()
+            logprobs = logits.float().log_softmax(dim=-1).gather(1, tokens[:, -1:])[:, 0]
+            # Both come off the device at once: float64 holds token ids exactly.
+            new = torch.stack([chosen.double(), logprobs.double()], dim=1).tolist()
             for row, one in list(going.items()):
-                one.ids.append(new[row])
-                one.logprobs.append(logprobs[row])
+                one.ids.append(int(new[row][0]))
+                one.logprobs.append(new[row][1])
                 if self.keeps_scores:
                     one.scores.append(scores[row].cpu())
                 if self.decoding.is_finished(
