@@ -145,12 +145,17 @@ class Scores(Shown):
         """
         metrics = {name: values[rows] for name, values in self.metrics.items()}
         sets = None if self.demo_sets is None else self.demo_sets[rows]
-        labels, queries = self.labels[rows], self.queries[rows]
         replies = self.replies
         if replies is not None:
             replies = tuple(replies[at] for at in torch.arange(len(self))[rows].tolist())
-        about = {"labels": labels, "queries": queries, "demo_sets": sets, "replies": replies}
-        return replace(self, metrics=metrics, **about)
+        return replace(
+            self,
+            metrics=metrics,
+            labels=self.labels[rows],
+            queries=self.queries[rows],
+            demo_sets=sets,
+            replies=replies,
+        )
 
     def of(self, task: str) -> Scores:
         """Return the scores of one task's episodes.
