@@ -106,6 +106,15 @@ def test_other_controls_are_of_the_same_heads_and_of_another_task(toy: Any) -> N
     other = tv.task_vectors(tv.collect(toy, [e for e in sets["train"] if e.task == "XNOR"]))
     edits = other.inject("XNOR", int(mean.layer))
     assert mean[OTHER_TASK] == tv.evaluate(toy, test, edits).accuracy < 0.2
+
+    def of_one(model: Any, episodes: Any) -> tv.TaskVectors:
+        if episodes[0].task != "XOR":
+            raise ValueError("cannot do it")
+        return tv.task_vectors(tv.collect(model, episodes))
+
+    with pytest.warns(UserWarning, match="cannot do it"):
+        own = tv.compare_methods(toy, tasks, methods={"one": of_one}, controls=kinds, **SIZES)
+    assert [unit["error"] for unit in own.units] == ["cannot do it"] * 3
     with pytest.raises(ValueError, match="which some methods or tasks do not have"):
         tv.compare_methods(toy, tasks, methods=["mean"], controls=[OTHER_TASK], **SIZES)
 

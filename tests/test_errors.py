@@ -291,3 +291,14 @@ def test_the_demo_reports_errors_next_to_accuracies(tmp_path: Path) -> None:
         assert sum(shares) + accuracy == pytest.approx(1, abs=1e-6)
     said = CliRunner().invoke(app, [*options, "--out", str(tmp_path), "--dry-run"])
     assert "as if all of them were wrong" in said.output
+
+
+def test_texts_are_those_of_interventions_at_every_position(
+    toy: Any, sets: dict[str, list[tv.Episode]]
+) -> None:
+    edit = tv.inject(torch.ones(64), 2, mode="add", scale=0.5, position=None)
+    scores = tv.evaluate(toy, tv.zero_shot(sets["test"]), [edit], keep_text=True)
+    answers = [episode.answer for episode in sets["test"]]
+    assert scores.texts is not None and 0 < scores.accuracy < 1
+    for text, answer, right in zip(scores.texts, answers, scores.correct.tolist(), strict=True):
+        assert (text == answer) == right

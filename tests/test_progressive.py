@@ -223,3 +223,19 @@ def test_what_cannot_be_done_is_refused(toy: Any, sets: dict[str, list[tv.Episod
         progressive_generate(toy, sets["test"], k=6, max_new_tokens=5)
     with pytest.raises(ValueError, match="has no demonstrations"):
         progressive_generate(toy, tv.zero_shot(sets["test"]), k=1, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("position", [-1, None])
+def test_texts_agree_with_accuracies_for_interventions_that_the_model_carries(
+    position: int | None,
+) -> None:
+    toy = tv.load_model("toy")
+    episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 8, 4, seed=0)
+    vectors = tv.task_vectors(tv.collect(toy, episodes))
+    edits = vectors.inject("OR", 1, position=position, scale=0.7)
+    with toy.hooks(fwd_hooks=list(edits)):
+        found = progressive_icl(toy, episodes, ks=[1])
+        [texts] = progressive_generate(toy, episodes, k=1, max_new_tokens=5)
+    right = [text == one.answer for text, one in zip(texts, episodes, strict=True)]
+    assert found.scores["zero-shot"][0].correct.tolist() == right
+    assert not all(right)

@@ -159,3 +159,20 @@ def test_prompts_too_short_for_the_longest_tail_have_one_of_their_own(
     plain = tv.evaluate_many(toy, some, [[edit] for edit in edits])
     for one, other in zip(packed, plain, strict=True):
         torch.testing.assert_close(one.loss, other.loss, atol=1e-4, rtol=1e-4)
+
+
+def test_a_place_outside_a_prompt_is_refused() -> None:
+    toy = tv.load_model("toy")
+    bare = tv.zero_shot(tv.sample_episodes(tv.find_tasks(["XOR"]), 2, 2, seed=0))
+    for position in (-30, -200, (-1, -40)):
+        edit = tv.inject(torch.ones(64), 1, position=position)
+        with pytest.raises(ValueError, match=r"outside a prompt of 13 token\(s\)"):
+            tv.evaluate(toy, bare, [edit])
+
+
+def test_a_place_that_is_given_twice_is_edited_once() -> None:
+    toy = tv.load_model("toy")
+    bare = tv.zero_shot(tv.sample_episodes(tv.find_tasks(["XOR"]), 4, 2, seed=0))
+    edits = [tv.inject(torch.ones(64), 1, mode="add", position=at) for at in ((-3, -3), -3)]
+    twice, once = tv.evaluate_many(toy, bare, [[edit] for edit in edits])
+    torch.testing.assert_close(twice.loss, once.loss)

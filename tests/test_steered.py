@@ -208,3 +208,14 @@ def test_requests_that_mean_nothing_are_refused(
     layer = options.pop("layer", 1)
     with pytest.raises(ValueError, match=message):
         steer(toy, PROMPTS, contrast, layer, **{"task": "XOR", **options})
+
+
+def test_what_the_model_carries_acts_as_in_generate() -> None:
+    toy = tv.load_model("toy")
+    episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 8, 4, seed=0)
+    vectors = tv.task_vectors(tv.collect(toy, episodes))
+    prompts = [one.prompt for one in tv.zero_shot(episodes)]
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.0}
+    with toy.hooks(fwd_hooks=list(vectors.inject("OR", 1))):
+        found = steer(toy, prompts, vectors, 2, task="XOR", scales=(0.1,), control=False, **options)
+        assert list(found.texts[0]) == tv.generate(toy, prompts, max_new_tokens=5)

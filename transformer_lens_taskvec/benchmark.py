@@ -389,7 +389,10 @@ class _Work:
             found = made[method.name]
         if isinstance(found, str):
             return {"error": found}
-        return self._measured(method, found, task, divergence)
+        try:
+            return self._measured(method, found, task, divergence)
+        except ValueError as error:
+            return {"error": str(error)}
 
     def _made(self, method: Method, episodes: Sequence[Episode]) -> _Made | str:
         tallied, started = Tallied(self.model), time.perf_counter()

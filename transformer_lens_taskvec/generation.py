@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from transformers import GenerationConfig
@@ -188,11 +189,44 @@ def generate(
         streamer=streamer,
         use_cache=use_cache,
     )
+    found = _run(model, request)
+    return list(found.texts) if observe is None and not scores else found
+
+
+def answers(
+    model: Any,
+    prompts: Sequence[str | AnyEpisode],
+    interventions: Variant = (),
+    *,
+    config: GenerationConfig | None = None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Stop | Sequence[Stop] | None = None,
+    use_cache: bool | None = None,
+) -> list[str]:
+    """Return continuations under interventions that act as where answers are scored.
+
+    That is, those at every position act on the new tokens too. The arguments are those of
+    :func:`generate`.
+    """
+    decoding = decoding_of(
+        model,
+        config,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=stop,
+    )
+    request = request_of(model, prompts, interventions, decoding, use_cache=use_cache)
+    return list(_run(model, replace(request, everywhere=True)).texts)
+
+
+def _run(model: Any, request: Request) -> Continuations:
     with inference(model), taking_along(model, Intervention) as carried:
         if capabilities(model).hooked:
-            warn_of_hooks(model, stacklevel=2)
-        found = continuations(model, request, carried)
-    return list(found.texts) if observe is None and not scores else found
+            warn_of_hooks(model, stacklevel=3)
+        return continuations(model, request, carried)
 
 
 def continue_ids(
@@ -202,6 +236,8 @@ def continue_ids(
     interventions: Variant = (),
 ) -> list[list[int]]:
     """Return the new tokens after prompts that are token ids, with the one that ends each.
+
+    Interventions act as where answers are scored: those at every position on new tokens too.
 
     Args:
         model: As for :func:`generate`.
@@ -223,9 +259,6 @@ def continue_ids(
         scores=False,
         streamer=None,
         use_cache=None,
+        everywhere=True,
     )
-    with inference(model), taking_along(model, Intervention) as carried:
-        if capabilities(model).hooked:
-            warn_of_hooks(model, stacklevel=2)
-        found = continuations(model, request, carried)
-    return [list(ids) for ids in found.tokens]
+    return [list(ids) for ids in _run(model, request).tokens]

@@ -30,7 +30,7 @@ from transformer_lens_taskvec._utils.scores import (
     stack,
 )
 from transformer_lens_taskvec.activations import Activations, Observe, label, labelled
-from transformer_lens_taskvec.generation import generate
+from transformer_lens_taskvec.generation import answers
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention
 from transformer_lens_taskvec.interventions.measured import number_parts, text_parts
@@ -361,7 +361,7 @@ def _with_texts(
             ours = all(isinstance(hook, Intervention) for hook in variant)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what there is to say was said of the scores
-                found = generate(
+                found = answers(
                     model,
                     [episodes[copies[0]] for copies in some],
                     variant,

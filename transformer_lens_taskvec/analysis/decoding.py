@@ -21,7 +21,7 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.statistics import means_by_query, share_interval
 from transformer_lens_taskvec.activations import label
 from transformer_lens_taskvec.analysis.named import NamedVariants, check_choice, named_variants
-from transformer_lens_taskvec.generation import generate
+from transformer_lens_taskvec.generation import answers
 from transformer_lens_taskvec.models.tokens import encode_answers
 from transformer_lens_taskvec.prompts import Episode, demo_sets_of
 from transformer_lens_taskvec.vectors.base import Injectable
@@ -33,7 +33,7 @@ DECODINGS: Mapping[str, Mapping[str, Any]] = {
     "temperature 1": {"temperature": 1.0},
     "top-p 0.9": {"config": GenerationConfig(do_sample=True, top_p=0.9)},
 }
-"""Keyword arguments of :func:`generate`, by the name of the decoding."""
+"""``temperature`` or ``config`` of :func:`generate`, by the name of the decoding."""
 
 SINGLE, VOTE = "single", "vote"
 """The mean accuracy of one sample, and that of the answer most samples give."""
@@ -171,7 +171,8 @@ def decoding_sensitivity(
         vectors: Task vectors, or anything else that can be injected: the variant ``task vector``.
         layer: The layer of the vectors.
         controls: As for :func:`icl_fidelity`.
-        decodings: Keyword arguments of :func:`generate` by name, :data:`DECODINGS` by default.
+        decodings: ``temperature`` or ``config`` of :func:`generate`, by name; by default greedy,
+            three temperatures, and top-p.
         n_samples: How often each prompt is sampled, for accuracies and votes; once where no
             argument says how, which is greedy.
         max_new_tokens: The most tokens of an answer; by default those of the longest right answer
@@ -197,6 +198,13 @@ def decoding_sensitivity(
             f"there are {len(episodes)} episodes, {len(decodings)} decodings and {n_samples} "
             "samples; give at least one of each"
         )
+    for name, settings in decodings.items():
+        other = set(settings) - {"temperature", "config", "seed"}
+        if other:
+            raise ValueError(
+                f"decoding {name!r} has {', '.join(sorted(other))}; give temperature or config, "
+                "which say how a token is chosen"
+            )
     layers = None if vectors is None else [layer]
     named = named_variants(model, episodes, variants or {}, vectors, layers, controls, seed)
     if max_new_tokens is None:
@@ -213,7 +221,7 @@ def decoding_sensitivity(
             for place, settings in enumerate(decodings.values()):
                 asked = [episodes[row] for row in rows for _ in range(repeats[place])]
                 options = {"max_new_tokens": max_new_tokens, "seed": seed, **settings}
-                texts = generate(model, asked, of(task), stop=stop or None, **options)
+                texts = answers(model, asked, of(task), stop=stop or None, **options)
                 for index, row in enumerate(rows):
                     own = texts[index * repeats[place] : (index + 1) * repeats[place]]
                     said = Counter(text.strip() for text in own)

@@ -31,6 +31,7 @@ from transformer_lens_taskvec.generation import continue_ids
 from transformer_lens_taskvec.interventions.checks import check_variants
 from transformer_lens_taskvec.interventions.intervention import Intervention, altered
 from transformer_lens_taskvec.interventions.variants import Hook, Variants, at_separators, grouped
+from transformer_lens_taskvec.models.carried import taking_along
 from transformer_lens_taskvec.models.decoding import decoding_of
 from transformer_lens_taskvec.models.tokens import (
     Each,
@@ -38,6 +39,7 @@ from transformer_lens_taskvec.models.tokens import (
     decode,
     encode_answers,
     encode_prompts,
+    row_indices,
 )
 from transformer_lens_taskvec.prompts import Episode, zero_shot
 from transformer_lens_taskvec.scoring import Scores, evaluate, evaluate_many
@@ -149,6 +151,7 @@ class ProgressiveIcl(Shown):
             lost = own.k[~own.kept]
             after = own[own.k > (-1 if lost.empty else lost.max())]
             row: dict[str, Any] = {"task": task, "variant": variant, "k": None}
+            row |= {"tokens_ratio": None, "attended_ratio": None}
             if len(after):
                 best = after.sort_values("k").iloc[0]
                 row |= {"k": int(best.k), **best[["tokens_ratio", "attended_ratio"]]}
@@ -217,7 +220,7 @@ def progressive_icl(
         >>> found.to_frame()[["variant", "k", "accuracy", "few_shot", "kept"]].values.tolist()
         [['zero-shot', 0, 0.4, 1.0, False], ['zero-shot', 5, 1.0, 1.0, False]]
     """
-    few_shot, ks = list(few_shot), tuple(ks)
+    few_shot, ks = list(few_shot), tuple(dict.fromkeys(ks))
     check_few_shot(few_shot)
     if not ks or min(ks) < 0:
         raise ValueError(f"ks is {list(ks)}; give at least one number, none below 0")
@@ -305,26 +308,30 @@ def progressive_generate(
         check_variants(model, some)
     prompts, short = (encode_prompts(model, some)[0] for some in (few_shot, zero))
     decoding = decoding_of(model, max_new_tokens=max_new_tokens, stop=stop)
-    first: list[list[int]] = [[] for _ in few_shot]
-    if k:
-        first = continue_ids(model, prompts, replace(decoding, max_new_tokens=k))
-    open_ = [
-        len(ids) == k < max_new_tokens
-        and (not ids or ids[-1] not in decoding.ends)
-        and (stop is None or stop not in decode(model, ids))
-        for ids in first
-    ]
-    found = [[list(ids) for ids in first] for _ in groups[0][1]]
-    for rows, some in groups:
-        own = [row for row in rows.tolist() if open_[row]]
-        for place, variant in enumerate(some if own else ()):
-            [placed] = at_separators(model, [variant], [zero[row] for row in own])
-            edits = [_earlier(hook, k) for hook in placed]
-            asked = [[*short[row], *first[row]] for row in own]
-            left = replace(decoding, max_new_tokens=max_new_tokens - k)
-            rest = continue_ids(model, asked, left, edits)
-            for row, ids in zip(own, rest, strict=True):
-                found[place][row] += ids
+    found: list[list[list[int]]] = []
+    with taking_along(model, Intervention) as carried:
+        first: list[list[int]] = [[] for _ in few_shot]
+        if k:
+            [edits] = at_separators(model, [carried], few_shot)
+            first = continue_ids(model, prompts, replace(decoding, max_new_tokens=k), edits)
+        open_ = [
+            len(ids) == k < max_new_tokens
+            and (not ids or ids[-1] not in decoding.ends)
+            and (stop is None or stop not in decode(model, ids))
+            for ids in first
+        ]
+        found = [[list(ids) for ids in first] for _ in groups[0][1]]
+        for rows, some in groups:
+            own = [row for row in rows.tolist() if open_[row]]
+            for place, variant in enumerate(some if own else ()):
+                both = [*carried, *variant]
+                [edits] = at_separators(model, [both], [zero[row] for row in own])
+                _check_inside(edits, min(len(short[row]) for row in own))
+                asked = [[*short[row], *first[row]] for row in own]
+                left = replace(decoding, max_new_tokens=max_new_tokens - k)
+                rest = continue_ids(model, asked, left, [_earlier(hook, k) for hook in edits])
+                for row, ids in zip(own, rest, strict=True):
+                    found[place][row] += ids
     return [[decoding.text(model, ids) for ids in of_variant] for of_variant in found]
 
 
@@ -388,6 +395,14 @@ def _costs(
 def _below(n: Int[Tensor, " example"]) -> Int[Tensor, " example"]:
     """Return the sum of the numbers from 0 to ``n - 1``."""
     return n * (n - 1) // 2
+
+
+def _check_inside(hooks: Sequence[Hook], n_tokens: int) -> None:
+    """Raise ``ValueError`` if an intervention is outside prompts of so many tokens."""
+    for hook in hooks:
+        position = hook.position if isinstance(hook, Intervention) else None
+        if isinstance(position, int | tuple):
+            row_indices(position, [n_tokens], n_tokens)
 
 
 def _earlier(hook: Hook, k: int) -> Hook:

@@ -121,8 +121,10 @@ def _at_columns(
 
     def edit(activation: Tensor) -> None:
         rows = torch.arange(len(columns), device=activation.device)
-        for at in columns.to(activation.device).unbind(dim=1):
-            activation[rows, at] = intervention.edit(activation[rows, at])
+        places = columns.to(activation.device).unbind(dim=1)
+        edited = [intervention.edit(activation[rows, at]) for at in places]
+        for at, new in zip(places, edited, strict=True):
+            activation[rows, at] = new
 
     return edit
 

@@ -133,7 +133,13 @@ def _keep_activations(reader: Reader, found: Sequence[Continued]) -> None:
 
 
 def hooks_of_pass(
-    hooks: Variant, prompts: PromptBatch, seen: int, *, first: int | None = 0, decay: float = 1.0
+    hooks: Variant,
+    prompts: PromptBatch,
+    seen: int,
+    *,
+    first: int | None = 0,
+    decay: float = 1.0,
+    everywhere: bool = False,
 ) -> list[tuple[str, Callable[..., Any]]]:
     """Return the hooks of a pass over the positions from ``seen`` on.
 
@@ -143,14 +149,17 @@ def hooks_of_pass(
         seen: The number of positions before the pass, padding included.
         first: On how many tokens after the prompt interventions act too; None for all.
         decay: The factor of their scales per such token.
+        everywhere: Whether those at every position act on all tokens after the prompt.
     """
     found: list[tuple[str, Callable[..., Any]]] = []
     for hook in hooks:
         if not isinstance(hook, Intervention):
             name, hook_function = hook
             found.append((name, hook_function))
-        elif not seen or first is None or seen - prompts.tokens.shape[1] < first:
-            found.append((hook.name, _acting(hook, prompts, seen, first, decay)))
+            continue
+        n = None if everywhere and hook.position is None else first
+        if not seen or n is None or seen - prompts.tokens.shape[1] < n:
+            found.append((hook.name, _acting(hook, prompts, seen, n, decay)))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -27,11 +26,12 @@ from transformer_lens_taskvec.interventions.variants import (
 from transformer_lens_taskvec.models.beams import check_beams
 from transformer_lens_taskvec.models.capabilities import capabilities
 from transformer_lens_taskvec.models.decoding import Decoding
+from transformer_lens_taskvec.models.forward import Hooks
 from transformer_lens_taskvec.models.layouts import check_readable
 from transformer_lens_taskvec.models.limits import check_lengths
 from transformer_lens_taskvec.models.prefixes import fewest_saved, in_steps, steps
 from transformer_lens_taskvec.models.protocol import device_of
-from transformer_lens_taskvec.models.tokens import encode, encode_prompts
+from transformer_lens_taskvec.models.tokens import PromptBatch, encode, encode_prompts
 from transformer_lens_taskvec.prompts import AnyEpisode, PromptTemplate
 
 
@@ -107,6 +107,8 @@ class Request:
         scores: Whether scores are kept.
         streamer: Is given tokens as they come.
         use_cache: Whether to keep a KV cache; None if the model supports it.
+        everywhere: Whether interventions at every position act on all new tokens, as they do where
+            answers are scored.
     """
 
     texts: Sequence[str]
@@ -121,6 +123,7 @@ class Request:
     scores: bool
     streamer: Any
     use_cache: bool | None
+    everywhere: bool = False
 
     @property
     def n_read(self) -> int:
@@ -150,8 +153,10 @@ def request_of(
     texts, episodes, encoded = _encoded(model, prompts, template)
     interventions = list(interventions)  # a generator can be read only once
     check_variants(model, [interventions])
-    if first is not None and first < 0:
-        raise ValueError(f"first is {first}; it must be 0 or more, or None for all new tokens")
+    if first is not None and (first < 0 or int(first) != first):
+        raise ValueError(
+            f"first is {first}; it must be a whole number, 0 or more, or None for all new tokens"
+        )
     if not (isfinite(decay) and decay > 0) or (decay != 1 and first == 0):
         raise ValueError(
             f"decay is {decay} and first {first}; decay must be a finite number above 0, and other "
@@ -196,7 +201,7 @@ def continuations(model: Any, request: Request, carried: Variant = ()) -> Contin
     Args:
         model: The model.
         request: From :func:`request_of`.
-        carried: Interventions that were taken off the model, which act first.
+        carried: Interventions that were taken off the model, which act first, on prompts only.
 
     Raises:
         ValueError: If a cache is asked for that the model does not support, or as for
@@ -222,11 +227,21 @@ def continuations(model: Any, request: Request, carried: Variant = ()) -> Contin
         # Padding between tokens counts where attention does by index.
         fewest=fewest_saved(model) if shares and can.apart is None else None,
     )
+
+    def hooks(batch: PromptBatch, seen: int) -> Hooks:
+        before, own = edits[: len(carried)], edits[len(carried) :]
+        everywhere = request.everywhere
+        first, decay = request.first, request.decay
+        return [
+            *hooks_of_pass(before, batch, seen, everywhere=everywhere),
+            *hooks_of_pass(own, batch, seen, first=first, decay=decay, everywhere=everywhere),
+        ]
+
     work = Work(
         model,
         decoding,
         encoded,
-        hooks=partial(hooks_of_pass, edits, first=request.first, decay=request.decay),
+        hooks=hooks,
         names=request.names,
         keeps_scores=request.scores,
         streamer=request.streamer,

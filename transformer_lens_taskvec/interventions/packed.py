@@ -327,6 +327,11 @@ def _tails(
     """Yield with which number of its last tokens a prompt branches, and the prompts."""
     some = [work.variants[index] for index in variants]
     needed = {row: tail(some, row) or 1 for row in rows}
+    for row, own in needed.items():
+        if own > len(work.prompts[row]):
+            raise ValueError(
+                f"position {-own} is outside a prompt of {len(work.prompts[row])} token(s)"
+            )
     while needed:
         length = max(needed.values())
         found = [row for row in needed if len(work.prompts[row]) >= length]

@@ -246,8 +246,15 @@ def alike_in_scores(
     )
     if not known or isinstance(prompts[0], Tensor):
         return [[row] for row in rows]
+    at = [
+        hook.position
+        for variant in variants
+        for hook in variant
+        if isinstance(hook, Intervention) and isinstance(hook.position, Separator)
+    ]
     alike: dict[Any, list[int]] = {}
     for row in rows:
-        key = (*prompts[row],), episodes[row].answer, episodes[row].template
+        places = getattr(episodes[row], "outputs_begin", ()) if at else ()
+        key = (*prompts[row],), episodes[row].answer, episodes[row].template, places
         alike.setdefault(key, []).append(row)
     return list(alike.values())

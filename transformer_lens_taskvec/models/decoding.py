@@ -231,9 +231,18 @@ def decoding_of(
     if config is None:
         sampled = {"do_sample": True, "temperature": float(temperature), "top_k": 0}
         config = GenerationConfig(**sampled) if temperature else GenerationConfig()
-    given = [] if stop is None else [stop] if isinstance(stop, str | StoppingCriteria) else [*stop]
+    single = isinstance(stop, str | StoppingCriteria) or not isinstance(stop, Sequence)
+    given: list[Any] = [] if stop is None else [stop] if single else [*stop]
     texts = config.stop_strings or []
     stops = (*given, *([texts] if isinstance(texts, str) else texts))
+    for stop in stops:
+        if not isinstance(stop, str | StoppingCriteria):
+            raise ValueError(f"stop has {stop!r}; give texts, or transformers.StoppingCriteria")
+        if isinstance(stop, str) and stop in _special(model):
+            raise ValueError(
+                f"stop has {stop!r}, a special token, which is no text of a continuation; name it "
+                "in config: GenerationConfig(eos_token_id=...)"
+            )
     if "" in stops:
         raise ValueError("stop has an empty text, which ends every continuation; leave it out")
     ends = config.eos_token_id
@@ -241,6 +250,12 @@ def decoding_of(
         ends = token_id(model, "eos")
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return Decoding(config, n_new, seed, tuple(ends), stops)
+
+
+def _special(model: Any) -> Sequence[str]:
+    """Return the texts of the tokenizer's special tokens."""
+    found: Sequence[str] = getattr(model.tokenizer, "all_special_tokens", ())
+    return found
 
 
 def choice_of(
@@ -318,10 +333,8 @@ def _check(config: GenerationConfig) -> None:
             continue
         if name not in _WARPERS:
             known = ", ".join((*_PROCESSORS, *_WARPERS, *_HONOURED))
-            hint = " instead of max_length" if name == "max_length" else ""
             raise ValueError(
-                f"config has {name}={value!r}, which generate does not take{hint}; it takes: "
-                f"{known}"
+                f"config has {name}={value!r}, which generate does not take; it takes: {known}"
             )
         if not config.do_sample:
             raise ValueError(

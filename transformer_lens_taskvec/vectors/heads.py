@@ -389,7 +389,10 @@ def function_vectors(
 def _checked(model: Any, heads: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Return heads, each of which the model has."""
     shape = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    found = tuple((int(layer), int(head)) for layer, head in heads)
+    pairs = [tuple(one) if isinstance(one, Sequence) else (one,) for one in heads]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"heads is {list(heads)}; give pairs of layer and head")
+    found = tuple((int(layer), int(head)) for layer, head in pairs)
     missing = [
         one for one in found if not all(0 <= at < n for at, n in zip(one, shape, strict=True))
     ]
