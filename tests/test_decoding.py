@@ -57,13 +57,15 @@ def test_votes_spread_and_settings(toy: Any, monkeypatch: pytest.MonkeyPatch) ->
             for index, text in enumerate(right)
         ]
 
-    monkeypatch.setattr(decoding, "generate", said)
-    settings = {"greedy": {}, "warm": {"temperature": 0.7, "use_cache": False}}
+    monkeypatch.setattr(decoding, "answers", said)
+    settings = {"greedy": {}, "warm": {"temperature": 0.7, "seed": 4}}
     found = decoding_sensitivity(toy, episodes, decodings=settings, n_samples=5, seed=3)
     assert found.single[0].mean(dim=-1).tolist() == pytest.approx([1, 0.5])
     assert found.vote[0, 1].tolist() == [1, 1, 1, 1]
     assert found.agreement[0, 1].tolist() == pytest.approx([0.6, 0.4, 0.6, 0.4])
-    assert given[1]["use_cache"] is False and given[1]["seed"] == 3
+    assert given[0]["seed"] == 3 and given[1]["seed"] == 4
+    with pytest.raises(ValueError, match="decoding 's' has stop; give temperature or config"):
+        decoding_sensitivity(toy, episodes, decodings={"s": {"stop": "x"}})
     assert given[0]["max_new_tokens"] == 6 and given[0]["stop"] == "\n"
     [row] = found.spread().to_dict("records")
     assert row["best"] == "greedy" and row["worst"] == "warm"

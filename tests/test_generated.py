@@ -292,7 +292,11 @@ REFUSED = [
         {},
         "num_return_sequences=2, which",
     ),
-    ({"max_length": 30}, {}, "instead of max_length"),
+    (
+        {"max_length": 30},
+        {},
+        "max_length=30, which generate does not take; it takes:.* max_new_tokens",
+    ),
     ({"output_scores": True}, {}, "output_scores=True"),
     ({"penalty_alpha": 0.6}, {}, "penalty_alpha=0.6"),
     ({"num_beams": 2, "do_sample": True}, {}, "num_beams=2 and do_sample=True"),

@@ -189,7 +189,10 @@ def generate(
         streamer=streamer,
         use_cache=use_cache,
     )
-    found = _run(model, request)
+    with inference(model), taking_along(model, Intervention) as carried:
+        if capabilities(model).hooked:
+            warn_of_hooks(model, stacklevel=2)
+        found = continuations(model, request, carried)
     return list(found.texts) if observe is None and not scores else found
 
 
@@ -208,7 +211,7 @@ def answers(
     """Return continuations under interventions that act as where answers are scored.
 
     That is, those at every position act on the new tokens too. The arguments are those of
-    :func:`generate`.
+    :func:`generate`. What there is to say of hooks is said where answers are scored.
     """
     decoding = decoding_of(
         model,
@@ -224,8 +227,6 @@ def answers(
 
 def _run(model: Any, request: Request) -> Continuations:
     with inference(model), taking_along(model, Intervention) as carried:
-        if capabilities(model).hooked:
-            warn_of_hooks(model, stacklevel=3)
         return continuations(model, request, carried)
 
 
