@@ -166,6 +166,30 @@ steered = tv.analysis.steer(
 steered
 
 # %% [markdown]
+# How much does the accuracy of an injected vector depend on how answers are decoded? `single` is the
+# mean of five samples, `vote` the answer that most of them give.
+
+# %%
+some = [one for one in test if one.task == "present_gerund"]
+decoded = tv.analysis.decoding_sensitivity(
+    model, some, vectors=vectors, layer=LAYER, n_samples=2 if FAST else 5
+)
+columns = ["variant", "decoding", "single", "vote", "vote_low", "vote_high", "agreement"]
+decoded.to_frame()[columns].round(2)
+
+# %% [markdown]
+# ## How much of the prompt it needs
+#
+# Pool every word of the prompt: from a layer on, each of its tokens holds the mean of them all. Then
+# pool random spans of the same lengths in its place. What is lost by start layer?
+
+# %%
+few = sets["test"][:: 4 if FAST else 2]
+pooled = tv.analysis.pooling_robustness(model, few, start_layers=[0, 10, 20], k=5)
+axes = tv.plot_pooling_robustness(pooled)
+pooled.comparison(0).to_frame()[["task", "against", "accuracy", "other", "low", "high"]].round(2)
+
+# %% [markdown]
 # ## Your turn
 #
 # Where do tasks come apart? `method="retrieval"` asks of every vector whether the nearest of the others
