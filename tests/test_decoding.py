@@ -31,14 +31,25 @@ def test_accuracy_under_sampling_is_the_answers_probability(toy: Any) -> None:
         assert len(answer) == 1
         expected.append(float(chances[answer[0]]))
     settings = {"greedy": {}, "hot": {"temperature": 2.0}}
-    found = decoding_sensitivity(toy, zero, decodings=settings, n_samples=200, max_new_tokens=1)
+    found = decoding_sensitivity(toy, zero, decodings=settings, n_samples=200)
     for row, share in enumerate(expected):
         assert float(found.single[0, 1, row]) == pytest.approx(share, abs=0.13)
     assert float(found.single[0, 1].mean()) == pytest.approx(sum(expected) / 6, abs=0.05)
     greedy = tv.evaluate(toy, zero)
     assert found.single[0, 0].bool().equal(greedy.correct) and found.n_samples == (1, 200)
-    again = decoding_sensitivity(toy, zero, decodings=settings, n_samples=200, max_new_tokens=1)
+    again = decoding_sensitivity(toy, zero, decodings=settings, n_samples=200)
     assert again.single.equal(found.single)
+
+
+@pytest.mark.parametrize("stop", [None, "separator"])
+def test_greedy_is_the_accuracy_that_evaluate_gives(toy: Any, stop: str | None) -> None:
+    episodes = tv.sample_episodes(tv.find_tasks(["XOR", "OR"]), 8, 4, seed=0)
+    vectors, zero = tv.task_vectors(tv.collect(toy, episodes)), tv.zero_shot(episodes)
+    edits = vectors.inject("XOR", 1, scale=0.8)
+    decodings: dict[str, Any] = {"greedy": {}}
+    found = decoding_sensitivity(toy, zero, {"own": edits}, decodings=decodings, stop=stop)
+    scores = tv.evaluate(toy, zero, edits, stop=stop)
+    assert found.single[1, 0].bool().equal(scores.correct) and 0 < scores.accuracy < 1
 
 
 def test_votes_spread_and_settings(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +77,11 @@ def test_votes_spread_and_settings(toy: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert given[0]["seed"] == 3 and given[1]["seed"] == 4
     with pytest.raises(ValueError, match="decoding 's' has stop; give temperature or config"):
         decoding_sensitivity(toy, episodes, decodings={"s": {"stop": "x"}})
-    assert given[0]["max_new_tokens"] == 6 and given[0]["stop"] == "\n"
+    assert given[0]["max_new_tokens"] == 5 and given[0]["stop"] is None
+    decoding_sensitivity(toy, episodes, decodings={"greedy": {}}, stop="separator")
+    assert given[-1]["max_new_tokens"] == 6 and given[-1]["stop"] == "\n"
+    with pytest.raises(ValueError, match="max_new_tokens is 9, and without a separator"):
+        decoding_sensitivity(toy, episodes, max_new_tokens=9)
     [row] = found.spread().to_dict("records")
     assert row["best"] == "greedy" and row["worst"] == "warm"
     assert row["spread"] == pytest.approx(0.5)

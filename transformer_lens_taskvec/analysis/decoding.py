@@ -156,13 +156,15 @@ def decoding_sensitivity(
     controls: bool | Mapping[str, Injectable] = False,
     decodings: Mapping[str, Mapping[str, Any]] | None = None,
     n_samples: int = 5,
+    stop: str | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
 ) -> DecodingSensitivity:
     """Return the accuracy of zero-shot answers under variants and decodings.
 
-    An answer is what stands before the template's separator, and right if it is the episode's,
-    spaces at its ends aside.
+    As for :func:`evaluate`, an answer is right if its tokens are those of the episode's, whatever
+    follows; so as many are generated. With ``stop="separator"`` an answer is what stands before the
+    template's separator. Spaces at its ends do not count.
 
     Args:
         model: Any model with TransformerLens' hook API and a tokenizer.
@@ -175,12 +177,14 @@ def decoding_sensitivity(
             three temperatures, and top-p.
         n_samples: How often each prompt is sampled, for accuracies and votes; once where no
             argument says how, which is greedy.
-        max_new_tokens: The most tokens of an answer; by default those of the longest right answer
-            with its separator.
+        stop: As for :func:`evaluate`: whether the separator must follow.
+        max_new_tokens: With a separator, the most tokens of an answer; by default those of the
+            longest right answer with it.
         seed: Seed of the sampling and of the controls.
 
     Raises:
-        ValueError: If there are no episodes or decodings, ``n_samples`` is below 1, or as for
+        ValueError: If there are no episodes or decodings, ``n_samples`` is below 1, ``stop`` is
+            unknown, ``max_new_tokens`` is given without it, or as for
             :func:`generate`.
 
     Example:
@@ -207,21 +211,28 @@ def decoding_sensitivity(
             )
     layers = None if vectors is None else [layer]
     named = named_variants(model, episodes, variants or {}, vectors, layers, controls, seed)
-    if max_new_tokens is None:
-        max_new_tokens = max(map(len, encode_answers(model, episodes, stop="separator")))
+    if max_new_tokens is not None and stop is None:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}, and without a separator as many tokens count as "
+            "the right answer has; leave it out, or give stop='separator'"
+        )
+    lengths = [len(ids) for ids in encode_answers(model, episodes, stop=stop)]
+    if stop is not None:
+        lengths = [max_new_tokens or max(lengths)] * len(episodes)
     repeats = tuple(n_samples if settings else 1 for settings in decodings.values())
     shape = len(named), len(decodings), len(episodes)
     single, vote, agreement = (torch.zeros(shape) for _ in range(3))
     tasks, labels = label(episodes)
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row, episode in enumerate(episodes):
-        groups.setdefault((episode.task, episode.separator), []).append(row)
-    for (task, stop), rows in groups.items():
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    for row, (episode, n) in enumerate(zip(episodes, lengths, strict=True)):
+        end = "" if stop is None else episode.separator
+        groups.setdefault((episode.task, end, n), []).append(row)
+    for (task, end, n), rows in groups.items():
         for at, of in enumerate(named.values()):
             for place, settings in enumerate(decodings.values()):
                 asked = [episodes[row] for row in rows for _ in range(repeats[place])]
-                options = {"max_new_tokens": max_new_tokens, "seed": seed, **settings}
-                texts = answers(model, asked, of(task), stop=stop or None, **options)
+                options = {"max_new_tokens": n, "seed": seed, **settings}
+                texts = answers(model, asked, of(task), stop=end or None, **options)
                 for index, row in enumerate(rows):
                     own = texts[index * repeats[place] : (index + 1) * repeats[place]]
                     said = Counter(text.strip() for text in own)
