@@ -36,6 +36,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="device of the models in tests/benchmarks and tests/gpu")
 
 
+@pytest.fixture(autouse=True)
+def closes_its_figures() -> Iterator[None]:
+    """Close what a test has drawn, so that no other test finds it; fixtures' figures stay."""
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    yield
+    for number in plt.get_fignums():
+        if number not in before:
+            plt.close(number)
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """The device asked for, the CPU by default."""

@@ -108,13 +108,13 @@ def test_right_answers_need_no_generation(
     toy: Any, sets: dict[str, list[tv.Episode]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    real = tv.scoring.generate
+    real = tv.scoring.answers
 
     def counting(model: Any, prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
         asked.append(len(prompts))
         return real(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(tv.scoring, "generate", counting)
+    monkeypatch.setattr(tv.scoring, "answers", counting)
     scores = tv.evaluate(toy, sets["test"], keep_text=True)
     assert sum(asked) == int((~scores.correct).sum()) < 10
     asked.clear()
