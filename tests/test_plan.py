@@ -250,9 +250,9 @@ def test_a_whole_job_is_planned_by_doing_all_but_its_passes(tmp_path: Path) -> N
     with watching(model) as ran, pytest.MonkeyPatch.context() as patch:
         patch.setattr(carried, "_OWN", (*carried._OWN, __name__))
         # A plan takes all answers to be wrong, and none to end.
-        with_texts, continued = scoring._with_texts, scoring.generate
+        with_texts, continued = scoring._with_texts, scoring.answers
         patch.setattr(scoring, "_with_texts", all_wrong)
-        patch.setattr(scoring, "generate", lambda *a, **b: continued(*a, **{**b, "stop": None}))
+        patch.setattr(scoring, "answers", lambda *a, **b: continued(*a, **{**b, "stop": None}))
         patch.setattr(controls, "_with_shuffled_weights", lambda same, seed: same)
         job(lambda same: same, tmp_path)
     assert plan.passes == ran.calls
