@@ -184,8 +184,8 @@ decoded.to_frame()[columns].round(2)
 # pool random spans of the same lengths in its place. What is lost by start layer?
 
 # %%
-few = sets["test"][:: 4 if FAST else 2]
-pooled = tv.analysis.pooling_robustness(model, few, start_layers=[0, 10, 20], k=5)
+few, k = (sets["test"], 2) if FAST else (sets["test"][::2], 5)
+pooled = tv.analysis.pooling_robustness(model, few, start_layers=[0, 10, 20], k=k)
 axes = tv.plot_pooling_robustness(pooled)
 pooled.comparison(0).to_frame()[["task", "against", "accuracy", "other", "low", "high"]].round(2)
 
