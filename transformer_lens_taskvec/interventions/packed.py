@@ -135,8 +135,13 @@ def answer_logits(
     check_lengths(model, prompts, answers)
     can = capabilities(model)
     every = range(len(variants))
-    at_end = [index for index in every if all(map(acts_at_end, variants[index]))]
-    before = [index for index in every if tail([variants[index]], 0) and index not in at_end]
+    at_end: list[int] = []
+    before: list[int] = []
+    for index in every:
+        if all(map(acts_at_end, variants[index])):
+            at_end.append(index)
+        elif tail([variants[index]], 0) is not None:
+            before.append(index)
     packable = sorted([*at_end, *before])
     if can.hooked:
         warn_of_hooks(model, stacklevel=4)
@@ -155,7 +160,8 @@ def answer_logits(
             continue
         branches = branching(model, there, some, shares_layers=can.shares_layers)
         seen = () if some is before and at_end else observe
-        for length, rows in _tails(work, together, some):
+        parts = [(1, together)] if some is at_end else _tails(work, together, some)
+        for length, rows in parts:
             if length > _TAIL:
                 yield from _plainly(work, rows, some, seen)
                 continue
