@@ -247,19 +247,5 @@ def continue_ids(
         interventions: As for :func:`generate`, checked and without separators.
     """
     check_lengths(model, encoded, decoding.max_new_tokens)
-    request = Request(
-        texts=(),
-        episodes=(),
-        encoded=encoded,
-        interventions=interventions,
-        decoding=decoding,
-        first=0,
-        decay=1.0,
-        observe=None,
-        names=(),
-        scores=False,
-        streamer=None,
-        use_cache=None,
-        everywhere=True,
-    )
+    request = Request((), (), encoded, interventions, decoding, everywhere=True)
     return [list(ids) for ids in _run(model, request).tokens]

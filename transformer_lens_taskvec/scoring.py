@@ -346,14 +346,16 @@ def _with_texts(
     prompts, _ = encode_prompts(model, episodes)
     lengths = list(map(len, encode_answers(model, episodes)))
     context = limits(model).context
+    longest: dict[str, int] = {}
+    for episode, n in zip(episodes, lengths, strict=True):
+        longest[episode.task] = max(n, longest.get(episode.task, 0))
     for rows, variant in groups:
         wrong = [row for row in rows.tolist() if not scores.correct[row]]
         alike = alike_in_scores(wrong, episodes, prompts, [variant])
         together: dict[tuple[str, int], list[list[int]]] = {}
         for copies in alike:
             row = copies[0]
-            same = (scores.labels == scores.labels[row]).tolist()
-            most = _MORE + max(n for n, own in zip(lengths, same, strict=True) if own)
+            most = _MORE + longest[episodes[row].task]
             if context is not None:
                 most = min(most, context + 1 - len(prompts[row]))
             together.setdefault((episodes[row].separator, most), []).append(copies)

@@ -116,13 +116,13 @@ class Request:
     encoded: Sequence[Sequence[int]]
     interventions: Variant
     decoding: Decoding
-    first: int | None
-    decay: float
-    observe: Observe | None
-    names: Sequence[str]
-    scores: bool
-    streamer: Any
-    use_cache: bool | None
+    first: int | None = 0
+    decay: float = 1.0
+    observe: Observe | None = None
+    names: Sequence[str] = ()
+    scores: bool = False
+    streamer: Any = None
+    use_cache: bool | None = None
     everywhere: bool = False
 
     @property

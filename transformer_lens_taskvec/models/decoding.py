@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -254,7 +255,8 @@ def decoding_of(
 
 def _special(model: Any) -> Sequence[str]:
     """Return the texts of the tokenizer's special tokens."""
-    found: Sequence[str] = getattr(model.tokenizer, "all_special_tokens", ())
+    tokenizer = getattr(model, "tokenizer", None)
+    found: Sequence[str] = getattr(tokenizer, "all_special_tokens", ())
     return found
 
 
@@ -276,10 +278,9 @@ def choice_of(
     generators: tuple[torch.Generator, ...] = ()
     warpers: list[Any] = []
     if config.do_sample:
+        numbers = occurrences(prompts)
         generators = tuple(
-            torch.Generator(device).manual_seed(
-                seed_of(decoding.seed, prompts[row], occurrence(prompts, row))
-            )
+            torch.Generator(device).manual_seed(seed_of(decoding.seed, prompts[row], numbers[row]))
             for row in rows
         )
         warpers = [
@@ -302,14 +303,20 @@ def choice_of(
     )
 
 
-def occurrence(prompts: Sequence[Sequence[int]], row: int) -> int:
-    """Return how many times a row's prompt came before in the list.
+def occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many times each prompt came before in the list.
 
     Example:
-        >>> occurrence([[1, 2], [3], [1, 2]], 2)
-        1
+        >>> occurrences([[1, 2], [3], [1, 2]])
+        [0, 0, 1]
     """
-    return sum(list(prompt) == list(prompts[row]) for prompt in prompts[:row])
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        found.append(seen[key])
+        seen[key] += 1
+    return found
 
 
 def seed_of(seed: int, prompt: Sequence[int], number: int) -> int:
