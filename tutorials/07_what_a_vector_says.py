@@ -131,7 +131,7 @@ close.summary()[columns].groupby("variant", sort=False).mean().round(2)
 
 # %% [markdown]
 # So why not give only the first tokens of an answer with demonstrations, and go on without (Liu et al.
-# 2024)? Names in capitals and underscores have long answers. A row is what stands in for the
+# 2024)? Names in camel case have answers of several tokens. A row is what stands in for the
 # demonstrations, a column how many tokens were given with them.
 
 # %%
