@@ -247,7 +247,7 @@ def test_a_demonstration_of_another_task_writes_against_the_task(
 
 def test_a_lab_model_is_split_by_its_vectors() -> None:
     model, problem = lab.shipped_run().model(), lab.SparseLinearMixture.small()
-    episodes = lab.regression_episodes(problem, n=3, n_shots=5)
+    episodes = lab.problem_episodes(problem, n=3, n_shots=5)
     found = attribute_demonstrations(model, episodes, 1)
     out = tv.collect(model, episodes, hook="attn_out", layers=[0, 1]).values
     wanted = torch.stack([out[3 * task : 3 * task + 3].mean(dim=0) for task in range(4)])

@@ -246,8 +246,8 @@ def test_errors_of_scores_without_answers_and_answers_that_are_numbers_are_refus
 ) -> None:
     with pytest.raises(ValueError, match="keep_text=True"):
         tv.evaluate(toy, sets["test"][:2]).errors()
-    other = lab.regression_episodes(lab.SparseLinearMixture.small(), n=1)
-    with pytest.raises(ValueError, match="RegressionEpisode has none"):
+    other = lab.problem_episodes(lab.SparseLinearMixture.small(), n=1)
+    with pytest.raises(ValueError, match="LabEpisode has none"):
         tv.evaluate(toy, other, keep_text=True)
     scores = tv.evaluate(toy, sets["test"][:2])
     with pytest.raises(ValueError, match="of other episodes"):

@@ -43,7 +43,7 @@ from transformer_lens_taskvec.paper.checkpoints import over_checkpoints
 
 CONFIG = dataclasses.replace(
     PRESETS["small"],
-    mixture=SparseLinearMixture.orthogonal(2, 2, n_points=4),
+    problem=SparseLinearMixture.orthogonal(2, 2, n_points=4),
     n_layers=1,
     n_heads=2,
     d_model=8,
@@ -452,7 +452,7 @@ def test_the_place_of_the_damage_is_named(tmp_path: Path) -> None:
         ({**config, "d_model": 10**9}, r"000006\.safetensors: .*too few for the model that conf"),
         ({**config, "n_layers": 10**9}, r"000006\.safetensors: .*too few for the model"),
         ({**config, "steps": 0}, r"config\.json: .*steps must be at least 1, got 0"),
-        ({**config, "mixture": {"kind": "Mine"}}, r"config\.json: .*run's mixture as mixture="),
+        ({**config, "problem": {"kind": "Mine"}}, r"config\.json: .*run's problem as problem="),
         ([config], r"config\.json: damaged settings of a run: expected an object"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings))

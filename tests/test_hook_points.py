@@ -295,7 +295,7 @@ def test_layers_of_different_widths_are_collected_one_at_a_time(
 
 def test_models_of_the_lab_are_asked_too() -> None:
     model = lab.shipped_run().model()
-    episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=3, n_shots=4)
+    episodes = lab.problem_episodes(lab.SparseLinearMixture.small(), n=3, n_shots=4)
     with pytest.raises(ValueError, match="no position as its second axis"):
         tv.collect(model, episodes, hook="pattern")
     with pytest.raises(ValueError, match="no axis of heads"):

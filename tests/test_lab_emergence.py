@@ -18,13 +18,13 @@ from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.lab.emergence import Emergence
-from transformer_lens_taskvec.lab.training.regression import Run
+from transformer_lens_taskvec.lab.training.on_problem import Run
 from transformer_lens_taskvec.models.protocol import hook_name
 from transformer_lens_taskvec.plots import save_figures
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 pytestmark = pytest.mark.model
-MIXTURE = lab.SparseLinearMixture.orthogonal(2, 2, n_points=6)
+PROBLEM = lab.SparseLinearMixture.orthogonal(2, 2, n_points=6)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def found(run: Run) -> Emergence:
 
 
 def episodes(n: int = 12, n_shots: int | None = None, seed: int = 0) -> list[Any]:
-    return lab.regression_episodes(MIXTURE, n, n_shots, seed)
+    return lab.problem_episodes(PROBLEM, n, n_shots, seed)
 
 
 def test_an_episode_is_a_sequence_of_the_mixture() -> None:
     first, *_, last = episodes(3)
     labels = lab.balanced_labels(2, 3)
-    batch = MIXTURE.sample(6, torch.Generator().manual_seed(0), labels=labels)
+    batch = PROBLEM.sample(6, torch.Generator().manual_seed(0), labels=labels)
     assert (first.task, last.task) == ("B1", "B2")
     assert first.n_shots == 5 and first.prompt.shape == (11, 4)
     torch.testing.assert_close(last.prompt, lab.interleave(batch.xs, batch.ys)[-1])
@@ -106,7 +106,7 @@ def test_interventions_act_as_hooks_do(model: Any) -> None:
     assert all(not point.has_hooks() for point in model.hook_dict.values())
 
 
-def test_vectors_sweeps_and_heads_take_regression_episodes(model: Any) -> None:
+def test_vectors_sweeps_and_heads_take_problem_episodes(model: Any) -> None:
     train, test = episodes(seed=1), episodes(seed=2)
     activations = tv.collect(model, train)
     vectors = tv.task_vectors(activations)
@@ -156,14 +156,14 @@ def test_a_swap_in_a_subspace_keeps_the_rest() -> None:
 
 
 def test_tasks_separate_as_the_error_falls(found: Emergence) -> None:
-    late, td = found.late_mse.mean(-1), found.td[:, found.best_layer()].mean(-1)
+    late, td = found.late_loss.mean(-1), found.td[:, found.best_layer()].mean(-1)
     assert td[0] < 0.35 and td[-1] >= 0.95
-    assert (found.late_mse[0] > 30 * found.late_mse[-1]).all()
+    assert (found.late_loss[0] > 30 * found.late_loss[-1]).all()
     # Better than those that do not infer the basis, though LASSO has 8 to 15 pairs for 2 weights.
     assert late[-1] < 0.5 * found.oracles.late("ridge")
     assert late[-1] < found.oracles.late("lasso")
     assert late[-1] < 2.5 * found.oracles.late("Bayes mixture")
-    assert found.td_mse_correlation <= -0.8
+    assert found.td_loss_correlation <= -0.8
 
 
 def test_swaps_do_harm_once_tasks_are_apart(found: Emergence) -> None:
@@ -199,13 +199,13 @@ def test_the_posterior_is_held_against_neighbours(run: Run) -> None:
     assert few.correlation > 0.3 and many.neighbours.mean() > 0.9
     other = lab.RegressionFamilies(dim=8, n_points=16)
     with pytest.raises(ValueError, match="RegressionFamilies has no exact posterior"):
-        lab.posterior_agreement(Run(run.path, _with(run, other), 0, run.steps, run.mse, ()), 3)
+        lab.posterior_agreement(Run(run.path, _with(run, other), 0, run.steps, run.loss, ()), 3)
 
 
-def _with(run: Run, mixture: Any) -> Any:
+def _with(run: Run, problem: Any) -> Any:
     import dataclasses
 
-    return dataclasses.replace(run.config, mixture=mixture)
+    return dataclasses.replace(run.config, problem=problem)
 
 
 def test_commands_train_and_show(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_some_checkpoints_are_exported(tmp_path: Path, run: Run) -> None:
     assert small.steps == run.steps[-2:]
     file = next((tmp_path / "some" / "checkpoints").iterdir())
     assert all(value.dtype == torch.float16 for value in load_file(file).values())
-    batch = run.config.mixture.sample(20, torch.Generator().manual_seed(0))
+    batch = run.config.problem.sample(20, torch.Generator().manual_seed(0))
     with torch.no_grad():
         one, other = (r.model()(batch.xs, batch.ys) for r in (run, small))
     torch.testing.assert_close(one, other)

@@ -25,7 +25,7 @@ from transformer_lens_taskvec.lab.problems.base import Batch
 from transformer_lens_taskvec.lab.problems.families import RegressionFamilies
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 
-MIXTURES = {
+PROBLEMS = {
     "default": SparseLinearMixture(),
     "small": SparseLinearMixture.small(),
     "overlapping": SparseLinearMixture.overlapping(n_points=8),
@@ -42,16 +42,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def draw(mixture: SparseLinearMixture, n: int, seed: int = 0) -> Batch:
-    return mixture.sample(n, torch.Generator().manual_seed(seed))
+def draw(problem: SparseLinearMixture, n: int, seed: int = 0) -> Batch:
+    return problem.sample(n, torch.Generator().manual_seed(seed))
 
 
-def known(mixture: SparseLinearMixture) -> dict[str, Any]:
-    return {"bases": mixture.bases, "noise_variance": mixture.noise_variance}
+def known(problem: SparseLinearMixture) -> dict[str, Any]:
+    return {"bases": problem.bases, "noise_variance": problem.noise_variance}
 
 
-def bayes(mixture: SparseLinearMixture, batch: Batch) -> MixturePosterior:
-    return bayes_mixture(batch.xs, batch.ys, **known(mixture))
+def bayes(problem: SparseLinearMixture, batch: Batch) -> MixturePosterior:
+    return bayes_mixture(batch.xs, batch.ys, **known(problem))
 
 
 @pytest.mark.parametrize("penalty", [0.01, 1.0])
@@ -91,43 +91,43 @@ def test_least_squares_is_numpys_least_norm_solution() -> None:
             np.testing.assert_allclose(found[row, point], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(MIXTURES))
+@pytest.mark.parametrize("name", list(PROBLEMS))
 def test_the_posterior_is_the_normalised_evidence(name: str) -> None:
-    mixture = MIXTURES[name]
-    batch = draw(mixture, 4, seed=1)
-    found = mixture.posterior(batch)
-    assert torch.equal(found, bayes(mixture, batch).probabilities)
-    torch.testing.assert_close(found.sum(-1), torch.ones(4, mixture.n_points))
-    torch.testing.assert_close(found[:, 0], torch.full_like(found[:, 0], 1 / len(mixture.bases)))
+    problem = PROBLEMS[name]
+    batch = draw(problem, 4, seed=1)
+    found = problem.posterior(batch)
+    assert torch.equal(found, bayes(problem, batch).probabilities)
+    torch.testing.assert_close(found.sum(-1), torch.ones(4, problem.n_points))
+    torch.testing.assert_close(found[:, 0], torch.full_like(found[:, 0], 1 / len(problem.bases)))
     for row in range(4):
         x, y = batch.xs[row].double().numpy(), batch.ys[row].double().numpy()
-        for point in range(1, mixture.n_points):
+        for point in range(1, problem.n_points):
             evidence = []
-            for basis in mixture.bases:
+            for basis in problem.bases:
                 inputs = x[:point, list(basis)]
-                covariance = inputs @ inputs.T + mixture.noise_variance * np.eye(point)
+                covariance = inputs @ inputs.T + problem.noise_variance * np.eye(point)
                 evidence.append(multivariate_normal(cov=covariance).logpdf(y[:point]))
             expected = np.exp(np.array(evidence) - np.logaddexp.reduce(evidence))
             np.testing.assert_allclose(found[row, point], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(MIXTURES))
+@pytest.mark.parametrize("name", list(PROBLEMS))
 def test_the_prediction_of_a_known_basis_is_ridge_on_its_coordinates(name: str) -> None:
-    mixture = MIXTURES[name]
-    batch = draw(mixture, 30)
-    of_truth = true_basis_ridge(batch.xs, batch.ys, batch.labels, **known(mixture))
-    by_basis = bayes(mixture, batch).by_basis
-    for k, basis in enumerate(mixture.bases):
-        expected = ridge(batch.xs[..., list(basis)], batch.ys, penalty=mixture.noise_variance)
+    problem = PROBLEMS[name]
+    batch = draw(problem, 30)
+    of_truth = true_basis_ridge(batch.xs, batch.ys, batch.labels, **known(problem))
+    by_basis = bayes(problem, batch).by_basis
+    for k, basis in enumerate(problem.bases):
+        expected = ridge(batch.xs[..., list(basis)], batch.ys, penalty=problem.noise_variance)
         torch.testing.assert_close(by_basis[..., k], expected, atol=1e-4, rtol=1e-4)
         chosen = batch.labels == k
         torch.testing.assert_close(of_truth[chosen], expected[chosen], atol=1e-4, rtol=1e-4)
 
 
 def test_the_posterior_is_calibrated() -> None:
-    mixture = SparseLinearMixture.small(n_points=4)
-    batch = draw(mixture, 20_000)
-    probability = bayes(mixture, batch).probabilities[:, 2]
+    problem = SparseLinearMixture.small(n_points=4)
+    batch = draw(problem, 20_000)
+    probability = bayes(problem, batch).probabilities[:, 2]
     right = torch.nn.functional.one_hot(batch.labels, 4).float()
     for low in (0.0, 0.2, 0.4, 0.6, 0.8):
         members = (probability >= low) & (probability < low + 0.2)
@@ -139,25 +139,25 @@ def test_the_posterior_is_calibrated() -> None:
 def test_no_predictor_without_the_basis_beats_the_mixture_predictor(
     name: str, n_sequences: int
 ) -> None:
-    errors = oracle_errors(MIXTURES[name], n_sequences=n_sequences)
-    mean = dict(zip(errors.names, errors.mse.mean(1).tolist(), strict=True))
+    errors = oracle_errors(PROBLEMS[name], n_sequences=n_sequences)
+    mean = dict(zip(errors.names, errors.loss.mean(1).tolist(), strict=True))
     assert mean["true basis"] < mean["Bayes mixture"]
     for other in ("least squares", "ridge", "lasso"):
         assert mean["Bayes mixture"] < mean[other]
     curve = errors["Bayes mixture"]
-    assert curve[0] > 100 * curve[-1] > MIXTURES[name].noise_variance * 100
+    assert curve[0] > 100 * curve[-1] > PROBLEMS[name].noise_variance * 100
 
 
 def test_no_penalty_makes_ridge_better_than_the_default() -> None:
-    mixture = SparseLinearMixture.small()
-    batch = draw(mixture, 2000)
+    problem = SparseLinearMixture.small()
+    batch = draw(problem, 2000)
 
-    def mse(penalty: float) -> float:
+    def loss(penalty: float) -> float:
         return float((ridge(batch.xs, batch.ys, penalty=penalty) - batch.ys).square().mean())
 
-    default = float(oracle_errors(mixture, n_sequences=2000)["ridge"].mean())
-    assert default == pytest.approx(mse(0.04), rel=0.05)
-    assert mse(0.04) < min(mse(0.004), mse(0.4))
+    default = float(oracle_errors(problem, n_sequences=2000)["ridge"].mean())
+    assert default == pytest.approx(loss(0.04), rel=0.05)
+    assert loss(0.04) < min(loss(0.004), loss(0.4))
 
 
 def test_families_have_the_oracles_that_need_no_basis() -> None:

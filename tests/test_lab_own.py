@@ -1,4 +1,4 @@
-"""A mixture of the user's own: trained, resumed, read back, measured and drawn like any other."""
+"""A problem of the user's own: trained, resumed, read back, measured and drawn like any other."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
-from transformer_lens_taskvec.lab.problems.base import check_mixture
-from transformer_lens_taskvec.lab.training.regression import Run
+from transformer_lens_taskvec.lab.problems.base import check_problem
+from transformer_lens_taskvec.lab.training.on_problem import Run
 
 
 @dataclass(frozen=True)
-class Switched(lab.Mixture):
+class Switched(lab.Problem):
     """The sum of the coordinates or its negative, shifted; a sequence is of one sign."""
 
     shift: float
@@ -57,10 +57,10 @@ class Filtered(Switched):
     gate: Any = abs
 
 
-MIXTURE = Switched(shift=0.5)
+PROBLEM = Switched(shift=0.5)
 CONFIG = dataclasses.replace(
     lab.PRESETS["small"],
-    mixture=MIXTURE,
+    problem=PROBLEM,
     n_layers=2,
     n_heads=2,
     d_model=16,
@@ -80,30 +80,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_its_run_reads_back_by_itself(run: Run) -> None:
     read = lab.load_run(run.path)
-    assert read.config == CONFIG and read.config.mixture.shift == 0.5
-    saved = json.loads((run.path / "config.json").read_text())["mixture"]
+    assert read.config == CONFIG and read.config.problem.shift == 0.5
+    saved = json.loads((run.path / "config.json").read_text())["problem"]
     expected = {"shift": 0.5, "dim": 3, "n_points": 5, "tasks": ["plus", "minus"]}
     assert saved == {"kind": "Switched", **expected}
 
 
 def test_resuming_with_another_setting_is_refused_by_name(run: Run) -> None:
-    for mixture, message in (
-        (Switched(shift=0.25), r"its mixture\.shift is 0\.5, not 0\.25"),
-        (Switched(0.5, tasks=("a", "b")), r"its mixture\.tasks is \['plus', 'minus'\], not"),
-        (Filtered(0.5), r"its mixture\.kind is 'Switched', not 'Filtered'"),
+    for problem, message in (
+        (Switched(shift=0.25), r"its problem\.shift is 0\.5, not 0\.25"),
+        (Switched(0.5, tasks=("a", "b")), r"its problem\.tasks is \['plus', 'minus'\], not"),
+        (Filtered(0.5), r"its problem\.kind is 'Switched', not 'Filtered'"),
     ):
-        other = dataclasses.replace(CONFIG, mixture=mixture)
+        other = dataclasses.replace(CONFIG, problem=problem)
         with pytest.raises(ValueError, match=message):
             lab.train(other, run.path, progress=False, device="cpu")
         with pytest.raises(ValueError, match=message):
-            lab.load_run(run.path, mixture=mixture)
+            lab.load_run(run.path, problem=problem)
 
 
 def test_a_class_that_is_not_defined_here_must_be_given(run: Run, tmp_path: Path) -> None:
     run.export(tmp_path / "some", run.steps)
     file = tmp_path / "some" / "config.json"
     file.write_text(file.read_text().replace("Switched", "Elsewhere"))
-    with pytest.raises(ValueError, match=r"no mixture 'Elsewhere' .* run's mixture as mixture="):
+    with pytest.raises(ValueError, match=r"no problem 'Elsewhere' .* run's problem as problem="):
         lab.load_run(tmp_path / "some")
 
 
@@ -118,7 +118,7 @@ def test_functions_are_recorded_by_name_and_must_be_given() -> None:
 
 
 def test_its_rule_says_what_is_right(run: Run) -> None:
-    episodes = lab.regression_episodes(MIXTURE, 10, seed=2)
+    episodes = lab.problem_episodes(PROBLEM, 10, seed=2)
     scores = tv.evaluate(run.model(), episodes)
     with torch.no_grad():
         predicted = run.model()(torch.stack([episode.prompt for episode in episodes]))[:, -1]
@@ -130,8 +130,8 @@ def test_its_rule_says_what_is_right(run: Run) -> None:
 def test_its_oracle_is_measured_and_drawn(run: Run) -> None:
     found = lab.measure_emergence(run, n=12, n_oracle=50, progress=False)
     assert found.oracles.names == ("sign of the pairs",) == (found.oracles.best,)
-    assert found.oracles.mse[0, -1] == pytest.approx(0.01, rel=0.7)
-    assert found.oracles.mse[0, 0] > 1
+    assert found.oracles.loss[0, -1] == pytest.approx(0.01, rel=0.7)
+    assert found.oracles.loss[0, 0] > 1
     assert found.oracle_distance.shape == (len(run.steps), 1)
     figures = lab.emergence_figures(run, found, n=12)
     for name in ("training", "oracles"):
@@ -143,8 +143,8 @@ def test_its_oracle_is_measured_and_drawn(run: Run) -> None:
 
 def test_what_a_mixture_lacks_is_named() -> None:
     with pytest.raises(TypeError, match="a dict without tasks, dim"):
-        check_mixture({})
+        check_problem({})
     with pytest.raises(ValueError, match=r"Switched has no exact posterior .* posterior\(batch\)"):
-        MIXTURE.posterior(MIXTURE.sample(2, torch.Generator().manual_seed(0)))
+        PROBLEM.posterior(PROBLEM.sample(2, torch.Generator().manual_seed(0)))
     with pytest.raises(TypeError, match="sample"):
-        type("Empty", (lab.Mixture,), {})()
+        type("Empty", (lab.Problem,), {})()

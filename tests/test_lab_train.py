@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from transformer_lens_taskvec.lab.evaluation import evaluate_mixture
+from transformer_lens_taskvec.lab.evaluation import evaluate_problem
 from transformer_lens_taskvec.lab.presets import PRESETS, train
 from transformer_lens_taskvec.lab.problems.base import Batch
 from transformer_lens_taskvec.lab.problems.families import RegressionFamilies
@@ -27,12 +27,12 @@ from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixt
 from transformer_lens_taskvec.lab.training import loop as train_module
 from transformer_lens_taskvec.lab.training.loop import TrainingDiverged
 from transformer_lens_taskvec.lab.training.muon import Muon, orthogonalized
-from transformer_lens_taskvec.lab.training.regression import TrainConfig
+from transformer_lens_taskvec.lab.training.on_problem import TrainConfig
 from transformer_lens_taskvec.lab.training.runs import load_run
 
 TINY = dataclasses.replace(
     PRESETS["small"],
-    mixture=SparseLinearMixture.orthogonal(2, 2, n_points=5),
+    problem=SparseLinearMixture.orthogonal(2, 2, n_points=5),
     n_layers=1,
     n_heads=2,
     d_model=16,
@@ -168,7 +168,7 @@ def test_the_global_random_state_is_neither_read_nor_changed(tmp_path: Path) -> 
 
 def test_another_seed_is_another_run(straight: Path, tmp_path: Path) -> None:
     other = train(TINY, tmp_path / "run", seed=4, progress=False, device="cpu")
-    assert not torch.equal(other.mse[0], load_run(straight).mse[0])
+    assert not torch.equal(other.loss[0], load_run(straight).loss[0])
 
 
 def test_the_folder_of_another_run_is_refused(straight: Path) -> None:
@@ -217,8 +217,8 @@ def test_a_run_reads_back_what_training_measured(straight: Path) -> None:
     assert run.config == TINY and run.seed == 3 and run.finished
     assert run.steps[0] == 0 and run.steps[-1] == 60
     for step in (0, 60):
-        measured = evaluate_mixture(run.model(step), run.config.mixture, n_eval=20)
-        torch.testing.assert_close(measured, run.mse[run.steps.index(step)])
+        measured = evaluate_problem(run.model(step), run.config.problem, n_eval=20)
+        torch.testing.assert_close(measured, run.loss[run.steps.index(step)])
     assert run.to_frame().shape == (len(run.steps) * 2 * 5, 4)
     assert "step 60 of 60" in repr(run)
     with pytest.raises(ValueError, match="no checkpoint at step 7"):
@@ -229,32 +229,32 @@ def test_a_run_reads_back_what_training_measured(straight: Path) -> None:
 
 def test_families_read_back_but_the_users_own_functions_must_be_given(tmp_path: Path) -> None:
     families = RegressionFamilies(dim=4, n_points=4)
-    config = dataclasses.replace(TINY, mixture=families, steps=2, warmup=0)
+    config = dataclasses.replace(TINY, problem=families, steps=2, warmup=0)
     train(config, tmp_path / "built-in", progress=False, device="cpu")
     assert load_run(tmp_path / "built-in").config == config
     own = RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=4, n_points=4)
-    run = train(dataclasses.replace(config, mixture=own), tmp_path / "own", progress=False)
+    run = train(dataclasses.replace(config, problem=own), tmp_path / "own", progress=False)
     assert run.tasks == ("sum",)
-    with pytest.raises(ValueError, match="mixture="):
+    with pytest.raises(ValueError, match="problem="):
         load_run(tmp_path / "own")
-    assert load_run(tmp_path / "own", mixture=own).tasks == ("sum",)
-    with pytest.raises(ValueError, match="its mixture.n_points is 4, not 5"):
-        load_run(tmp_path / "own", mixture=dataclasses.replace(own, n_points=5))
+    assert load_run(tmp_path / "own", problem=own).tasks == ("sum",)
+    with pytest.raises(ValueError, match="its problem.n_points is 4, not 5"):
+        load_run(tmp_path / "own", problem=dataclasses.replace(own, n_points=5))
 
 
 def test_training_lowers_the_error_of_a_learnable_task(tmp_path: Path) -> None:
-    mixture = RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3, n_points=3)
+    problem = RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3, n_points=3)
     config = dataclasses.replace(
-        TINY, mixture=mixture, steps=150, learning_rate=0.01, muon_learning_rate=0.02
+        TINY, problem=problem, steps=150, learning_rate=0.01, muon_learning_rate=0.02
     )
     run = train(config, tmp_path / "run", progress=False, device="cpu")
-    assert run.mse[-1].mean() < 0.2 * run.mse[0].mean()
+    assert run.loss[-1].mean() < 0.2 * run.loss[0].mean()
 
 
 def test_the_paper_preset_is_the_papers() -> None:
     paper = PRESETS["paper"]
     assert paper == TrainConfig()
-    assert (paper.mixture.dim, len(paper.mixture.tasks), paper.mixture.n_points) == (16, 4, 20)
+    assert (paper.problem.dim, len(paper.problem.tasks), paper.problem.n_points) == (16, 4, 20)
     assert (paper.steps, paper.batch_size, paper.learning_rate) == (80_000, 128, 1e-4)
     assert paper.betas == (0.9, 0.9999) and paper.optimizer == "adam"
     n_params = sum(parameter.numel() for parameter in paper.model().parameters())
@@ -266,14 +266,14 @@ def test_the_paper_preset_takes_steps_on_the_cpu(tmp_path: Path, autocast: bool)
     config = dataclasses.replace(PRESETS["paper"], batch_size=2, n_eval=2, n_checkpoints=1)
     run = train(config, tmp_path, steps=3, progress=False, device="cpu", autocast=autocast)
     assert run.steps == (0, 3) and run.finished
-    assert run.mse.isfinite().all() and not torch.equal(run.mse[0], run.mse[1])
+    assert run.loss.isfinite().all() and not torch.equal(run.loss[0], run.loss[1])
 
 
 @pytest.mark.slow
 def test_200_steps_of_the_paper_preset_lower_the_error(tmp_path: Path) -> None:
     config = dataclasses.replace(PRESETS["paper"], batch_size=16)
     run = train(config, tmp_path, steps=200, progress=False, device="cpu")
-    assert run.finished and run.mse[-1].mean() < run.mse[0].mean()
+    assert run.finished and run.loss[-1].mean() < run.loss[0].mean()
 
 
 def test_an_unknown_preset_is_named_with_those_there_are() -> None:

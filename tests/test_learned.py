@@ -206,7 +206,7 @@ def test_learned_head_weights_lower_the_loss_of_queries_that_are_new() -> None:
 def test_the_lab_learns_too() -> None:
     """Vectors and head weights are trained against the squared error of a model of numbers."""
     model = lab.shipped_run().model()
-    episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=8, n_shots=3, seed=1)
+    episodes = lab.problem_episodes(lab.SparseLinearMixture.small(), n=8, n_shots=3, seed=1)
     with trials(model, [episodes]) as [trial]:
         found = trial.losses([[], [tv.ablate(0)]])
     plain, ablated = tv.evaluate_many(model, episodes, [[], [tv.ablate(0)]])
@@ -254,16 +254,16 @@ def test_mistakes_are_named(model: Any, episodes: list[tv.Episode]) -> None:
 def test_weighted_heads_carry_a_model_of_the_lab_beyond_its_lengths() -> None:
     """Trained four points beyond, they help eight beyond; trained on other answers, they do not."""
     run = lab.shipped_run()
-    mixture = replace(run.config.mixture, n_points=24)
+    problem = replace(run.config.problem, n_points=24)
     model = lab.lengthened(run.model(), 24)
-    batch = mixture.sample(3, torch.Generator().manual_seed(0))
+    batch = problem.sample(3, torch.Generator().manual_seed(0))
     there = model(batch.xs[:, :16], batch.ys[:, :16])
     torch.testing.assert_close(there, run.model()(batch.xs[:, :16], batch.ys[:, :16]))
     with pytest.raises(ValueError, match="n_points is 23, and the model takes 24"):
         lab.lengthened(model, 23)
 
-    def of_one_task(n: int, n_shots: int, seed: int) -> list[lab.RegressionEpisode]:
-        return lab.regression_episodes(mixture, n, n_shots, seed)[:n]
+    def of_one_task(n: int, n_shots: int, seed: int) -> list[lab.LabEpisode]:
+        return lab.problem_episodes(problem, n, n_shots, seed)[:n]
 
     clean, on, test = of_one_task(30, 15, 1), of_one_task(60, 19, 2), of_one_task(100, 23, 3)
     options: dict[str, Any] = {"steps": 40, "batch_size": 30, "rate": 0.1}

@@ -61,7 +61,7 @@ def test_models_that_do_not_pack_are_observed_too(kind: str, tokenizer: Any) -> 
 
 def test_models_of_the_lab_are_observed_too() -> None:
     model = lab.shipped_run().model()
-    episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=3, n_shots=4)
+    episodes = lab.problem_episodes(lab.SparseLinearMixture.small(), n=3, n_shots=4)
     vectors = tv.task_vectors(tv.collect(model, episodes))
     found, scores = tv.evaluate_many(
         model, episodes, lambda task: [vectors.inject(task, 2)], observe=tv.Observe("z")

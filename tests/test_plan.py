@@ -180,7 +180,7 @@ def test_other_architectures_are_planned_as_they_run(kind: str, tokenizer: Any) 
 
 def test_models_of_the_lab_are_planned_as_they_run() -> None:
     model = lab.shipped_run().model()
-    episodes = lab.regression_episodes(lab.SparseLinearMixture.small(), n=3, n_shots=4)
+    episodes = lab.problem_episodes(lab.SparseLinearMixture.small(), n=3, n_shots=4)
     vectors = tv.task_vectors(tv.collect(model, episodes))
     plan = check(
         model,

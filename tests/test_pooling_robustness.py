@@ -187,7 +187,7 @@ def test_pooling_what_the_planted_head_does_not_read_leaves_it_the_task(
 
 def test_a_lab_models_vectors_are_pooled_by_position() -> None:
     model, problem = lab.shipped_run().model(), lab.SparseLinearMixture.small()
-    episodes = lab.regression_episodes(problem, n=6, n_shots=5)
+    episodes = lab.problem_episodes(problem, n=6, n_shots=5)
     found = pooling_robustness(model, episodes, lambda episode: [(0, 2), (4, 6)], k=5)
     assert found.unpooled.loss_kind == "squared_error"
     assert found.pooled["constituents"][0].loss.ne(found.unpooled.loss).all()

@@ -218,8 +218,8 @@ def test_the_toy_models_tasks_are_found_where_its_vectors_work() -> None:
 
 
 def test_inputs_of_numbers_are_known_too() -> None:
-    mixture = lab.SparseLinearMixture.small()
-    one, two = lab.regression_episodes(mixture, n=1, seed=0)[:2]
+    problem = lab.SparseLinearMixture.small()
+    one, two = lab.problem_episodes(problem, n=1, seed=0)[:2]
     assert one.input_id != two.input_id
     upper, plural = tv.find_tasks(["upper_case", "singular_plural"]).values()
     ids = [tv.Episode(task.name, (), tv.Example("cat", "?")).input_id for task in (upper, plural)]

@@ -231,8 +231,8 @@ def test_what_cannot_be_screened_is_refused(
 
 def test_answers_that_are_numbers_are_not_screened() -> None:
     config = lab.RegressionConfig(d_input=4, n_points=6, n_layers=2, n_heads=2, d_model=16)
-    mixture = lab.SparseLinearMixture.orthogonal(2, 2, n_points=6)
-    episodes, model = lab.regression_episodes(mixture, 4), lab.RegressionTransformer(config)
+    problem = lab.SparseLinearMixture.orthogonal(2, 2, n_points=6)
+    episodes, model = lab.problem_episodes(problem, 4), lab.RegressionTransformer(config)
     with pytest.raises(ValueError, match="these answers are numbers"):
         tv.head_effects(model.eval(), episodes, screen=2)
 

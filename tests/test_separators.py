@@ -69,7 +69,7 @@ def test_the_querys_separator_is_the_last_token(model: Any, episodes: list[tv.Ep
 
 def test_a_lab_episodes_separators_are_its_inputs() -> None:
     run, problem = lab.shipped_run(), lab.SparseLinearMixture.small()
-    model, episodes = run.model(), lab.regression_episodes(problem, n=2, n_shots=3)
+    model, episodes = run.model(), lab.problem_episodes(problem, n=2, n_shots=3)
     assert separators(model, episodes)[0] == (-7, -5, -3, -1)
     edit = tv.ablate(1, position=Separator(1))
     by_index = tv.ablate(1, position=-5)

@@ -71,7 +71,7 @@ STEPS = 250 if FAST else 2_000
 config = dataclasses.replace(lab.PRESETS[MODEL], steps=STEPS)
 run = lab.train(config, tempfile.mkdtemp(), seed=0)
 for index, name in enumerate(run.tasks):
-    plt.plot(run.steps, run.late_mse[:, index], label=name, **tv.plots.task_style(index))
+    plt.plot(run.steps, run.late_loss[:, index], label=name, **tv.plots.task_style(index))
 plt.xlabel("training step")
 plt.ylabel("squared error, second half")
 plt.xscale("symlog")
@@ -126,7 +126,7 @@ pd.DataFrame(found.swap_ratio[-1].double(), found.tasks, found.tasks).round(1)
 # and the plots are those of the other notebooks. Here an episode is a sequence.
 
 # %%
-episodes = lab.regression_episodes(run.config.mixture, n=30 if FAST else 100, seed=1)
+episodes = lab.problem_episodes(run.config.problem, n=30 if FAST else 100, seed=1)
 activations = tv.collect(run.model(), episodes)
 tv.plot_embedding(activations, tv.task_decodability(activations).best_layer(), method="pca");
 
@@ -151,6 +151,6 @@ print(*agreement, sep="\n")
 #   ablation="zero", position=None)`, and `tv.plot_head_effects(..., task="B1")`.
 # - Overlapping bases: `lab.SparseLinearMixture(dim, bases)`. Do the groups separate, or their members
 #   too?
-# - A mixture of your own: `04_your_own_hooks_and_tasks`.
+# - A problem of your own: `04_your_own_hooks_and_tasks`.
 # - `taskvec train --preset small --out runs/mine --seed 3`, twenty minutes: do the bases separate in
 #   the same order? `taskvec emergence runs/mine` draws everything above.

@@ -256,7 +256,7 @@ largest = (frame["with the vector"] - frame["plain"]).abs().nlargest(6).index
 pd.concat([frame.loc[largest], frame.sum().rename("all blocks").to_frame().T]).round(2)
 
 # %% [markdown]
-# ## A mixture of your own
+# ## A problem of your own
 #
 # In the lab, where small transformers are trained (`02_emergence`), a family of functions is a Python
 # function that draws one function per sequence and applies it to the sequence's points.
@@ -271,12 +271,12 @@ def cosine(xs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.cos(xs @ w).squeeze(-1)
 
 
-mixture = lab.RegressionFamilies({"linear": lab.linear, "cosine": cosine}, dim=4, n_points=8)
-batch = mixture.sample(2, torch.Generator().manual_seed(0))
-print([mixture.tasks[label] for label in batch.labels], batch.ys.shape)
+problem = lab.RegressionFamilies({"linear": lab.linear, "cosine": cosine}, dim=4, n_points=8)
+batch = problem.sample(2, torch.Generator().manual_seed(0))
+print([problem.tasks[label] for label in batch.labels], batch.ys.shape)
 
 # %% [markdown]
-# `lab.train(dataclasses.replace(lab.PRESETS["small"], mixture=mixture), "runs/mine")` trains a model on
+# `lab.train(dataclasses.replace(lab.PRESETS["small"], problem=problem), "runs/mine")` trains a model on
 # it, and `lab.measure_emergence` measures the run.
 #
 # ## What to try next

@@ -4,7 +4,7 @@ python tutorials/lab_variants.py small --out runs/small
 python tutorials/lab_variants.py overlapping --layers 4 --steps 15000 --out runs/overlapping
 python tutorials/lab_variants.py families --layers 4 --steps 15000 --out runs/families
 
-Each trains the small model on a mixture (ten to twenty minutes on two cores; run it again to resume
+Each trains the small model on a problem (ten to twenty minutes on two cores; run it again to resume
 an interrupted training), prints the results, and draws the figures of `taskvec emergence`.
 """
 
@@ -25,7 +25,7 @@ def ring(first: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted((first + k, first + (k + 1) % 4))) for k in range(4))
 
 
-MIXTURES: dict[str, lab.Mixture] = {
+PROBLEMS: dict[str, lab.Problem] = {
     "small": lab.SparseLinearMixture.small(),
     "overlapping": lab.SparseLinearMixture(8, ring(0) + ring(4), n_points=16),
     "families": lab.RegressionFamilies(dim=8, n_points=16),
@@ -55,24 +55,24 @@ def of_group(activations: tv.Activations, group: int) -> tv.Activations:
 def main() -> None:
     """Train, measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("mixture", choices=MIXTURES)
+    parser.add_argument("problem", choices=PROBLEMS)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="in place of the preset's")
     parser.add_argument("--layers", type=int, help="in place of the preset's")
     args = parser.parse_args()
-    mixture = MIXTURES[args.mixture]
-    config = dataclasses.replace(lab.PRESETS["small"], mixture=mixture)
+    problem = PROBLEMS[args.problem]
+    config = dataclasses.replace(lab.PRESETS["small"], problem=problem)
     if args.steps:
         config = dataclasses.replace(config, steps=args.steps)
     if args.layers:
         config = dataclasses.replace(config, n_layers=args.layers)
     run = lab.train(config, args.out, seed=args.seed, device="cpu")
     print(run)
-    model, episodes = run.model(), lab.regression_episodes(mixture, 100, seed=5)
+    model, episodes = run.model(), lab.problem_episodes(problem, 100, seed=5)
     activations = tv.collect(model, episodes)
     print(tv.task_decodability(activations))
-    if args.mixture == "overlapping":
+    if args.problem == "overlapping":
         print("between groups:", tv.task_decodability(by_group(activations)))
         for group in (0, 1):
             print("within group:", tv.task_decodability(of_group(activations, group)))

@@ -24,7 +24,7 @@ class HuggingFaceGPT2(nn.Module):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
-        n_positions = 2 * config.mixture.n_points - 1
+        n_positions = 2 * config.problem.n_points - 1
         self.backbone = GPT2Model(
             GPT2Config(
                 vocab_size=1,
@@ -38,7 +38,7 @@ class HuggingFaceGPT2(nn.Module):
                 use_cache=False,
             )
         )
-        self.read_in = nn.Linear(config.mixture.dim, config.d_model)
+        self.read_in = nn.Linear(config.problem.dim, config.d_model)
         self.read_out = nn.Linear(config.d_model, 1)
 
     def forward(self, xs: Tensor, ys: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_paper_step(compare: Callable[..., float], autocast: bool, target: float
     generator = torch.Generator().manual_seed(0)
 
     def step(model: Any, optimizers: Any, autocast: bool) -> None:
-        batch = config.mixture.sample(BATCH, generator)
+        batch = config.problem.sample(BATCH, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             predicted = model(batch.xs, batch.ys)
         (predicted.float() - batch.ys).square().mean().backward()

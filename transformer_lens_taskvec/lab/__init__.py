@@ -7,8 +7,8 @@ from transformer_lens_taskvec.lab.emergence import (
     posterior_agreement,
     swap_matrix,
 )
-from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
-from transformer_lens_taskvec.lab.evaluation import OracleErrors, evaluate_mixture, oracle_errors
+from transformer_lens_taskvec.lab.episodes import LabEpisode, problem_episodes
+from transformer_lens_taskvec.lab.evaluation import OracleErrors, evaluate_problem, oracle_errors
 from transformer_lens_taskvec.lab.figures import emergence_figures, plot_oracles, plot_training
 from transformer_lens_taskvec.lab.model import (
     RegressionConfig,
@@ -25,7 +25,7 @@ from transformer_lens_taskvec.lab.oracles import (
     true_basis_ridge,
 )
 from transformer_lens_taskvec.lab.presets import PRESETS, plan_training, train
-from transformer_lens_taskvec.lab.problems.base import Batch, Family, Mixture, balanced_labels
+from transformer_lens_taskvec.lab.problems.base import Batch, Family, Problem, balanced_labels
 from transformer_lens_taskvec.lab.problems.families import (
     LeakyReLU,
     LinearOnRepresentation,
@@ -38,8 +38,8 @@ from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixt
 from transformer_lens_taskvec.lab.toy.lines import toy_tokenizer
 from transformer_lens_taskvec.lab.toy.model import ToyConfig, ToyRun, shipped_toy_run
 from transformer_lens_taskvec.lab.training.loop import TrainingDiverged
+from transformer_lens_taskvec.lab.training.on_problem import Run, TrainConfig, shipped_run
 from transformer_lens_taskvec.lab.training.recipe import Recipe
-from transformer_lens_taskvec.lab.training.regression import Run, TrainConfig, shipped_run
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 
 __all__ = [
@@ -47,15 +47,15 @@ __all__ = [
     "Batch",
     "Emergence",
     "Family",
+    "LabEpisode",
     "LeakyReLU",
     "LinearOnRepresentation",
-    "Mixture",
     "MixturePosterior",
     "OracleErrors",
     "PosteriorAgreement",
+    "Problem",
     "Recipe",
     "RegressionConfig",
-    "RegressionEpisode",
     "RegressionFamilies",
     "RegressionTransformer",
     "Run",
@@ -69,7 +69,7 @@ __all__ = [
     "balanced_labels",
     "bayes_mixture",
     "emergence_figures",
-    "evaluate_mixture",
+    "evaluate_problem",
     "interleave",
     "lasso",
     "least_squares",
@@ -82,8 +82,8 @@ __all__ = [
     "plot_oracles",
     "plot_training",
     "posterior_agreement",
+    "problem_episodes",
     "quadratic",
-    "regression_episodes",
     "ridge",
     "shipped_run",
     "shipped_toy_run",

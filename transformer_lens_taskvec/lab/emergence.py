@@ -25,11 +25,11 @@ from transformer_lens_taskvec.analysis.classifiers import neighbours
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, matrix_of_edits
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
-from transformer_lens_taskvec.lab.episodes import RegressionEpisode, regression_episodes
+from transformer_lens_taskvec.lab.episodes import LabEpisode, problem_episodes
 from transformer_lens_taskvec.lab.evaluation import OracleErrors, checked_oracles, oracle_errors
 from transformer_lens_taskvec.lab.model import interleave
 from transformer_lens_taskvec.lab.problems.base import Batch, balanced_labels
-from transformer_lens_taskvec.lab.training.regression import Run
+from transformer_lens_taskvec.lab.training.on_problem import Run
 from transformer_lens_taskvec.vectors.means import task_vectors
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Emergence(Shown):
     Attributes:
         steps: The checkpoints.
         tasks: The latent tasks.
-        mse: Mean squared error, ``[checkpoint, task, point]``.
+        loss: Mean squared error, ``[checkpoint, task, point]``.
         td: TD at the query token, ``[checkpoint, layer, task]``.
         swaps: For each checkpoint, the change in the query's squared error when each task's
             representation is replaced by each other task's; see :func:`swap_matrix`.
@@ -65,7 +65,7 @@ class Emergence(Shown):
 
     steps: tuple[int, ...]
     tasks: tuple[str, ...]
-    mse: Float[Tensor, "checkpoint task point"]
+    loss: Float[Tensor, "checkpoint task point"]
     td: Float[Tensor, "checkpoint layer task"]
     swaps: tuple[PerturbationMatrix, ...]
     oracles: OracleErrors
@@ -73,9 +73,9 @@ class Emergence(Shown):
     n_shots: int
 
     @property
-    def late_mse(self) -> Float[Tensor, "checkpoint task"]:
+    def late_loss(self) -> Float[Tensor, "checkpoint task"]:
         """The mean error over the second half of the sequence."""
-        return self.mse[..., self.mse.shape[-1] // 2 :].mean(-1)
+        return self.loss[..., self.loss.shape[-1] // 2 :].mean(-1)
 
     def best_layer(self, task: str | None = None) -> int:
         """The layer with the highest TD of a task, or of the mean over tasks, in the end.
@@ -99,17 +99,17 @@ class Emergence(Shown):
         return torch.stack(ratios)
 
     @property
-    def td_mse_correlation(self) -> float:
+    def td_loss_correlation(self) -> float:
         """Spearman's rank correlation between mean TD and mean late error over checkpoints.
 
         NaN where one of them is the same at all checkpoints.
         """
-        return _rank_correlation(self.td[:, self.best_layer()].mean(-1), self.late_mse.mean(-1))
+        return _rank_correlation(self.td[:, self.best_layer()].mean(-1), self.late_loss.mean(-1))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per checkpoint and task.
 
-        Columns ``step, task, late_mse, td`` (at the best layer), ``td_layer_0`` and so on,
+        Columns ``step, task, late_loss, td`` (at the best layer), ``td_layer_0`` and so on,
         ``own_swap`` and ``other_swap``: the ratio of the errors with and without a swap, for the
         task's own mean, and averaged over the other tasks' means.
         """
@@ -125,7 +125,7 @@ class Emergence(Shown):
                     {
                         "step": step,
                         "task": task,
-                        "late_mse": float(self.late_mse[index, column]),
+                        "late_loss": float(self.late_loss[index, column]),
                         "td": by_layer[self.best_layer()],
                         **{f"td_layer_{layer}": td for layer, td in enumerate(by_layer)},
                         "own_swap": float(ratio[column, column]),
@@ -142,8 +142,8 @@ class Emergence(Shown):
             "n_shots": self.n_shots,
             "best_layer": self.best_layer(),
             "swap_layer": self.swaps[-1].layer,
-            "td_mse_correlation": self.td_mse_correlation,
-            "oracle_late_mse": {name: self.oracles.late(name) for name in names},
+            "td_loss_correlation": self.td_loss_correlation,
+            "oracle_late_loss": {name: self.oracles.late(name) for name in names},
             "oracle_distance": dict(zip(names, self.oracle_distance.T.tolist(), strict=True)),
             "swap_ratio": self.swap_ratio[-1].tolist(),
             "checkpoints": json.loads(self.to_frame().to_json(orient="records")),
@@ -153,12 +153,12 @@ class Emergence(Shown):
 
     def __repr__(self) -> str:
         ratio, own = self.swap_ratio[-1], torch.eye(len(self.tasks), dtype=torch.bool)
-        late, layer, best = self.late_mse.mean(-1), self.best_layer(), self.oracles.best
+        late, layer, best = self.late_loss.mean(-1), self.best_layer(), self.oracles.best
         td = self.td[:, layer].mean(-1)
         return (
-            f"Emergence({len(self.steps)} checkpoints to step {self.steps[-1]}: late MSE "
+            f"Emergence({len(self.steps)} checkpoints to step {self.steps[-1]}: late loss "
             f"{late[0]:.3f} -> {late[-1]:.4f} ({best} {self.oracles.late(best):.4f}), TD at layer "
-            f"{layer} {td[0]:.2f} -> {td[-1]:.2f}, rank correlation {self.td_mse_correlation:.2f}; "
+            f"{layer} {td[0]:.2f} -> {td[-1]:.2f}, rank correlation {self.td_loss_correlation:.2f}; "
             f"a swap at layer {self.swaps[-1].layer} multiplies the error by "
             f"{ratio[own].mean():.2f} (own mean) and {ratio[~own].mean():.1f} (another's))"
         )
@@ -192,7 +192,7 @@ def measure_emergence(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the run is not on a mixture, or has no checkpoint at one of the steps.
+        ValueError: If the run is not on a problem, or has no checkpoint at one of the steps.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -201,20 +201,20 @@ def measure_emergence(
         >>> found.td.shape, found.best_layer()  # [checkpoint, layer, task]
         (torch.Size([1, 5, 4]), 4)
     """
-    mixture = getattr(run.config, "mixture", None)
-    if mixture is None:
-        raise ValueError(f"{run.path} holds a {type(run).__name__}; give a run on a mixture")
+    problem = getattr(run.config, "problem", None)
+    if problem is None:
+        raise ValueError(f"{run.path} holds a {type(run).__name__}; give a run on a problem")
     run.checkpoint()  # raises if there is none
     chosen = tuple(map(run.checkpoint, run.steps if steps is None else steps))
 
-    def episodes(kind: int) -> list[RegressionEpisode]:
-        return regression_episodes(mixture, n, n_shots, seed=1_000 * seed + kind)
+    def episodes(kind: int) -> list[LabEpisode]:
+        return problem_episodes(problem, n, n_shots, seed=1_000 * seed + kind)
 
     train, test = episodes(_TRAIN), episodes(_TEST)
-    labels = balanced_labels(len(mixture.tasks), 250)
+    labels = balanced_labels(len(problem.tasks), 250)
     generator = torch.Generator().manual_seed(1_000 * seed + _ORACLE)
-    batch = mixture.sample(len(labels), generator, labels=labels)
-    predictions = checked_oracles(mixture, batch)
+    batch = problem.sample(len(labels), generator, labels=labels)
+    predictions = checked_oracles(problem, batch)
     if swap_layer is None:
         swap_layer = _swap_layer(run.model(chosen[-1]), train, episodes(_CHOOSE))
     td, swaps, distances = [], [], []
@@ -230,11 +230,11 @@ def measure_emergence(
         )
     return Emergence(
         chosen,
-        mixture.tasks,
-        run.mse[[run.steps.index(step) for step in chosen]],
+        problem.tasks,
+        run.loss[[run.steps.index(step) for step in chosen]],
         torch.stack(td),
         tuple(swaps),
-        oracle_errors(mixture, n_sequences=n_oracle),
+        oracle_errors(problem, n_sequences=n_oracle),
         torch.tensor(distances),
         test[0].n_shots,
     )
@@ -242,8 +242,8 @@ def measure_emergence(
 
 def swap_matrix(
     model: Any,
-    train: Sequence[RegressionEpisode],
-    test: Sequence[RegressionEpisode],
+    train: Sequence[LabEpisode],
+    test: Sequence[LabEpisode],
     layer: int,
 ) -> PerturbationMatrix:
     """Return the change in the query's error when a task's representation is replaced by another's.
@@ -269,7 +269,7 @@ def swap_matrix(
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> train, test = (lab.regression_episodes(run.config.mixture, 20, seed=i) for i in (0, 1))
+        >>> train, test = (lab.problem_episodes(run.config.problem, 20, seed=i) for i in (0, 1))
         >>> swaps = lab.swap_matrix(run.model(), train, test, layer=3)
         >>> swaps.delta_loss.shape, bool(swaps.conditional_decoding > 0)
         (torch.Size([4, 4]), True)
@@ -336,7 +336,7 @@ def posterior_agreement(
     """Compare the model's encoding of the task with the exact posterior over tasks.
 
     Args:
-        run: A run on a mixture whose ``posterior`` is known, such as a
+        run: A run on a problem whose ``posterior`` is known, such as a
             :class:`SparseLinearMixture`.
         n_shots: Demonstrations; with few, the posterior is undecided on some prompts.
         layer: The layer; by default the one with the highest TD.
@@ -347,7 +347,7 @@ def posterior_agreement(
         seed: Seed of the sequences.
 
     Raises:
-        ValueError: If the mixture's posterior is not known.
+        ValueError: If the problem's posterior is not known.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -355,13 +355,13 @@ def posterior_agreement(
         >>> float(found.neighbours.mean()) < float(found.posterior.mean())
         True
     """
-    mixture = run.config.mixture
-    episodes = regression_episodes(mixture, n, n_shots, seed=seed)
+    problem = run.config.problem
+    episodes = problem_episodes(problem, n, n_shots, seed=seed)
     xs = torch.stack([episode.xs for episode in episodes])
     answers = torch.tensor([episode.answer for episode in episodes])
     ys = torch.cat([torch.stack([episode.ys for episode in episodes]), answers[:, None]], dim=1)
-    labels = balanced_labels(len(mixture.tasks), n)
-    exact = mixture.posterior(Batch(xs, ys, labels))[:, -1]
+    labels = balanced_labels(len(problem.tasks), n)
+    exact = problem.posterior(Batch(xs, ys, labels))[:, -1]
     activations = collect(run.model(step), episodes, position=position)
     if layer is None:
         layer = task_decodability(activations, k=k).best_layer()
@@ -371,9 +371,7 @@ def posterior_agreement(
     return PosteriorAgreement(posterior, of_truth.float().mean(1), n_shots, layer, k)
 
 
-def _swap_layer(
-    model: Any, train: Sequence[RegressionEpisode], held_out: Sequence[RegressionEpisode]
-) -> int:
+def _swap_layer(model: Any, train: Sequence[LabEpisode], held_out: Sequence[LabEpisode]) -> int:
     """The layer at which other tasks' means harm most compared with the task's own."""
 
     def harm(layer: int) -> float:

@@ -1,4 +1,4 @@
-"""Sequences of a regression mixture as episodes, so that the library's functions take them.
+"""Sequences of a regression problem as episodes, so that the library's functions take them.
 
 A regression episode has a prompt of real vectors, and its answer is a number. The query is the
 last token of the prompt, and the loss is the squared error instead of the answer's NLL.
@@ -15,27 +15,27 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.text import stable_hash
 from transformer_lens_taskvec.lab.model import interleave
-from transformer_lens_taskvec.lab.problems.base import Mixture, balanced_labels
+from transformer_lens_taskvec.lab.problems.base import Problem, balanced_labels
 from transformer_lens_taskvec.prompts import PromptTemplate
 
 _INTERLEAVED = PromptTemplate("{x} {y}", separator=" ")
 
 
 @dataclass(frozen=True, eq=False)
-class RegressionEpisode:
-    """One sequence of a mixture: demonstrations, and a query with its answer.
+class LabEpisode:
+    """One sequence of a problem: demonstrations, and a query with its answer.
 
     Attributes:
         task: The latent task.
         xs: Inputs, ``[point, dim]``; the last is the query's.
         ys: The demonstrations' outputs, ``[demo]``, one fewer than inputs.
         answer: The query's noisy output.
-        rule: Whether a prediction counts as right, given it and the answer; the mixture's.
+        rule: Whether a prediction counts as right, given it and the answer; the problem's.
         template: How the sequence is written, for the record that results keep.
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> episode, *_ = lab.regression_episodes(lab.SparseLinearMixture.small(), n=1, n_shots=3)
+        >>> episode, *_ = lab.problem_episodes(lab.SparseLinearMixture.small(), n=1, n_shots=3)
         >>> episode.task, episode.n_shots, episode.prompt.shape  # x1 y1 x2 y2 x3 y3 x4
         ('B1', 3, torch.Size([7, 8]))
     """
@@ -78,23 +78,23 @@ class RegressionEpisode:
         return stable_hash(self.xs[-1].cpu().numpy().tobytes())
 
     def is_right(self, prediction: float) -> bool:
-        """Whether a prediction counts as right, by the mixture's rule."""
+        """Whether a prediction counts as right, by the problem's rule."""
         return self.rule(prediction, self.answer)
 
-    def with_answers(self, order: Sequence[int]) -> RegressionEpisode:
+    def with_answers(self, order: Sequence[int]) -> LabEpisode:
         """The same episode with its demonstrations' outputs in another order."""
         return replace(self, ys=self.ys[list(order)])
 
 
-def regression_episodes(
-    mixture: Mixture, n: int, n_shots: int | None = None, seed: int = 0
-) -> list[RegressionEpisode]:
+def problem_episodes(
+    problem: Problem, n: int, n_shots: int | None = None, seed: int = 0
+) -> list[LabEpisode]:
     """Sample ``n`` episodes of each latent task, task by task.
 
     Args:
-        mixture: What the sequences are drawn from.
+        problem: What the sequences are drawn from.
         n: Episodes per task.
-        n_shots: Demonstrations per episode; by default as many as a sequence of the mixture has
+        n_shots: Demonstrations per episode; by default as many as a sequence of the problem has
             before its last point.
         seed: Seed of the sampling.
 
@@ -103,26 +103,26 @@ def regression_episodes(
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> len(lab.regression_episodes(lab.SparseLinearMixture.small(), n=2))  # of 4 tasks
+        >>> len(lab.problem_episodes(lab.SparseLinearMixture.small(), n=2))  # of 4 tasks
         8
     """
-    n_shots = mixture.n_points - 1 if n_shots is None else n_shots
-    if not 0 <= n_shots < mixture.n_points:
+    n_shots = problem.n_points - 1 if n_shots is None else n_shots
+    if not 0 <= n_shots < problem.n_points:
         raise ValueError(
-            f"n_shots is {n_shots}; a sequence of {mixture.n_points} points has 0 to "
-            f"{mixture.n_points - 1} demonstrations"
+            f"n_shots is {n_shots}; a sequence of {problem.n_points} points has 0 to "
+            f"{problem.n_points - 1} demonstrations"
         )
     if n < 1:
         raise ValueError(f"n is {n}; ask for 1 episode or more")
-    labels = balanced_labels(len(mixture.tasks), n)
-    batch = mixture.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
+    labels = balanced_labels(len(problem.tasks), n)
+    batch = problem.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
     return [
-        RegressionEpisode(
-            mixture.tasks[int(label)],
+        LabEpisode(
+            problem.tasks[int(label)],
             xs[: n_shots + 1],
             ys[:n_shots],
             float(ys[n_shots]),
-            mixture.is_right,
+            problem.is_right,
         )
         for xs, ys, label in zip(batch.xs, batch.ys, batch.labels, strict=True)
     ]

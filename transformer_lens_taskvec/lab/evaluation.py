@@ -1,4 +1,4 @@
-"""Squared errors at each point of a sequence: a model's, and those of a mixture's oracles."""
+"""Squared errors at each point of a sequence: a model's, and those of a problem's oracles."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.lab.model import RegressionTransformer
-from transformer_lens_taskvec.lab.problems.base import Batch, Mixture, balanced_labels
+from transformer_lens_taskvec.lab.problems.base import Batch, Problem, balanced_labels
 
 _EVAL_SEED = 2_000_003
 _SEQUENCES_AT_ONCE = 1000
 
 
-def evaluate_mixture(
-    model: RegressionTransformer, mixture: Mixture, *, n_eval: int = 250, seed: int = _EVAL_SEED
+def evaluate_problem(
+    model: RegressionTransformer, problem: Problem, *, n_eval: int = 250, seed: int = _EVAL_SEED
 ) -> Float[Tensor, "task point"]:
     """Return the model's mean squared error for each task at each point, ``[task, point]``.
 
     Args:
         model: The model.
-        mixture: What the sequences are drawn from.
+        problem: What the sequences are drawn from.
         n_eval: Sequences per task.
         seed: Their seed; by default the one that training evaluates with.
 
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> lab.evaluate_mixture(run.model(), run.config.mixture, n_eval=20).shape
+        >>> lab.evaluate_problem(run.model(), run.config.problem, n_eval=20).shape
         torch.Size([4, 16])
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    labels = balanced_labels(len(mixture.tasks), n_eval, device)
-    batch = mixture.sample(len(labels), generator, labels=labels)
+    labels = balanced_labels(len(problem.tasks), n_eval, device)
+    batch = problem.sample(len(labels), generator, labels=labels)
     with torch.no_grad():
         errors: Tensor = (model(batch.xs, batch.ys) - batch.ys).square()
     means: Tensor = reduce(errors, "(task each) point -> task point", "mean", each=n_eval)
@@ -49,7 +49,7 @@ class OracleErrors:
 
     Attributes:
         names: The oracles.
-        mse: ``[oracle, point]``.
+        loss: ``[oracle, point]``.
         n_sequences: The number of sequences in the mean.
         told: The oracles that read the latent task, which no model can.
 
@@ -61,7 +61,7 @@ class OracleErrors:
     """
 
     names: tuple[str, ...]
-    mse: Float[Tensor, "oracle point"]
+    loss: Float[Tensor, "oracle point"]
     n_sequences: int
     told: tuple[str, ...] = ()
 
@@ -69,7 +69,7 @@ class OracleErrors:
         """The error curve of one oracle."""
         if name not in self.names:
             raise KeyError(f"no oracle {name!r}; there are {', '.join(self.names)}")
-        return self.mse[self.names.index(name)]
+        return self.loss[self.names.index(name)]
 
     def late(self, name: str) -> float:
         """The mean error over the second half of the points."""
@@ -83,20 +83,20 @@ class OracleErrors:
 
     def __repr__(self) -> str:
         late = ", ".join(f"{name} {self.late(name):.4f}" for name in self.names)
-        return f"OracleErrors(second half of {self.mse.shape[1]} points: {late})"
+        return f"OracleErrors(second half of {self.loss.shape[1]} points: {late})"
 
 
 def oracle_errors(
-    mixture: Mixture,
+    problem: Problem,
     *,
     n_sequences: int = 10_000,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> OracleErrors:
-    """Estimate the expected squared error of every oracle of a mixture, at every point.
+    """Estimate the expected squared error of every oracle of a problem, at every point.
 
     Args:
-        mixture: What the sequences are drawn from, and whose ``oracles`` predict them.
+        problem: What the sequences are drawn from, and whose ``oracles`` predict them.
         n_sequences: Sequences to average over.
         seed: Seed of the sequences.
         device: Where to compute.
@@ -115,29 +115,29 @@ def oracle_errors(
     generator = torch.Generator(device).manual_seed(seed)
     total: dict[str, Tensor] = {}
     for start in range(0, n_sequences, _SEQUENCES_AT_ONCE):
-        batch = mixture.sample(min(_SEQUENCES_AT_ONCE, n_sequences - start), generator)
-        for name, prediction in checked_oracles(mixture, batch).items():
+        batch = problem.sample(min(_SEQUENCES_AT_ONCE, n_sequences - start), generator)
+        for name, prediction in checked_oracles(problem, batch).items():
             squares = (prediction - batch.ys).square()
             errors = reduce(squares, "batch point -> point", "sum").double()
             total[name] = total[name] + errors if name in total else errors
     curves = torch.stack(list(total.values())) / n_sequences
-    few = mixture.sample(20, generator)
-    relabelled = replace(few, labels=(few.labels + 1) % len(mixture.tasks))
-    own, others = mixture.oracles(few), mixture.oracles(relabelled)
+    few = problem.sample(20, generator)
+    relabelled = replace(few, labels=(few.labels + 1) % len(problem.tasks))
+    own, others = problem.oracles(few), problem.oracles(relabelled)
     # An oracle that is told the task predicts something else for other labels.
     told = tuple(name for name in total if not own[name].allclose(others[name], equal_nan=True))
     return OracleErrors(tuple(total), curves.float().cpu(), n_sequences, told)
 
 
-def checked_oracles(mixture: Mixture, batch: Batch) -> dict[str, Float[Tensor, "batch point"]]:
-    """The mixture's predictions for some sequences, all of the shape of ``ys``."""
-    predictions = mixture.oracles(batch)
+def checked_oracles(problem: Problem, batch: Batch) -> dict[str, Float[Tensor, "batch point"]]:
+    """The problem's predictions for some sequences, all of the shape of ``ys``."""
+    predictions = problem.oracles(batch)
     if not predictions:
-        raise ValueError(f"{type(mixture).__name__}.oracles gives no predictions; give one or more")
+        raise ValueError(f"{type(problem).__name__}.oracles gives no predictions; give one or more")
     for name, prediction in predictions.items():
         if prediction.shape != batch.ys.shape:
             raise ValueError(
-                f"oracle {name!r} of {type(mixture).__name__} gives predictions of shape "
+                f"oracle {name!r} of {type(problem).__name__} gives predictions of shape "
                 f"{tuple(prediction.shape)}; expected [batch, point], {tuple(batch.ys.shape)}"
             )
     return predictions

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.emergence import Emergence
-from transformer_lens_taskvec.lab.episodes import regression_episodes
-from transformer_lens_taskvec.lab.training.regression import Run
+from transformer_lens_taskvec.lab.episodes import problem_episodes
+from transformer_lens_taskvec.lab.training.on_problem import Run
 from transformer_lens_taskvec.plots import (
     figure_of,
     plot_decodability,
@@ -65,7 +65,7 @@ def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[s
         ['embedding', 'head_pruning', 'oracles', 'swaps', 'td_by_layer', 'training']
         >>> plt.close("all")
     """
-    episodes = regression_episodes(run.config.mixture, n, emergence.n_shots, seed=_SEED)
+    episodes = problem_episodes(run.config.problem, n, emergence.n_shots, seed=_SEED)
     moments = _moments(emergence)
     at = dict(zip(emergence.steps, emergence.swaps, strict=True))
     last = run.model(moments[-1])
@@ -149,9 +149,9 @@ def plot_training(
     layer = emergence.best_layer() if layer is None else layer
     for index, task in enumerate(emergence.tasks):
         style = task_style(index, task)
-        above.plot(emergence.steps, emergence.late_mse[:, index].tolist(), label=task, **style)
+        above.plot(emergence.steps, emergence.late_loss[:, index].tolist(), label=task, **style)
         below.plot(emergence.steps, emergence.td[:, layer, index].tolist(), **style)
-    bottom, top = _reach(emergence.late_mse, emergence)
+    bottom, top = _reach(emergence.late_loss, emergence)
     for name, style in _oracle_styles(emergence):
         level = emergence.oracles.late(name)
         if bottom <= level <= top:
@@ -162,7 +162,7 @@ def plot_training(
         yscale="log",
         ylabel="squared error, second half",
         ylim=(bottom, top),
-        title=f"Over training (rank correlation {emergence.td_mse_correlation:.2f})",
+        title=f"Over training (rank correlation {emergence.td_loss_correlation:.2f})",
     )
     first = next((step for step in emergence.steps if step > 0), 1)
     below.set_xscale("symlog", linthresh=first)
@@ -203,15 +203,15 @@ def plot_oracles(
     if missing:
         raise ValueError(f"no checkpoint at step {missing[0]}; there are {list(emergence.steps)}")
     ax = new_axes(ax)
-    points = range(1, emergence.mse.shape[-1] + 1)
+    points = range(1, emergence.loss.shape[-1] + 1)
     for index, step in enumerate(steps):
-        curve = emergence.mse[emergence.steps.index(step)].mean(0)
+        curve = emergence.loss[emergence.steps.index(step)].mean(0)
         shade = 0.25 + 0.75 * (index + 1) / len(steps)
         ax.plot(points, curve.tolist(), color=COLOURS[0], alpha=shade, label=f"step {step}")
     for name, style in _oracle_styles(emergence):
         ax.plot(points, emergence.oracles[name].tolist(), label=name, **style)
     ax.set(yscale="log", xlabel="position in the sequence", ylabel="squared error")
-    ax.set(ylim=_reach(emergence.mse, emergence), title="Error by position, with the oracles'")
+    ax.set(ylim=_reach(emergence.loss, emergence), title="Error by position, with the oracles'")
     whole_numbers(ax)
     return legend_beside(ax)
 
@@ -227,5 +227,5 @@ def _oracle_styles(emergence: Emergence) -> list[tuple[str, dict[str, Any]]]:
 
 def _reach(errors: Float[Tensor, "*cell"], emergence: Emergence) -> tuple[float, float]:
     """The lowest and highest error to show: the model's, down to the oracles' lowest."""
-    lowest = min(float(errors.min()), float(emergence.oracles.mse[:, 1:].min()))
+    lowest = min(float(errors.min()), float(emergence.oracles.loss[:, 1:].min()))
     return max(0.7 * lowest, 1e-6), 1.5 * float(errors.max())

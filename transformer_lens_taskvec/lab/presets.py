@@ -14,15 +14,15 @@ from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixt
 from transformer_lens_taskvec.lab.toy.model import ToyConfig
 from transformer_lens_taskvec.lab.training.folder import open_folder
 from transformer_lens_taskvec.lab.training.loop import sample_training, train_recipe
+from transformer_lens_taskvec.lab.training.on_problem import TrainConfig
 from transformer_lens_taskvec.lab.training.recipe import Recipe
-from transformer_lens_taskvec.lab.training.regression import TrainConfig
 from transformer_lens_taskvec.planning import Plan
 
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
         "paper": TrainConfig(),
         "small": TrainConfig(
-            mixture=SparseLinearMixture.small(),
+            problem=SparseLinearMixture.small(),
             n_layers=5,
             n_heads=4,
             d_model=64,
@@ -58,7 +58,7 @@ def train(
 
     Args:
         config: The name of a preset (``"paper"``, ``"small"``, ``"toy"``), or settings of your
-            own: ``dataclasses.replace(PRESETS["small"], mixture=...)``.
+            own: ``dataclasses.replace(PRESETS["small"], problem=...)``.
         out_dir: The folder of the run.
         seed: Seed of the weights and of the data.
         steps: Training steps, in place of the settings'; warm-up and schedule adapt to them.

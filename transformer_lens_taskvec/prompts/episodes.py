@@ -20,7 +20,7 @@ from transformer_lens_taskvec.tasks.base import Example
 class AnyEpisode(Protocol):
     """What collecting and evaluating require of an episode.
 
-    :class:`Episode` consists of text, the lab's ``RegressionEpisode`` of vectors and numbers.
+    :class:`Episode` consists of text, the lab's ``LabEpisode`` of vectors and numbers.
     """
 
     @property

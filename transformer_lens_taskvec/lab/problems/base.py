@@ -5,7 +5,7 @@ function ``f`` is drawn for every sequence from one of several families. Which f
 *latent task*: nothing in the sequence names it (Han et al. 2025, section 3.3, App. D-F).
 
 To mix functions of your own, give them to :class:`RegressionFamilies`; for a problem of another
-kind, derive a frozen dataclass from :class:`Mixture`.
+kind, derive a frozen dataclass from :class:`Problem`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TOLERANCE = 0.3
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one mixture.
+    """Sequences of one problem.
 
     Attributes:
         xs: Inputs, ``[batch, point, dim]``.
         ys: Noisy outputs, ``[batch, point]``.
-        labels: The latent task of each sequence, an index into the mixture's ``tasks``.
+        labels: The latent task of each sequence, an index into the problem's ``tasks``.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -54,10 +54,10 @@ class Batch:
 
 
 @runtime_checkable
-class Mixture(Protocol):
+class Problem(Protocol):
     """A problem: what training, evaluation and the figures ask of a mixture of tasks.
 
-    A mixture of your own is a frozen dataclass derived from this class, with ``tasks`` (the names
+    A problem of your own is a frozen dataclass derived from this class, with ``tasks`` (the names
     of the latent tasks), ``dim`` (of an input), ``n_points`` (pairs in a sequence) and ``sample``.
     Everything else has a default; the most useful thing to add is ``oracles``.
 
@@ -65,7 +65,7 @@ class Mixture(Protocol):
         >>> from dataclasses import dataclass
         >>> from transformer_lens_taskvec import lab
         >>> @dataclass(frozen=True)
-        ... class Signs(lab.Mixture):
+        ... class Signs(lab.Problem):
         ...     dim: int = 4
         ...     n_points: int = 8
         ...     tasks: tuple[str, ...] = ("plus", "minus")
@@ -120,7 +120,7 @@ class Mixture(Protocol):
         """``P(task | pairs before the point)``, where it is known exactly.
 
         Raises:
-            ValueError: If the mixture does not define it.
+            ValueError: If the problem does not define it.
         """
         raise ValueError(
             f"{type(self).__name__} has no exact posterior over its tasks; give it a method "
@@ -149,8 +149,8 @@ class Mixture(Protocol):
         return {"kind": type(self).__name__, **plain}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Mixture:
-        """The mixture with these fields, as :meth:`to_json` gives them, without ``kind``.
+    def from_json(cls, fields: Mapping[str, Any]) -> Problem:
+        """The problem with these fields, as :meth:`to_json` gives them, without ``kind``.
 
         Raises:
             ValueError: If a field was recorded by name only.
@@ -158,28 +158,28 @@ class Mixture(Protocol):
         return cls(**{name: restored(value, name) for name, value in fields.items()})
 
 
-def mixture_from_json(described: Mapping[str, Any]) -> Mixture:
-    """The mixture that ``to_json`` described, of any class derived from :class:`Mixture`."""
+def problem_from_json(described: Mapping[str, Any]) -> Problem:
+    """The problem that ``to_json`` described, of any class derived from :class:`Problem`."""
     fields = dict(described)
     name = fields.pop("kind")
-    kind = subclass_named(Mixture, name)
+    kind = subclass_named(Problem, name)
     if kind is None:
         raise ValueError(
-            f"no mixture {name!r} is defined; import the module that defines it first, or give the "
-            "run's mixture as mixture="
+            f"no problem {name!r} is defined; import the module that defines it first, or give the "
+            "run's problem as problem="
         )
-    mixture: Mixture = kind.from_json(fields)
-    return mixture
+    problem: Problem = kind.from_json(fields)
+    return problem
 
 
-def check_mixture(mixture: Any) -> None:
-    """Raise a TypeError that says what is missing unless something has all a mixture needs."""
+def check_problem(problem: Any) -> None:
+    """Raise a TypeError that says what is missing unless something has all a problem needs."""
     needed = ("tasks", "dim", "n_points", "sample", "oracles", "is_right", "to_json")
-    missing = [name for name in needed if not hasattr(mixture, name)]
+    missing = [name for name in needed if not hasattr(problem, name)]
     if missing:
         raise TypeError(
-            f"mixture is a {type(mixture).__name__} without {', '.join(missing)}; derive a frozen "
-            "dataclass from lab.Mixture with tasks, dim, n_points and sample"
+            f"problem is a {type(problem).__name__} without {', '.join(missing)}; derive a frozen "
+            "dataclass from lab.Problem with tasks, dim, n_points and sample"
         )
 
 
@@ -250,7 +250,7 @@ def _recorded(value: Any) -> dict[str, Any]:
     name = getattr(value, "__name__", None)
     if name is None:
         raise TypeError(
-            f"a mixture has a {type(value).__name__} among its fields, which has no JSON form; use "
+            f"a problem has a {type(value).__name__} among its fields, which has no JSON form; use "
             "numbers, strings and tuples of them, or write to_json and from_json"
         )
     return {"own": name}
@@ -263,8 +263,8 @@ def restored(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         if "own" in value:
             raise ValueError(
-                f"{name} holds {value['own']!r}, which no file can hold; give the run's mixture "
-                "as mixture="
+                f"{name} holds {value['own']!r}, which no file can hold; give the run's problem "
+                "as problem="
             )
         return {key: restored(item, name) for key, item in value.items()}
     return value

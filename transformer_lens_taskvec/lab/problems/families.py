@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Family,
-    Mixture,
+    Problem,
     check_sizes,
     draw_labels,
     fields_of,
@@ -156,7 +156,7 @@ _OF_THE_PAPER: Mapping[str, Family] = {
 
 
 @dataclass(frozen=True)
-class RegressionFamilies(Mixture):
+class RegressionFamilies(Problem):
     """A mixture of any families of functions, in equal shares (App. F).
 
     Attributes:
@@ -167,8 +167,8 @@ class RegressionFamilies(Mixture):
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> mixture = lab.RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3)
-        >>> mixture.sample(2, torch.Generator()).ys.shape
+        >>> problem = lab.RegressionFamilies({"sum": lambda xs, generator: xs.sum(-1)}, dim=3)
+        >>> problem.sample(2, torch.Generator()).ys.shape
         torch.Size([2, 20])
     """
 
@@ -194,7 +194,7 @@ class RegressionFamilies(Mixture):
         *,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Batch:
-        """As for :meth:`Mixture.sample`.
+        """As for :meth:`Problem.sample`.
 
         Every family is applied to every sequence and the wanted outputs are kept. That costs little
         compared with a training step, and nothing has to wait for the device.
@@ -220,7 +220,7 @@ class RegressionFamilies(Mixture):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> RegressionFamilies:
-        """As for :meth:`Mixture.from_json`."""
+        """As for :meth:`Problem.from_json`."""
         families = {name: _built_in(name, one) for name, one in fields["families"].items()}
         return cls(**{**fields, "families": families})
 

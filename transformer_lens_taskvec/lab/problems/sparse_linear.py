@@ -18,7 +18,7 @@ from transformer_lens_taskvec.lab.oracles import (
 )
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
-    Mixture,
+    Problem,
     check_sizes,
     draw_labels,
     normal,
@@ -32,7 +32,7 @@ def _blocks(n_bases: int, rank: int) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclass(frozen=True)
-class SparseLinearMixture(Mixture):
+class SparseLinearMixture(Problem):
     """Sparse linear regression whose support is one of several bases (section 3.3).
 
     ``y = w.x + e``, with ``w ~ N(0, I)`` zeroed outside the basis of the sequence and
@@ -112,7 +112,7 @@ class SparseLinearMixture(Mixture):
         *,
         labels: Int[Tensor, " batch"] | None = None,
     ) -> Batch:
-        """As for :meth:`Mixture.sample`."""
+        """As for :meth:`Problem.sample`."""
         labels = draw_labels(batch_size, len(self.bases), generator, labels)
         xs = normal(generator, batch_size, self.n_points, self.dim)
         weights = normal(generator, batch_size, self.dim) * self.masks(xs.device)[labels]
@@ -139,7 +139,7 @@ class SparseLinearMixture(Mixture):
         return found
 
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
-        """As for :meth:`Mixture.posterior`; without noise it is not defined."""
+        """As for :meth:`Problem.posterior`; without noise it is not defined."""
         noise = self.noise_variance
         found = bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise)
         return found.probabilities

@@ -16,7 +16,7 @@ from transformer_lens_taskvec._utils.atomic_io import reading, write_text
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.subclasses import subclass_named
 from transformer_lens_taskvec._utils.training_state import write_tensors
-from transformer_lens_taskvec.lab.problems.base import Mixture
+from transformer_lens_taskvec.lab.problems.base import Problem
 from transformer_lens_taskvec.lab.training.folder import (
     check_settings,
     checkpoint_path,
@@ -152,20 +152,20 @@ class TrainingRun(Shown, ABC):
         return f"{type(self).__name__}({str(self.path)!r}: {done})"
 
 
-def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Any:
+def load_run(path: str | Path, *, problem: Problem | None = None) -> Any:
     """Read a run from its folder.
 
     Args:
         path: The folder that ``train`` wrote.
-        mixture: The mixture of the run. It is needed if the mixture holds functions of your own,
+        problem: The problem of the run. It is needed if the problem holds functions of your own,
             which no file can hold, or its class is not defined here.
 
     Returns:
-        The run: a :class:`Run` on a mixture, or a :class:`ToyRun` of the toy model.
+        The run: a :class:`Run` on a problem, or a :class:`ToyRun` of the toy model.
 
     Raises:
         FileNotFoundError: If there is no run in the folder.
-        ValueError: If the mixture is needed and not given, is not the run's, or a file is damaged.
+        ValueError: If the problem is needed and not given, is not the run's, or a file is damaged.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -181,7 +181,7 @@ def load_run(path: str | Path, *, mixture: Mixture | None = None) -> Any:
         recipe = subclass_named(Recipe, saved["kind"])
         if recipe is None:
             raise ValueError(f"no kind of run {saved['kind']!r} is defined")
-        config = recipe.from_json(saved, **({} if mixture is None else {"mixture": mixture}))
-    if mixture is not None:
-        check_settings(path, saved, {"mixture": mixture.to_json()})
+        config = recipe.from_json(saved, **({} if problem is None else {"problem": problem}))
+    if problem is not None:
+        check_settings(path, saved, {"problem": problem.to_json()})
     return config.load(path)

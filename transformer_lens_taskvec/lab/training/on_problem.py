@@ -1,4 +1,4 @@
-"""Training on a mixture: the settings, and the run that it leaves."""
+"""Training on a problem: the settings, and the run that it leaves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transformer_lens_taskvec.lab.evaluation import evaluate_mixture
+from transformer_lens_taskvec.lab.evaluation import evaluate_problem
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
-from transformer_lens_taskvec.lab.problems.base import Mixture, check_mixture, mixture_from_json
+from transformer_lens_taskvec.lab.problems.base import Problem, check_problem, problem_from_json
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
@@ -22,36 +22,36 @@ from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """The settings of a training on a mixture, besides those of :class:`Recipe`.
+    """The settings of a training on a problem, besides those of :class:`Recipe`.
 
     The defaults are the paper's (App. D).
 
     Attributes:
-        mixture: What the sequences are drawn from.
+        problem: What the sequences are drawn from.
         init: The scale of the initial weights; see :class:`RegressionConfig`.
 
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> config = lab.TrainConfig()
-        >>> config.n_layers, config.mixture.tasks, config.steps
+        >>> config.n_layers, config.problem.tasks, config.steps
         (12, ('B1', 'B2', 'B3', 'B4'), 80000)
     """
 
-    mixture: Mixture = field(default_factory=SparseLinearMixture)
+    problem: Problem = field(default_factory=SparseLinearMixture)
     init: Literal["gpt2", "fan_in"] = "gpt2"
 
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {**Recipe._choices, "init": ("gpt2", "fan_in")}
-    loss_name: ClassVar[str] = "mse"
+    loss_name: ClassVar[str] = "loss"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mixture(self.mixture)
+        check_problem(self.problem)
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> RegressionTransformer:
         """An untrained model of this size."""
         cfg = RegressionConfig(
-            d_input=self.mixture.dim,
-            n_points=self.mixture.n_points,
+            d_input=self.problem.dim,
+            n_points=self.problem.n_points,
             n_layers=self.n_layers,
             n_heads=self.n_heads,
             d_model=self.d_model,
@@ -69,7 +69,7 @@ class TrainConfig(Recipe):
         self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
     ) -> Tensor:
         """The mean squared error over every point of a new batch."""
-        batch = self.mixture.sample(self.batch_size, generator)
+        batch = self.problem.sample(self.batch_size, generator)
         with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
             predictions = forward(batch.xs, batch.ys)
         error: Tensor = (predictions.float() - batch.ys).square().mean()
@@ -77,66 +77,66 @@ class TrainConfig(Recipe):
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """The mean squared error of each task at each point."""
-        return {"mse": evaluate_mixture(model, self.mixture, n_eval=self.n_eval).tolist()}
+        return {"loss": evaluate_problem(model, self.problem, n_eval=self.n_eval).tolist()}
 
     def summary(self, record: dict[str, Any]) -> str:
         """The error of each task over the second half of the sequence."""
-        half = self.mixture.n_points // 2
-        curves = zip(self.mixture.tasks, record["mse"], strict=True)
+        half = self.problem.n_points // 2
+        curves = zip(self.problem.tasks, record["loss"], strict=True)
         return " ".join(f"{task} {fmean(curve[half:]):.3f}" for task, curve in curves)
 
     def fewest_weights(self) -> int:
         """The weights of the blocks' matrices, the read-in and the positions."""
-        ends = (self.mixture.dim + 2 * self.mixture.n_points) * self.d_model
+        ends = (self.problem.dim + 2 * self.problem.n_points) * self.d_model
         return 12 * self.n_layers * self.d_model**2 + ends
 
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Run:
         """The run in a folder, given its evaluations."""
-        curves = stacked(records, mse=(len(self.mixture.tasks), self.mixture.n_points))
-        train = [record["train_mse"] for record in records]
-        train_mse = tuple(float("nan" if mse is None else mse) for mse in train)
+        curves = stacked(records, loss=(len(self.problem.tasks), self.problem.n_points))
+        train = [record["train_loss"] for record in records]
+        train_loss = tuple(float("nan" if loss is None else loss) for loss in train)
         steps = tuple(record["step"] for record in records)
-        return Run(path, self, seed, steps, **curves, train_mse=train_mse)
+        return Run(path, self, seed, steps, **curves, train_loss=train_loss)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
         """As for :meth:`Recipe.from_json`."""
-        mixture = given.get("mixture") or mixture_from_json(saved["mixture"])
-        config: TrainConfig = super().from_json(saved, **{**given, "mixture": mixture})
+        problem = given.get("problem") or problem_from_json(saved["problem"])
+        config: TrainConfig = super().from_json(saved, **{**given, "problem": problem})
         return config
 
 
 @dataclass(frozen=True, repr=False)
 class Run(TrainingRun):
-    """A :class:`TrainingRun` on a mixture.
+    """A :class:`TrainingRun` on a problem.
 
     Attributes:
-        mse: Mean squared error at each checkpoint, ``[checkpoint, task, point]``.
-        train_mse: The mean error of the training steps since the previous checkpoint; NaN at
+        loss: Mean squared error at each checkpoint, ``[checkpoint, task, point]``.
+        train_loss: The mean error of the training steps since the previous checkpoint; NaN at
             step 0.
 
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> run = lab.shipped_run()
-        >>> run.tasks, run.late_mse[-1].shape, run.model().cfg.n_layers
+        >>> run.tasks, run.late_loss[-1].shape, run.model().cfg.n_layers
         (('B1', 'B2', 'B3', 'B4'), torch.Size([4]), 5)
     """
 
     config: TrainConfig
-    mse: Float[Tensor, "checkpoint task point"]
-    train_mse: tuple[float, ...]
+    loss: Float[Tensor, "checkpoint task point"]
+    train_loss: tuple[float, ...]
 
-    _table: ClassVar[tuple[str, str]] = ("mse", "point")
+    _table: ClassVar[tuple[str, str]] = ("loss", "point")
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The names of the latent tasks."""
-        return self.config.mixture.tasks
+        return self.config.problem.tasks
 
     @property
-    def late_mse(self) -> Float[Tensor, "checkpoint task"]:
+    def late_loss(self) -> Float[Tensor, "checkpoint task"]:
         """The mean error over the second half of the sequence."""
-        return self.mse[..., self.mse.shape[-1] // 2 :].mean(-1)
+        return self.loss[..., self.loss.shape[-1] // 2 :].mean(-1)
 
     def model(
         self, step: int | None = None, *, device: torch.device | str = "cpu"
@@ -151,8 +151,8 @@ class Run(TrainingRun):
         return model.eval()
 
     def _summary(self) -> str:
-        late = zip(self.tasks, self.late_mse[-1], strict=True)
-        return ", late MSE: " + ", ".join(f"{task} {float(mse):.4f}" for task, mse in late)
+        late = zip(self.tasks, self.late_loss[-1], strict=True)
+        return ", late loss: " + ", ".join(f"{task} {float(loss):.4f}" for task, loss in late)
 
 
 def shipped_run() -> Run:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer_lens_taskvec.lab.problems.base import Mixture, balanced_labels
+from transformer_lens_taskvec.lab.problems.base import Problem, balanced_labels
 from transformer_lens_taskvec.lab.problems.families import (
     LeakyReLU,
     LinearOnRepresentation,
@@ -40,12 +40,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("mixture", SPARSE, ids=["default", "six", "overlapping", "small"])
-def test_outputs_depend_on_the_basis_alone(mixture: SparseLinearMixture) -> None:
-    labels = balanced_labels(len(mixture.bases), 400)
-    batch = mixture.sample(len(labels), seeded(), labels=labels)
-    slopes = (batch.xs * batch.ys[..., None]).mean(1).square().view(len(mixture.bases), 400, -1)
-    inside = mixture.masks().bool()
+@pytest.mark.parametrize("problem", SPARSE, ids=["default", "six", "overlapping", "small"])
+def test_outputs_depend_on_the_basis_alone(problem: SparseLinearMixture) -> None:
+    labels = balanced_labels(len(problem.bases), 400)
+    batch = problem.sample(len(labels), seeded(), labels=labels)
+    slopes = (batch.xs * batch.ys[..., None]).mean(1).square().view(len(problem.bases), 400, -1)
+    inside = problem.masks().bool()
     strongest_outside = torch.where(inside, 0, slopes.mean(1)).amax(-1)
     weakest_inside = torch.where(inside, slopes.mean(1), torch.inf).amin(-1)
     assert (weakest_inside > 2 * strongest_outside).all()
@@ -56,8 +56,8 @@ def test_the_settings_of_the_paper() -> None:
     assert (default.dim, len(default.tasks), default.n_points) == (16, 4, 20)
     assert (six.dim, len(six.tasks)) == (24, 6)
     assert (small.dim, len(small.tasks), small.n_points) == (8, 4, 16)
-    for mixture in (default, six, small):
-        assert (mixture.masks().sum(0) == 1).all()
+    for problem in (default, six, small):
+        assert (problem.masks().sum(0) == 1).all()
     masks = overlapping.masks()
     assert masks.shape == (8, 16) and (masks.sum(1) == 4).all()
     assert (masks[:4, 8:] == 0).all() and (masks[4:, :8] == 0).all()
@@ -66,8 +66,8 @@ def test_the_settings_of_the_paper() -> None:
 
 
 def test_noise_and_weights_have_the_stated_variances() -> None:
-    mixture = SparseLinearMixture(dim=3, bases=((0, 1),), noise_variance=0.25, n_points=40)
-    batch = mixture.sample(4000, seeded())
+    problem = SparseLinearMixture(dim=3, bases=((0, 1),), noise_variance=0.25, n_points=40)
+    batch = problem.sample(4000, seeded())
     solved = torch.linalg.lstsq(batch.xs[..., :2], batch.ys[..., None])
     residual = batch.ys[..., None] - batch.xs[..., :2] @ solved.solution
     torch.testing.assert_close(
@@ -78,13 +78,13 @@ def test_noise_and_weights_have_the_stated_variances() -> None:
     torch.testing.assert_close(spread, torch.tensor(1.0), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("mixture", [SparseLinearMixture.small(), RegressionFamilies(dim=6)])
-def test_a_seed_fixes_the_batch_and_labels_are_uniform(mixture: Mixture) -> None:
-    assert isinstance(mixture, Mixture)
-    one, same, other = (mixture.sample(4000, seeded(seed)) for seed in (0, 0, 1))
+@pytest.mark.parametrize("problem", [SparseLinearMixture.small(), RegressionFamilies(dim=6)])
+def test_a_seed_fixes_the_batch_and_labels_are_uniform(problem: Problem) -> None:
+    assert isinstance(problem, Problem)
+    one, same, other = (problem.sample(4000, seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(one.ys, same.ys) and torch.equal(one.xs, same.xs)
     assert not torch.equal(one.ys, other.ys)
-    counts = torch.bincount(one.labels, minlength=len(mixture.tasks))
+    counts = torch.bincount(one.labels, minlength=len(problem.tasks))
     assert (counts > 900).all() and counts.sum() == 4000
 
 
@@ -116,9 +116,9 @@ def test_a_family_of_ones_own_is_a_function() -> None:
     def total(xs: Tensor, generator: torch.Generator) -> Tensor:
         return xs.sum(-1)
 
-    mixture = RegressionFamilies({"linear": linear, "sum": total}, dim=3, noise_variance=0.0)
+    problem = RegressionFamilies({"linear": linear, "sum": total}, dim=3, noise_variance=0.0)
     labels = torch.tensor([1, 0, 1])
-    batch = mixture.sample(3, seeded(), labels=labels)
+    batch = problem.sample(3, seeded(), labels=labels)
     torch.testing.assert_close(batch.ys[labels == 1], batch.xs[labels == 1].sum(-1))
     assert not torch.allclose(batch.ys[1], batch.xs[1].sum(-1))
 
