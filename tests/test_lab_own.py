@@ -43,8 +43,8 @@ class Switched(lab.Problem):
         sign = torch.cat([torch.zeros_like(agreement[:, :1]), agreement[:, :-1].sign()], dim=1)
         return {"sign of the pairs": self._clean(batch.xs, sign)}
 
-    def is_right(self, prediction: float, answer: float) -> bool:
-        return (prediction > self.shift) == (answer > self.shift)
+    def right(self, predictions: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+        return (predictions > self.shift) == (targets > self.shift)
 
     def _clean(self, xs: Tensor, sign: Tensor) -> Tensor:
         return sign * xs.sum(-1) + self.shift
@@ -124,7 +124,7 @@ def test_its_rule_says_what_is_right(run: Run) -> None:
         predicted = run.model()(torch.stack([episode.prompt for episode in episodes]))[:, -1]
     answers = torch.tensor([episode.answer for episode in episodes])
     assert scores.correct.tolist() == ((predicted > 0.5) == (answers > 0.5)).tolist()
-    assert episodes[0].is_right(100.0) == (episodes[0].answer > 0.5)
+    assert bool(episodes[0].right(torch.tensor([100.0]))) == (episodes[0].answer > 0.5)
 
 
 def test_its_oracle_is_measured_and_drawn(run: Run) -> None:

@@ -267,7 +267,8 @@ def evaluate_many(
             stacklevel=2,
         )
     queries = torch.tensor([episode.query_id for episode in episodes])
-    kind, sets = "squared_error" if numbers else "nll", demo_sets_of(episodes)
+    kind = getattr(episodes[0], "loss_kind", "squared_error") if numbers else "nll"
+    sets = demo_sets_of(episodes)
     scores = [
         Scores(
             {name: many[index] for name, many in found.items()},

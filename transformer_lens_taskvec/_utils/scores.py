@@ -26,7 +26,14 @@ from transformer_lens_taskvec._utils.statistics import (
 )
 from transformer_lens_taskvec._utils.text import spelled_size
 
-LOSS_LABELS: Mapping[str, str] = {"nll": "NLL (nats)", "squared_error": "squared error"}
+LOSS_LABELS: Mapping[str, str] = {
+    "nll": "NLL (nats)",
+    "squared_error": "squared error",
+    "cross_entropy": "cross-entropy (nats)",
+    "logistic": "logistic loss (nats)",
+    "hinge": "hinge loss",
+    "loss": "loss",
+}
 """The kinds of loss, and their names in figures."""
 
 
@@ -42,7 +49,7 @@ class Scores(Shown):
         queries: ``[example]``, a hash of each episode's task, query and answer. Averages are means
             over distinct queries of the mean over each query's episodes.
         loss_kind: ``"nll"``, the negative log-likelihood of the whole answer in nats, or
-            ``"squared_error"`` if answers are numbers.
+            of a model of the lab its problem's, such as ``"squared_error"``.
         stop: None, or ``"separator"`` if the separator had to follow the answer.
         bos: Whether a beginning-of-sequence token preceded the prompts.
         demo_sets: ``[example]``, equal where episodes share their demonstrations; None where all

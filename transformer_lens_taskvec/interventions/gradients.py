@@ -173,7 +173,7 @@ class _Part:
         batch: The prompts, or for a model of the lab its vectors.
         past: The keys and values of all tokens but the prompts' last; None where variants run on
             whole prompts.
-        ids: The answers' tokens, right-padded, or its numbers.
+        ids: The answers' tokens, right-padded; of a model of the lab, nothing.
         real: Where these are real.
         episodes: The episodes.
         rows: Their places in the trial.
@@ -228,8 +228,10 @@ class _Part:
         hooks = prompt_hooks(variant, self.batch)
         if isinstance(self.episodes[0].prompt, Tensor):
             predicted = self.model.run_with_hooks(self.batch.tokens, fwd_hooks=hooks)
-            error: Tensor = (predicted[:, -1].float() - self.ids).square()
-            return error
+            last = predicted[:, -1:].float()
+            episodes: Sequence[Any] = self.episodes
+            pairs = zip(episodes, last, strict=True)
+            return torch.cat([episode.losses(one) for episode, one in pairs])
         tokens = torch.cat([self.batch.tokens, self.ids[:, :-1]], dim=1)
         padding = self.batch.padding
         if padding is not None:
@@ -266,8 +268,8 @@ def _trial(
         packs = can.packs and (limit is None or batch.tokens.shape[1] <= limit)
         past = run_prefix(model, batch.before_last()) if packs and not numbers else None
         if numbers:
-            ids = torch.tensor([float(episode.answer) for episode in some], device=device)
-            real = torch.ones_like(ids, dtype=torch.bool)
+            ids = torch.zeros(len(some), 1, device=device)
+            real = torch.zeros_like(ids, dtype=torch.bool)
         else:
             ids, real = right_padded([answers[row] for row in rows], device)
         parts.append(_Part(model, can, batch, past, ids, real, some, rows))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.metrics import ALWAYS, Answered
@@ -55,14 +54,11 @@ def number_parts(
     if other:
         raise ValueError(
             f"the metric {other[0]!r} is of answers of tokens, and these answers are numbers; "
-            "ask for 'correct' and 'loss', the squared error"
+            "ask for 'correct' and 'loss', the problem's"
         )
     for chunk in answer_numbers(model, prompts, variants, **options):
         some = [episodes[row] for row in chunk.rows]
-        answers = torch.tensor([episode.answer for episode in some])
-        correct = [
-            [episode.is_right(prediction) for prediction in predictions]
-            for episode, predictions in zip(some, chunk.predictions.tolist(), strict=True)
-        ]
-        loss = (chunk.predictions - rearrange(answers, "row -> row 1")).square()
-        yield chunk, {"correct": torch.tensor(correct), "loss": loss}
+        pairs = list(zip(some, chunk.predictions.cpu(), strict=True))
+        correct = torch.stack([episode.right(predictions) for episode, predictions in pairs])
+        loss = torch.stack([episode.losses(predictions) for episode, predictions in pairs])
+        yield chunk, {"correct": correct, "loss": loss}

@@ -96,12 +96,13 @@ class Chunk(Answered):
 
 @dataclass(frozen=True)
 class NumberChunk:
-    """Predictions of a model of the lab after some prompts of vectors, ``[row, variant]``.
+    """Predictions of a model of the lab after some prompts.
 
-    The other attributes are those of :class:`Chunk`.
+    ``predictions`` are ``[row, variant]``, or ``[row, variant, output]`` if an output is of several
+    numbers; the other attributes are those of :class:`Chunk`.
     """
 
-    predictions: Float[Tensor, "row variant"]
+    predictions: Float[Tensor, "row variant *output"]
     rows: tuple[int, ...]
     variants: tuple[int, ...]
     observed: Float[Tensor, "row layer ..."] | None

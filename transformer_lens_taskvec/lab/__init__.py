@@ -8,11 +8,18 @@ from transformer_lens_taskvec.lab.emergence import (
     swap_matrix,
 )
 from transformer_lens_taskvec.lab.episodes import LabEpisode, problem_episodes
-from transformer_lens_taskvec.lab.evaluation import OracleErrors, evaluate_problem, oracle_errors
+from transformer_lens_taskvec.lab.evaluation import (
+    Evaluation,
+    OracleErrors,
+    evaluate_problem,
+    oracle_errors,
+)
 from transformer_lens_taskvec.lab.figures import emergence_figures, plot_oracles, plot_training
 from transformer_lens_taskvec.lab.model import (
     RegressionConfig,
     RegressionTransformer,
+    TokenConfig,
+    TokenTransformer,
     interleave,
     lengthened,
 )
@@ -25,7 +32,13 @@ from transformer_lens_taskvec.lab.oracles import (
     true_basis_ridge,
 )
 from transformer_lens_taskvec.lab.presets import PRESETS, plan_training, train
-from transformer_lens_taskvec.lab.problems.base import Batch, Family, Problem, balanced_labels
+from transformer_lens_taskvec.lab.problems.base import (
+    Batch,
+    Family,
+    Finding,
+    Problem,
+    balanced_labels,
+)
 from transformer_lens_taskvec.lab.problems.families import (
     LeakyReLU,
     LinearOnRepresentation,
@@ -35,6 +48,7 @@ from transformer_lens_taskvec.lab.problems.families import (
     quadratic,
 )
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
+from transformer_lens_taskvec.lab.problems.tokens import TokenProblem
 from transformer_lens_taskvec.lab.toy.lines import toy_tokenizer
 from transformer_lens_taskvec.lab.toy.model import ToyConfig, ToyRun, shipped_toy_run
 from transformer_lens_taskvec.lab.training.loop import TrainingDiverged
@@ -46,7 +60,9 @@ __all__ = [
     "PRESETS",
     "Batch",
     "Emergence",
+    "Evaluation",
     "Family",
+    "Finding",
     "LabEpisode",
     "LeakyReLU",
     "LinearOnRepresentation",
@@ -61,6 +77,9 @@ __all__ = [
     "Run",
     "SparseLinear",
     "SparseLinearMixture",
+    "TokenConfig",
+    "TokenProblem",
+    "TokenTransformer",
     "ToyConfig",
     "ToyRun",
     "TrainConfig",

@@ -27,7 +27,6 @@ from transformer_lens_taskvec.analysis.perturbation import PerturbationMatrix, m
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
 from transformer_lens_taskvec.lab.episodes import LabEpisode, problem_episodes
 from transformer_lens_taskvec.lab.evaluation import OracleErrors, checked_oracles, oracle_errors
-from transformer_lens_taskvec.lab.model import interleave
 from transformer_lens_taskvec.lab.problems.base import Batch, balanced_labels
 from transformer_lens_taskvec.lab.training.on_problem import Run
 from transformer_lens_taskvec.vectors.means import task_vectors
@@ -45,13 +44,15 @@ class Emergence(Shown):
     Attributes:
         steps: The checkpoints.
         tasks: The latent tasks.
-        loss: Mean squared error, ``[checkpoint, task, point]``.
+        loss: Mean loss, ``[checkpoint, task, point]``; squared errors, unless the problem has
+            another.
         td: TD at the query token, ``[checkpoint, layer, task]``.
         swaps: For each checkpoint, the change in the query's squared error when each task's
             representation is replaced by each other task's; see :func:`swap_matrix`.
         oracles: The oracles' own errors.
-        oracle_distance: Mean squared difference between the model's predictions and each oracle's
-            over the second half of the sequence, ``[checkpoint, oracle]``.
+        oracle_distance: The mean distance between the model's predictions and each oracle's over
+            the late points, ``[checkpoint, oracle]``: squared differences, unless the problem has
+            another.
         n_shots: Demonstrations before the query, for ``td`` and ``swaps``.
 
     Example:
@@ -73,9 +74,14 @@ class Emergence(Shown):
     n_shots: int
 
     @property
+    def loss_kind(self) -> str:
+        """What the losses are, as ``Scores.loss_kind``."""
+        return self.swaps[-1].baseline.loss_kind
+
+    @property
     def late_loss(self) -> Float[Tensor, "checkpoint task"]:
-        """The mean error over the second half of the sequence."""
-        return self.loss[..., self.loss.shape[-1] // 2 :].mean(-1)
+        """The mean loss over the late points."""
+        return self.loss[..., self.oracles.late_from :].nanmean(-1)
 
     def best_layer(self, task: str | None = None) -> int:
         """The layer with the highest TD of a task, or of the mean over tasks, in the end.
@@ -157,8 +163,9 @@ class Emergence(Shown):
         td = self.td[:, layer].mean(-1)
         return (
             f"Emergence({len(self.steps)} checkpoints to step {self.steps[-1]}: late loss "
-            f"{late[0]:.3f} -> {late[-1]:.4f} ({best} {self.oracles.late(best):.4f}), TD at layer "
-            f"{layer} {td[0]:.2f} -> {td[-1]:.2f}, rank correlation {self.td_loss_correlation:.2f}; "
+            f"{late[0]:.3f} -> {late[-1]:.4f} ({best} {self.oracles.late(best):.4f}), "
+            f"TD at layer {layer} {td[0]:.2f} -> {td[-1]:.2f}, "
+            f"rank correlation {self.td_loss_correlation:.2f}; "
             f"a swap at layer {self.swaps[-1].layer} multiplies the error by "
             f"{ratio[own].mean():.2f} (own mean) and {ratio[~own].mean():.1f} (another's))"
         )
@@ -223,11 +230,9 @@ def measure_emergence(
         td.append(task_decodability(collect(model, test), k=k).scores)
         swaps.append(swap_matrix(model, train, test, swap_layer))
         with torch.no_grad():
-            predicted = model.run_with_hooks(interleave(batch.xs, batch.ys))
-        late = slice(predicted.shape[1] // 2, None)
-        distances.append(
-            [float((predicted - of)[:, late].square().mean()) for of in predictions.values()]
-        )
+            predicted = problem.predict(model.run_with_hooks, batch)
+        apart = [problem.distance(predicted, of) for of in predictions.values()]
+        distances.append([float(one[:, problem.late_from :].mean()) for one in apart])
     return Emergence(
         chosen,
         problem.tasks,
@@ -250,9 +255,9 @@ def swap_matrix(
 
     The paper replaces activations by a task's mean (Figure 7). Here the mean replaces only the
     component in the subspace in which the tasks' means differ, so that the numbers of the sequence
-    are kept. It does so at the tokens of the outputs ``y`` in the second half of the
-    demonstrations, each with means of its own: the model reads the task from these tokens, and the
-    query's token must keep its ``x``.
+    are kept. It does so at the tokens that ``Problem.swapped_at`` names, by default those of the
+    outputs ``y`` in the second half of the demonstrations, each with means of its own: the model
+    reads the task from these tokens, and the query's token must keep its ``x``.
 
     Args:
         model: A model of the lab.
@@ -277,8 +282,7 @@ def swap_matrix(
     if train[0].n_shots < 1:
         raise ValueError("a swap needs demonstrations; n_shots is 0")
     edits: dict[str, list[Intervention]] = {episode.task: [] for episode in train}
-    for demo in range(train[0].n_shots // 2, train[0].n_shots):
-        at = 2 * demo + 1  # the token of the demonstration's output
+    for at in train[0].problem.swapped_at(train[0].n_shots):
         vectors = task_vectors(collect(model, train, layers=[layer], position=at))
         for task, interventions in edits.items():
             vector, mode = vectors[task, layer], vectors.subspace(layer)
@@ -358,7 +362,7 @@ def posterior_agreement(
     problem = run.config.problem
     episodes = problem_episodes(problem, n, n_shots, seed=seed)
     xs = torch.stack([episode.xs for episode in episodes])
-    answers = torch.tensor([episode.answer for episode in episodes])
+    answers = torch.stack([episode.target for episode in episodes])
     ys = torch.cat([torch.stack([episode.ys for episode in episodes]), answers[:, None]], dim=1)
     labels = balanced_labels(len(problem.tasks), n)
     exact = problem.posterior(Batch(xs, ys, labels))[:, -1]

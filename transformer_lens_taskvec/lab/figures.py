@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_taskvec._utils.scores import LOSS_LABELS
 from transformer_lens_taskvec.activations import collect
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.emergence import Emergence
@@ -143,7 +144,7 @@ def plot_training(
         >>> found = lab.measure_emergence(run, steps=[0, 26000], n=11, n_oracle=20, progress=False)
         >>> above, below = lab.plot_training(found)
         >>> above.get_ylabel(), below.get_ylabel()
-        ('squared error, second half', 'task decodability, layer 4')
+        ('squared error, late points', 'task decodability, layer 4')
     """
     above, below = two_axes(axes)
     layer = emergence.best_layer() if layer is None else layer
@@ -160,7 +161,7 @@ def plot_training(
     below.axhline(chance, color=GREY, linestyle="--", linewidth=0.9, label="chance")
     above.set(
         yscale="log",
-        ylabel="squared error, second half",
+        ylabel=f"{LOSS_LABELS[emergence.loss_kind]}, late points",
         ylim=(bottom, top),
         title=f"Over training (rank correlation {emergence.td_loss_correlation:.2f})",
     )
@@ -210,7 +211,7 @@ def plot_oracles(
         ax.plot(points, curve.tolist(), color=COLOURS[0], alpha=shade, label=f"step {step}")
     for name, style in _oracle_styles(emergence):
         ax.plot(points, emergence.oracles[name].tolist(), label=name, **style)
-    ax.set(yscale="log", xlabel="position in the sequence", ylabel="squared error")
+    ax.set(yscale="log", xlabel="position in the sequence", ylabel=LOSS_LABELS[emergence.loss_kind])
     ax.set(ylim=_reach(emergence.loss, emergence), title="Error by position, with the oracles'")
     whole_numbers(ax)
     return legend_beside(ax)

@@ -12,15 +12,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+
+
+@runtime_checkable
+class ModelSize(Protocol):
+    """The size of a model, as the settings of a training give it."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        ...
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads per block."""
+        ...
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def init(self) -> Literal["gpt2", "fan_in"]:
+        """The scale of the initial weights; see :class:`RegressionConfig`."""
+        ...
 
 
 @dataclass
@@ -36,6 +61,7 @@ class RegressionConfig:
         init: ``"gpt2"`` for weights of standard deviation 0.02; ``"fan_in"`` for larger ones, which
             keep the scale of activations. In both, projections back into the residual stream start
             smaller.
+        d_output: Numbers in an output.
         model_name: The model's name in results.
         device: Where the model is made.
         dtype: Of the parameters.
@@ -53,12 +79,13 @@ class RegressionConfig:
     n_heads: int = 8
     d_model: int = 256
     init: Literal["gpt2", "fan_in"] = "gpt2"
+    d_output: int = 1
     model_name: str = "regression-transformer"
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        check_size(self, "d_input", "n_points")
+        check_size(self, "d_input", "n_points", "d_output")
 
     @property
     def d_head(self) -> int:
@@ -87,70 +114,102 @@ def check_size(settings: Any, *others: str) -> None:
         )
 
 
-class RegressionTransformer(HookedRootModule):
-    """GPT-2 (pre-layer-norm, learned positions, GELU) with a linear read-in and read-out.
+@dataclass
+class TokenConfig:
+    """The size of a :class:`TokenTransformer`, with TransformerLens' names.
+
+    Attributes:
+        d_vocab: Number of tokens.
+        n_ctx: The largest number of tokens in a sequence.
+        n_layers: As for :class:`RegressionConfig`, like the rest.
+        n_heads: Attention heads per block.
+        d_model: Width of the residual stream.
+        init: The scale of the initial weights.
+        d_output: Number of logits; None for one per token.
+        model_name: The model's name in results.
+        device: Where the model is made.
+        dtype: Of the parameters.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> lab.TokenConfig(d_vocab=30, n_ctx=64).d_head
+        16
+    """
+
+    d_vocab: int
+    n_ctx: int
+    n_layers: int = 4
+    n_heads: int = 4
+    d_model: int = 64
+    init: Literal["gpt2", "fan_in"] = "fan_in"
+    d_output: int | None = None
+    model_name: str = "token-transformer"
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_size(self, "d_vocab", "n_ctx")
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of an MLP's hidden layer."""
+        return 4 * self.d_model
+
+
+class LabTransformer(HookedRootModule):
+    """GPT-2 (pre-layer-norm, learned positions, GELU) without a read-in: what the two kinds share.
 
     The hook points have TransformerLens' names; ``model.hook_dict`` lists them. Attention patterns
     are computed only when a hook asks for them.
 
     Args:
         cfg: The size.
+        read_in: What makes the residual stream of a model's input.
+        n_outputs: Numbers that are read out at a token.
         seed: Seed of the initial weights; the global random state is neither read nor changed.
-
-    Example:
-        >>> from transformer_lens_taskvec import lab
-        >>> model = lab.RegressionTransformer(lab.RegressionConfig(d_input=8, n_layers=2))
-        >>> model(torch.randn(5, 16, 8), torch.randn(5, 16)).shape
-        torch.Size([5, 16])
     """
 
-    def __init__(self, cfg: RegressionConfig, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        cfg: RegressionConfig | TokenConfig,
+        read_in: nn.Module,
+        n_outputs: int,
+        *,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.cfg = cfg
-        self.read_in = nn.utils.skip_init(nn.Linear, cfg.d_input, cfg.d_model)
+        self.read_in = read_in
         self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_model))
         self.hook_embed = HookPoint()
         self.hook_pos_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.ln_final = HookedLayerNorm(cfg.d_model)
-        self.read_out = nn.utils.skip_init(nn.Linear, cfg.d_model, 1)
+        self.read_out = nn.utils.skip_init(nn.Linear, cfg.d_model, n_outputs)
         self._init_weights(seed)
         self.to(device=cfg.device, dtype=cfg.dtype)
         setup: Callable[[], None] = super().setup  # names the hook points
         setup()
 
-    def forward(
-        self,
-        xs: Float[Tensor, "batch point_or_token dim"],
-        ys: Float[Tensor, "batch demo"] | None = None,
-    ) -> Float[Tensor, "batch point"]:
-        """Predict every ``y_i`` from the pairs before it and ``x_i``, ``[batch, point]``.
-
-        Args:
-            xs: Inputs, ``[batch, point, dim]``; or, without ``ys``, tokens as :func:`interleave`
-                makes them.
-            ys: Outputs, ``[batch, point]`` or without the last, which is never read.
-
-        Raises:
-            ValueError: If the sequence is too long or its dimensions are not the model's.
-        """
-        tokens = xs if ys is None else interleave(xs, ys)
-        n_tokens = tokens.shape[1]
-        if n_tokens > self.cfg.n_ctx or tokens.shape[2] != self.cfg.d_input:
-            raise ValueError(
-                f"tokens have shape {list(tokens.shape)}; this model takes at most "
-                f"{self.cfg.n_ctx} tokens ({self.cfg.n_points} points) of {self.cfg.d_input} "
-                "dimensions"
-            )
+    def residual(
+        self, tokens: Shaped[Tensor, "batch token *dim"]
+    ) -> Float[Tensor, "batch token d_model"]:
+        """The residual stream after the last block."""
         embed = self.hook_embed(self.read_in(tokens))
         positions = self.hook_pos_embed(
-            repeat(self.W_pos[:n_tokens], "pos d_model -> batch pos d_model", batch=len(tokens))
+            repeat(
+                self.W_pos[: tokens.shape[1]], "pos d_model -> batch pos d_model", batch=len(tokens)
+            )
         )
-        residual = embed + positions
+        residual: Tensor = embed + positions
         for block in self.blocks:
             residual = block(residual)
-        readout: Tensor = self.read_out(self.ln_final(residual)[:, ::2])
-        return readout.squeeze(-1)
+        return residual
 
     def _init_weights(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -169,14 +228,109 @@ class RegressionTransformer(HookedRootModule):
             return 0.02 / math.sqrt(2 * self.cfg.n_layers)
         if self.cfg.init == "gpt2" or name in ("read_out.weight", "W_pos"):
             return 0.02
-        fan_in = self.cfg.d_input if name == "read_in.weight" else self.cfg.d_model
-        return 0.6 / math.sqrt(fan_in)
+        return 0.6 / math.sqrt(self._fan_in if name == "read_in.weight" else self.cfg.d_model)
+
+    @property
+    def _fan_in(self) -> int:
+        """The numbers that the read-in sums over."""
+        return 1
+
+
+class RegressionTransformer(LabTransformer):
+    """A :class:`LabTransformer` with a linear read-in, which predicts at every second token.
+
+    Args:
+        cfg: The size.
+        seed: Seed of the initial weights; the global random state is neither read nor changed.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> model = lab.RegressionTransformer(lab.RegressionConfig(d_input=8, n_layers=2))
+        >>> model(torch.randn(5, 16, 8), torch.randn(5, 16)).shape
+        torch.Size([5, 16])
+    """
+
+    cfg: RegressionConfig
+
+    def __init__(self, cfg: RegressionConfig, *, seed: int = 0) -> None:
+        read_in = nn.utils.skip_init(nn.Linear, cfg.d_input, cfg.d_model)
+        super().__init__(cfg, read_in, cfg.d_output, seed=seed)
+
+    def forward(
+        self,
+        xs: Float[Tensor, "batch point_or_token dim"],
+        ys: Float[Tensor, "batch demo *output"] | None = None,
+    ) -> Float[Tensor, "batch point *output"]:
+        """Predict every ``y_i`` from the pairs before it and ``x_i``.
+
+        Args:
+            xs: Inputs, ``[batch, point, dim]``; or, without ``ys``, tokens as :func:`interleave`
+                makes them.
+            ys: Outputs, ``[batch, point]`` or without the last, which is never read; with an axis
+                more if an output is of several numbers.
+
+        Returns:
+            Predictions, ``[batch, point]``, or ``[batch, point, output]`` if an output is of
+            several numbers.
+
+        Raises:
+            ValueError: If the sequence is too long or its dimensions are not the model's.
+        """
+        tokens = xs if ys is None else interleave(xs, ys)
+        n_tokens = tokens.shape[1]
+        if n_tokens > self.cfg.n_ctx or tokens.shape[2] != self.cfg.d_input:
+            raise ValueError(
+                f"tokens have shape {list(tokens.shape)}; this model takes at most "
+                f"{self.cfg.n_ctx} tokens ({self.cfg.n_points} points) of {self.cfg.d_input} "
+                "dimensions"
+            )
+        readout: Tensor = self.read_out(self.ln_final(self.residual(tokens))[:, ::2])
+        return readout.squeeze(-1) if self.cfg.d_output == 1 else readout
+
+    @property
+    def _fan_in(self) -> int:
+        return self.cfg.d_input
+
+
+class TokenTransformer(LabTransformer):
+    """A :class:`LabTransformer` that reads tokens and gives logits at each of them.
+
+    Args:
+        cfg: The size.
+        seed: Seed of the initial weights; the global random state is neither read nor changed.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> model = lab.TokenTransformer(lab.TokenConfig(d_vocab=30, n_ctx=64, n_layers=2))
+        >>> model(torch.zeros(5, 16, dtype=torch.long)).shape
+        torch.Size([5, 16, 30])
+    """
+
+    cfg: TokenConfig
+
+    def __init__(self, cfg: TokenConfig, *, seed: int = 0) -> None:
+        read_in = nn.utils.skip_init(nn.Embedding, cfg.d_vocab, cfg.d_model)
+        super().__init__(cfg, read_in, cfg.d_output or cfg.d_vocab, seed=seed)
+
+    def forward(self, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token logit"]:
+        """Return the logits at every token.
+
+        Raises:
+            ValueError: If the sequence is too long.
+        """
+        if tokens.shape[1] > self.cfg.n_ctx:
+            raise ValueError(
+                f"tokens have shape {list(tokens.shape)}; this model takes at most "
+                f"{self.cfg.n_ctx} tokens"
+            )
+        logits: Tensor = self.read_out(self.ln_final(self.residual(tokens)))
+        return logits
 
 
 class Block(nn.Module):
     """Attention and MLP, each on the layer-normalised residual stream."""
 
-    def __init__(self, cfg: RegressionConfig) -> None:
+    def __init__(self, cfg: RegressionConfig | TokenConfig) -> None:
         super().__init__()
         self.ln1 = HookedLayerNorm(cfg.d_model)
         self.attn = Attention(cfg)
@@ -202,7 +356,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head attention."""
 
-    def __init__(self, cfg: RegressionConfig) -> None:
+    def __init__(self, cfg: RegressionConfig | TokenConfig) -> None:
         super().__init__()
         self.n_heads = cfg.n_heads
         self.d_head = cfg.d_head
@@ -257,7 +411,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear maps with a GELU between them."""
 
-    def __init__(self, cfg: RegressionConfig) -> None:
+    def __init__(self, cfg: RegressionConfig | TokenConfig) -> None:
         super().__init__()
         self.w_in = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
         self.bias_in = nn.Parameter(torch.empty(cfg.d_mlp))
@@ -325,31 +479,39 @@ def lengthened(
 
 
 def interleave(
-    xs: Float[Tensor, "batch point dim"], ys: Float[Tensor, "batch demo"]
+    xs: Float[Tensor, "batch point dim"], ys: Float[Tensor, "batch demo *output"]
 ) -> Float[Tensor, "batch token dim"]:
     """Return the tokens ``x_1, y_1, ..., x_n`` of sequences, without the last ``y``.
 
     Args:
         xs: Inputs, ``[batch, point, dim]``.
-        ys: Outputs, ``[batch, point]``, or of all points but the last.
+        ys: Outputs, ``[batch, point]``, or of all points but the last; with an axis more,
+            ``[batch, point, output]``, if an output is of several numbers.
 
     Returns:
-        Tokens, ``[batch, 2 * point - 1, dim]``; an output is the first coordinate of its token.
+        Tokens, ``[batch, 2 * point - 1, dim]``; an output is the first coordinates of its token.
 
     Raises:
-        ValueError: If there are not as many ``ys`` as ``xs``, or one fewer.
+        ValueError: If there are not as many ``ys`` as ``xs``, or one fewer, or an output has more
+            numbers than an input has dimensions.
 
     Example:
         >>> interleave(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[9.0]]))[0].tolist()
         [[1.0, 2.0], [9.0, 0.0], [3.0, 4.0]]
     """
     batch, n_points, dim = xs.shape
-    if ys.shape not in ((batch, n_points), (batch, n_points - 1)):
+    if ys.shape[:2] not in ((batch, n_points), (batch, n_points - 1)):
         raise ValueError(
             f"ys has shape {list(ys.shape)}; expected {[batch, n_points]} or "
             f"{[batch, n_points - 1]} for xs of shape {list(xs.shape)}"
         )
+    outputs = ys[..., None] if ys.ndim == 2 else ys
+    if outputs.shape[2] > dim:
+        raise ValueError(
+            f"an output of {outputs.shape[2]} numbers does not fit into a token of {dim}, the "
+            "dimension of an input"
+        )
     tokens = xs.new_zeros(batch, 2 * n_points - 1, dim)
     tokens[:, ::2] = xs
-    tokens[:, 1::2, 0] = ys[:, : n_points - 1]
+    tokens[:, 1::2, : outputs.shape[2]] = outputs[:, : n_points - 1]
     return tokens

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from transformer_lens_taskvec.lab.problems.base import Problem
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.model import ToyConfig
 from transformer_lens_taskvec.lab.training.folder import open_folder
@@ -43,7 +44,7 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
 
 
 def train(
-    config: str | Recipe,
+    config: str | Recipe | Problem,
     out_dir: str | Path,
     *,
     seed: int = 0,
@@ -57,11 +58,12 @@ def train(
     """Train a model of the lab, or resume a training that was interrupted, and return the run.
 
     Args:
-        config: The name of a preset (``"paper"``, ``"small"``, ``"toy"``), or settings of your
-            own: ``dataclasses.replace(PRESETS["small"], problem=...)``.
+        config: The name of a preset, a key of ``PRESETS``; a problem, which is trained with its own
+            defaults; or settings of your own, such as
+            ``dataclasses.replace(PRESETS["small"], steps=...)``.
         out_dir: The folder of the run.
         seed: Seed of the weights and of the data.
-        steps: Training steps, in place of the settings'; warm-up and schedule adapt to them.
+        steps: Training steps, in place of the settings'.
         device: Where to train; by default on CUDA if it is available.
         resume: Whether to resume the run in the folder; if not, the folder must hold no run.
         progress: Whether to show a progress bar with the error of each task.
@@ -92,7 +94,7 @@ def train(
 
 
 def plan_training(
-    config: str | Recipe,
+    config: str | Recipe | Problem,
     *,
     seed: int = 0,
     steps: int | None = None,
@@ -131,13 +133,15 @@ def plan_training(
     return Plan(by_kind, most, seconds)
 
 
-def _chosen(config: str | Recipe, steps: int | None) -> Recipe:
+def _chosen(config: str | Recipe | Problem, steps: int | None) -> Recipe:
+    if isinstance(config, Problem):
+        config = TrainConfig(problem=config, **config.defaults)
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"no preset {config!r}; there are {', '.join(PRESETS)}")
         config = PRESETS[config]
     if steps is not None:
-        config = replace(config, steps=steps, warmup=min(config.warmup, steps // 10))
+        config = replace(config, steps=steps)
     return config
 
 

@@ -1,8 +1,7 @@
-"""Mixtures of in-context regression tasks, from which the lab's models learn.
+"""What a problem of the lab is: its sequences, its oracles, and how a prediction counts.
 
-A sequence is ``x_1, y_1, x_2, y_2, ...`` with ``x_i ~ N(0, I)`` and ``y_i = f(x_i) + noise``. The
-function ``f`` is drawn for every sequence from one of several families. Which family it was is the
-*latent task*: nothing in the sequence names it (Han et al. 2025, section 3.3, App. D-F).
+A sequence is ``x_1, y_1, x_2, y_2, ...``, or for a :class:`TokenProblem` a row of tokens. It is of
+one of several *latent tasks*, which nothing in it names (Han et al. 2025, section 3.3, App. D-F).
 
 To mix functions of your own, give them to :class:`RegressionFamilies`; for a problem of another
 kind, derive a frozen dataclass from :class:`Problem`.
@@ -15,16 +14,31 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from einops import repeat
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
 
+from transformer_lens_taskvec._utils.atomic_io import write_text
+from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec._utils.subclasses import subclass_named
+from transformer_lens_taskvec.lab.model import (
+    ModelSize,
+    RegressionConfig,
+    RegressionTransformer,
+    interleave,
+)
 from transformer_lens_taskvec.lab.oracles import lasso, least_squares, ridge
+from transformer_lens_taskvec.plots import save_figures
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 Family = Callable[[Float[Tensor, "batch point dim"], torch.Generator], Float[Tensor, "batch point"]]
 """Draws one function per sequence and applies it to the sequence's inputs, without noise."""
@@ -37,9 +51,12 @@ class Batch:
     """Sequences of one problem.
 
     Attributes:
-        xs: Inputs, ``[batch, point, dim]``.
-        ys: Noisy outputs, ``[batch, point]``.
+        xs: Inputs, ``[batch, point, dim]``; of a :class:`TokenProblem` its token ids,
+            ``[batch, token]``.
+        ys: The outputs to be predicted, ``[batch, point]``, or ``[batch, point, output]`` if each
+            is of several numbers.
         labels: The latent task of each sequence, an index into the problem's ``tasks``.
+        weights: How much each point counts in losses, ``[batch, point]``; None if all count alike.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -48,9 +65,10 @@ class Batch:
         (torch.Size([4, 16, 8]), torch.Size([4, 16]), torch.Size([4]))
     """
 
-    xs: Float[Tensor, "batch point dim"]
-    ys: Float[Tensor, "batch point"]
+    xs: Shaped[Tensor, "batch point_or_token *dim"]
+    ys: Shaped[Tensor, "batch point *output"]
     labels: Int[Tensor, " batch"]
+    weights: Float[Tensor, "batch point"] | None = None
 
 
 @runtime_checkable
@@ -59,7 +77,16 @@ class Problem(Protocol):
 
     A problem of your own is a frozen dataclass derived from this class, with ``tasks`` (the names
     of the latent tasks), ``dim`` (of an input), ``n_points`` (pairs in a sequence) and ``sample``.
-    Everything else has a default; the most useful thing to add is ``oracles``.
+    Everything else has a default; the most useful thing to add is ``oracles``. Where an output is
+    not one number with a squared error, ``n_outputs``, ``losses`` and ``right`` say what it is.
+
+    Attributes:
+        tasks: The names of the latent tasks.
+        dim: The dimension of an input.
+        n_points: Points at which the model predicts: pairs in a sequence.
+        loss_kind: What ``losses`` gives: a key of ``LOSS_LABELS``, as in ``Scores.loss_kind``.
+        defaults: Settings of :class:`TrainConfig` with which two CPU cores learn the problem in
+            minutes.
 
     Example:
         >>> from dataclasses import dataclass
@@ -89,6 +116,18 @@ class Problem(Protocol):
         tasks: tuple[str, ...]
     dim: int
     n_points: int
+    loss_kind: ClassVar[str] = "squared_error"
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    @property
+    def n_outputs(self) -> int:
+        """The numbers in an output; one, unless a problem says otherwise."""
+        return 1
+
+    @property
+    def late_from(self) -> int:
+        """The first of the points that a late loss averages; by default the second half is late."""
+        return self.n_points // 2
 
     @abstractmethod
     def sample(
@@ -100,7 +139,83 @@ class Problem(Protocol):
     ) -> Batch:
         """Draw sequences on the generator's device, their latent tasks uniformly unless given."""
 
-    def oracles(self, batch: Batch) -> dict[str, Float[Tensor, "batch point"]]:
+    def tokens(self, batch: Batch) -> Shaped[Tensor, "batch token *dim"]:
+        """What the model reads: by default ``x_1, y_1, ..., x_n``, by :func:`interleave`."""
+        return interleave(batch.xs, batch.ys)
+
+    def predict(
+        self, forward: Callable[..., Any], batch: Batch
+    ) -> Float[Tensor, "batch point *output"]:
+        """A model's predictions at every point, given its ``forward``."""
+        predictions: Tensor = forward(self.tokens(batch))
+        return predictions
+
+    def make_model(self, size: ModelSize, *, seed: int, device: torch.device | str) -> nn.Module:
+        """An untrained model for the problem."""
+        config = RegressionConfig(
+            d_input=self.dim,
+            n_points=self.n_points,
+            n_layers=size.n_layers,
+            n_heads=size.n_heads,
+            d_model=size.d_model,
+            init=size.init,
+            d_output=self.n_outputs,
+            device=str(device),
+        )
+        return RegressionTransformer(config, seed=seed)
+
+    def losses(
+        self,
+        predictions: Float[Tensor, "*rows_and_output"],
+        targets: Shaped[Tensor, "*rows_and_output"],
+        labels: Int[Tensor, "*#rows"],
+    ) -> Float[Tensor, "*rows"]:
+        """The loss of each prediction, in rows of any shape; by default the squared error.
+
+        Args:
+            predictions: What the model or an oracle predicts.
+            targets: What was to be predicted.
+            labels: The latent tasks, for a problem whose loss depends on them.
+        """
+        squares = (predictions - targets).square()
+        return squares if self.n_outputs == 1 else squares.sum(-1)
+
+    def right(
+        self,
+        predictions: Float[Tensor, "*rows_and_output"],
+        targets: Shaped[Tensor, "*rows_and_output"],
+        labels: Int[Tensor, "*#rows"],
+    ) -> Bool[Tensor, "*rows"]:
+        """Whether each prediction counts as right: by default all numbers within 0.3."""
+        near = (predictions - targets).abs() <= _TOLERANCE
+        return near if self.n_outputs == 1 else near.all(-1)
+
+    def distance(
+        self,
+        predictions: Float[Tensor, "*rows_and_output"],
+        others: Float[Tensor, "*rows_and_output"],
+    ) -> Float[Tensor, "*rows"]:
+        """How far apart two predictors' predictions are: by default the squared difference."""
+        squares = (predictions - others).square()
+        return squares if self.n_outputs == 1 else squares.sum(-1)
+
+    def query_at(self, point: int) -> int:
+        """The place of the token at which a point's output is predicted."""
+        return 2 * point
+
+    def inputs_until(self, point: int) -> int:
+        """How many of a sequence's ``xs`` the prompt of a point's query holds."""
+        return point + 1
+
+    def swapped_at(self, point: int) -> tuple[int, ...]:
+        """The places of the tokens from which the model reads the task, for a point's query.
+
+        By default the outputs in the second half of the demonstrations. :func:`swap_matrix` swaps
+        representations there.
+        """
+        return tuple(2 * demo + 1 for demo in range(point // 2, point))
+
+    def oracles(self, batch: Batch) -> dict[str, Float[Tensor, "batch point *output"]]:
         """What predictors that know the problem predict for some sequences, at every point.
 
         An oracle may read the pairs before a point and the point's ``x``. One that also reads
@@ -127,9 +242,19 @@ class Problem(Protocol):
             "posterior(batch) that returns [batch, point, task]"
         )
 
-    def is_right(self, prediction: float, answer: float) -> bool:
-        """Whether a prediction counts as right: by default within 0.3 of the answer."""
-        return abs(prediction - answer) <= _TOLERANCE
+    def finding(self, run: Any) -> Finding:
+        """What a trained run shows of what the problem is for, with its figures.
+
+        Args:
+            run: A :class:`Run` on this problem.
+
+        Raises:
+            ValueError: If the problem has no finding of its own.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no finding of its own; measure_emergence(run) measures any "
+            "run"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All settings in the form of JSON: the class's name as ``kind``, and every field.
@@ -158,6 +283,44 @@ class Problem(Protocol):
         return cls(**{name: restored(value, name) for name, value in fields.items()})
 
 
+@dataclass(frozen=True, repr=False)
+class Finding(Shown):
+    """What a run shows of what its problem is for.
+
+    Attributes:
+        sentence: The finding in words, with its numbers.
+        numbers: What it rests on, by name; numbers, texts and lists of them.
+        figures: The figures, by name.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> lab.Finding("The error falls to 0.02.", {"error": 0.02}).to_frame()
+          measure  value
+        0   error   0.02
+    """
+
+    sentence: str
+    numbers: Mapping[str, Any]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per number that is not a list, with columns ``measure`` and ``value``."""
+        import pandas as pd
+
+        single = {name: one for name, one in self.numbers.items() if not isinstance(one, list)}
+        return pd.DataFrame({"measure": list(single), "value": list(single.values())})
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``finding.json`` and the figures to a folder and return their paths."""
+        path = Path(folder) / "finding.json"
+        described = {"sentence": self.sentence, **self.numbers}
+        write_text(path, json.dumps(described, indent=1) + "\n")
+        return [path, *save_figures(dict(self.figures), folder)]
+
+    def __repr__(self) -> str:
+        return f"Finding({self.sentence})"
+
+
 def problem_from_json(described: Mapping[str, Any]) -> Problem:
     """The problem that ``to_json`` described, of any class derived from :class:`Problem`."""
     fields = dict(described)
@@ -174,7 +337,7 @@ def problem_from_json(described: Mapping[str, Any]) -> Problem:
 
 def check_problem(problem: Any) -> None:
     """Raise a TypeError that says what is missing unless something has all a problem needs."""
-    needed = ("tasks", "dim", "n_points", "sample", "oracles", "is_right", "to_json")
+    needed = ("tasks", "dim", "n_points", "sample", "oracles", "losses", "right", "to_json")
     missing = [name for name in needed if not hasattr(problem, name)]
     if missing:
         raise TypeError(

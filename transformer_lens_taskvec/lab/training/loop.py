@@ -185,7 +185,7 @@ def _check(config: Recipe, state: _State, records: list[dict[str, Any]], step: i
     """Raise unless the state is worth keeping."""
     norms = torch.stack(torch._foreach_norm(list(state.model.parameters())))
     error = float(state.error_sum) / (step - records[-1]["step"])
-    untrained = float(torch.tensor(records[0][config.loss_name]).mean())
+    untrained = float(torch.tensor(records[0][config.loss_name]).nanmean())
     finite = bool(norms.isfinite().all()) and math.isfinite(error)
     if finite and error <= _DIVERGED * untrained:
         return

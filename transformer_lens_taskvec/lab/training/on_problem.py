@@ -9,15 +9,23 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_taskvec.lab.evaluation import evaluate_problem
-from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
-from transformer_lens_taskvec.lab.problems.base import Problem, check_problem, problem_from_json
+from transformer_lens_taskvec.lab.problems.base import (
+    Problem,
+    check_problem,
+    fields_of,
+    problem_from_json,
+)
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
+
+_NAMED = 8
+"""The most tasks whose errors are written out."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +55,9 @@ class TrainConfig(Recipe):
         super().__post_init__()
         check_problem(self.problem)
 
-    def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> RegressionTransformer:
-        """An untrained model of this size."""
-        cfg = RegressionConfig(
-            d_input=self.problem.dim,
-            n_points=self.problem.n_points,
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            d_model=self.d_model,
-            init=self.init,
-            device=str(device),
-        )
-        return RegressionTransformer(cfg, seed=seed)
+    def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> Any:
+        """An untrained model of this size, as the problem makes it."""
+        return self.problem.make_model(self, seed=seed, device=device)
 
     def matrices(self, model: Any) -> list[nn.Parameter]:
         """The blocks' weight matrices."""
@@ -68,35 +67,43 @@ class TrainConfig(Recipe):
     def loss(
         self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
     ) -> Tensor:
-        """The mean squared error over every point of a new batch."""
+        """The mean loss over the points of a new batch, by their weights."""
         batch = self.problem.sample(self.batch_size, generator)
         with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
-            predictions = forward(batch.xs, batch.ys)
-        error: Tensor = (predictions.float() - batch.ys).square().mean()
-        return error
+            predictions = self.problem.predict(forward, batch)
+        labels = rearrange(batch.labels, "batch -> batch 1")
+        losses = self.problem.losses(predictions.float(), batch.ys, labels)
+        if batch.weights is None:
+            return losses.mean()
+        weighted: Tensor = (losses * batch.weights).sum() / batch.weights.sum()
+        return weighted
 
     def evaluate(self, model: Any) -> dict[str, Any]:
-        """The mean squared error of each task at each point."""
-        return {"loss": evaluate_problem(model, self.problem, n_eval=self.n_eval).tolist()}
+        """The mean loss and accuracy of each task at each point, and the norms."""
+        found = evaluate_problem(model, self.problem, n_eval=self.n_eval)
+        return {name: value.tolist() for name, value in fields_of(found).items()}
 
     def summary(self, record: dict[str, Any]) -> str:
-        """The error of each task over the second half of the sequence."""
-        half = self.problem.n_points // 2
-        curves = zip(self.problem.tasks, record["loss"], strict=True)
-        return " ".join(f"{task} {fmean(curve[half:]):.3f}" for task, curve in curves)
+        """The late error of each task, or their mean if there are many."""
+        late = torch.tensor(record["loss"])[:, self.problem.late_from :].nanmean(1).tolist()
+        if len(late) > _NAMED:
+            return f"{fmean(late):.3f}"
+        pairs = zip(self.problem.tasks, late, strict=True)
+        return " ".join(f"{task} {loss:.3f}" for task, loss in pairs)
 
     def fewest_weights(self) -> int:
-        """The weights of the blocks' matrices, the read-in and the positions."""
-        ends = (self.problem.dim + 2 * self.problem.n_points) * self.d_model
-        return 12 * self.n_layers * self.d_model**2 + ends
+        """A matrix for each block and what reads a token."""
+        return (self.n_layers * self.d_model + self.problem.dim) * self.d_model
 
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Run:
         """The run in a folder, given its evaluations."""
-        curves = stacked(records, loss=(len(self.problem.tasks), self.problem.n_points))
+        shape = (len(self.problem.tasks), self.problem.n_points)
+        curves = stacked(records, loss=shape, accuracy=shape)
+        norms = tuple(torch.tensor(record["norms"]) for record in records)
         train = [record["train_loss"] for record in records]
         train_loss = tuple(float("nan" if loss is None else loss) for loss in train)
         steps = tuple(record["step"] for record in records)
-        return Run(path, self, seed, steps, **curves, train_loss=train_loss)
+        return Run(path, self, seed, steps, **curves, norms=norms, train_loss=train_loss)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
@@ -111,8 +118,11 @@ class Run(TrainingRun):
     """A :class:`TrainingRun` on a problem.
 
     Attributes:
-        loss: Mean squared error at each checkpoint, ``[checkpoint, task, point]``.
-        train_loss: The mean error of the training steps since the previous checkpoint; NaN at
+        loss: Mean loss at each checkpoint, of the problem's kind, ``[checkpoint, task, point]``.
+        accuracy: The share of predictions that count as right, ``[checkpoint, task, point]``.
+        norms: For each checkpoint the mean norm of the residual stream before the first block and
+            after each, ``[layer + 1, token]``.
+        train_loss: The mean loss of the training steps since the previous checkpoint; NaN at
             step 0.
 
     Example:
@@ -124,6 +134,8 @@ class Run(TrainingRun):
 
     config: TrainConfig
     loss: Float[Tensor, "checkpoint task point"]
+    accuracy: Float[Tensor, "checkpoint task point"]
+    norms: tuple[Float[Tensor, "layer token"], ...]
     train_loss: tuple[float, ...]
 
     _table: ClassVar[tuple[str, str]] = ("loss", "point")
@@ -135,12 +147,10 @@ class Run(TrainingRun):
 
     @property
     def late_loss(self) -> Float[Tensor, "checkpoint task"]:
-        """The mean error over the second half of the sequence."""
-        return self.loss[..., self.loss.shape[-1] // 2 :].mean(-1)
+        """The mean loss over the problem's late points."""
+        return self.loss[..., self.config.problem.late_from :].nanmean(-1)
 
-    def model(
-        self, step: int | None = None, *, device: torch.device | str = "cpu"
-    ) -> RegressionTransformer:
+    def model(self, step: int | None = None, *, device: torch.device | str = "cpu") -> Any:
         """The model at a checkpoint, the last one by default, in evaluation mode.
 
         Raises:
@@ -151,8 +161,11 @@ class Run(TrainingRun):
         return model.eval()
 
     def _summary(self) -> str:
-        late = zip(self.tasks, self.late_loss[-1], strict=True)
-        return ", late loss: " + ", ".join(f"{task} {float(loss):.4f}" for task, loss in late)
+        late = self.late_loss[-1]
+        if len(late) > _NAMED:
+            return f", late loss {float(late.mean()):.4f} over {len(late)} tasks"
+        pairs = zip(self.tasks, late, strict=True)
+        return ", late loss: " + ", ".join(f"{task} {float(loss):.4f}" for task, loss in pairs)
 
 
 def shipped_run() -> Run:
