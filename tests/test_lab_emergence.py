@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,10 @@ def test_the_posterior_is_held_against_neighbours(run: Run) -> None:
     assert few.correlation > 0.3 and many.neighbours.mean() > 0.9
     other = lab.RegressionFamilies(dim=8, n_points=16)
     with pytest.raises(ValueError, match="RegressionFamilies has no exact posterior"):
-        lab.posterior_agreement(Run(run.path, _with(run, other), 0, run.steps, run.loss, ()), 3)
+        lab.posterior_agreement(dataclasses.replace(run, config=_with(run, other)), 3)
 
 
 def _with(run: Run, problem: Any) -> Any:
-    import dataclasses
-
     return dataclasses.replace(run.config, problem=problem)
 
 

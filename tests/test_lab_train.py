@@ -218,7 +218,10 @@ def test_a_run_reads_back_what_training_measured(straight: Path) -> None:
     assert run.steps[0] == 0 and run.steps[-1] == 60
     for step in (0, 60):
         measured = evaluate_problem(run.model(step), run.config.problem, n_eval=20)
-        torch.testing.assert_close(measured, run.loss[run.steps.index(step)])
+        at = run.steps.index(step)
+        torch.testing.assert_close(measured.loss, run.loss[at])
+        torch.testing.assert_close(measured.accuracy, run.accuracy[at])
+        torch.testing.assert_close(measured.norms, run.norms[at])
     assert run.to_frame().shape == (len(run.steps) * 2 * 5, 4)
     assert "step 60 of 60" in repr(run)
     with pytest.raises(ValueError, match="no checkpoint at step 7"):

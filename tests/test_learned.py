@@ -267,7 +267,7 @@ def test_weighted_heads_carry_a_model_of_the_lab_beyond_its_lengths() -> None:
 
     clean, on, test = of_one_task(30, 15, 1), of_one_task(60, 19, 2), of_one_task(100, 23, 3)
     options: dict[str, Any] = {"steps": 40, "batch_size": 30, "rate": 0.1}
-    wrong = [replace(one, answer=-one.answer) for one in on]
+    wrong = [replace(one, target=-one.target) for one in on]
     learn = tv.vectors.learn_head_weights
     found = [learn(model, clean, on=some, **options) for some in (on, wrong)]
     plain, own, other = tv.evaluate_many(model, test, [[], *(v.inject("B1") for v in found)])

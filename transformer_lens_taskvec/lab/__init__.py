@@ -7,6 +7,7 @@ from transformer_lens_taskvec.lab.emergence import (
     posterior_agreement,
     swap_matrix,
 )
+from transformer_lens_taskvec.lab.encoded import encoding_table
 from transformer_lens_taskvec.lab.episodes import LabEpisode, problem_episodes
 from transformer_lens_taskvec.lab.evaluation import (
     Evaluation,
@@ -88,6 +89,7 @@ __all__ = [
     "balanced_labels",
     "bayes_mixture",
     "emergence_figures",
+    "encoding_table",
     "evaluate_problem",
     "interleave",
     "lasso",
