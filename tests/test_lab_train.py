@@ -318,3 +318,30 @@ def test_orthogonalized_keeps_singular_vectors_and_levels_singular_values() -> N
     matrix = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalized(matrix))
     assert values.min() > 0.5 and values.max() < 1.5
+
+
+def test_expected_targets_have_the_same_gradient_with_less_noise() -> None:
+    configs = [dataclasses.replace(TINY, batch_size=64, targets=t) for t in ("outputs", "expected")]
+    model = TINY.model(seed=1)
+    parameters = list(model.parameters())
+    gradients = [
+        torch.stack(
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+                for generator in [torch.Generator().manual_seed(7)]
+                for loss in (config.loss(model, generator, False) for _ in range(200))
+            ]
+        )
+        for config in configs
+    ]
+    apart = gradients[0] - gradients[1]  # of the same sequences
+    error = apart.std(0) / 200**0.5
+    z = (apart.mean(0) / error)[error > 0]
+    assert 0.6 < float(z.square().mean()) < 1.4  # 1 if the means are the same
+    noise = [float(g.var(0).sum()) for g in gradients]
+    assert noise[1] < 0.5 * noise[0]
+
+
+def test_expected_targets_need_a_mean_that_is_known() -> None:
+    with pytest.raises(ValueError, match="RegressionFamilies does not say what output is expected"):
+        dataclasses.replace(TINY, problem=RegressionFamilies(dim=4), targets="expected")

@@ -242,6 +242,17 @@ class Problem(Protocol):
             "posterior(batch) that returns [batch, point, task]"
         )
 
+    def expected(self, batch: Batch) -> Float[Tensor, "batch point *output"]:
+        """``E[y | what comes before it]`` at every point, where it is known exactly.
+
+        Raises:
+            ValueError: If the problem does not define it.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not say what output is expected; train on its outputs, or "
+            "give it a method expected(batch) that returns the exact mean, [batch, point]"
+        )
+
     def finding(self, run: Any) -> Finding:
         """What a trained run shows of what the problem is for, with its figures.
 

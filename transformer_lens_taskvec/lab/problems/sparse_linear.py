@@ -138,6 +138,11 @@ class SparseLinearMixture(Problem):
             found |= {"true basis": known, "Bayes mixture": inferred.prediction}
         return found
 
+    def expected(self, batch: Batch) -> Float[Tensor, "batch point"]:
+        """The Bayes-optimal prediction; without noise it is not defined."""
+        noise = self.noise_variance
+        return bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise).prediction
+
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
         """As for :meth:`Problem.posterior`; without noise it is not defined."""
         noise = self.noise_variance

@@ -37,6 +37,10 @@ class TrainConfig(Recipe):
     Attributes:
         problem: What the sequences are drawn from.
         init: The scale of the initial weights; see :class:`RegressionConfig`.
+        targets: What the squared error is taken of: the sequences' ``"outputs"``, or what is
+            ``"expected"`` of them given what comes before, by ``Problem.expected``. The expected
+            gradient is the same, since an output's deviation from its mean is independent of the
+            prediction, and it has far less noise. Evaluations are of the outputs in either case.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -47,13 +51,26 @@ class TrainConfig(Recipe):
 
     problem: Problem = field(default_factory=SparseLinearMixture)
     init: Literal["gpt2", "fan_in"] = "gpt2"
+    targets: Literal["outputs", "expected"] = "outputs"
 
-    _choices: ClassVar[dict[str, tuple[str, ...]]] = {**Recipe._choices, "init": ("gpt2", "fan_in")}
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        **Recipe._choices,
+        "init": ("gpt2", "fan_in"),
+        "targets": ("outputs", "expected"),
+    }
     loss_name: ClassVar[str] = "loss"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_problem(self.problem)
+        if self.targets == "expected" and self.problem.loss_kind != "squared_error":
+            raise ValueError(
+                f"targets is 'expected', and the loss of {type(self.problem).__name__} is "
+                f"{self.problem.loss_kind!r}; only a squared error has the same gradient then. "
+                "Use targets='outputs'"
+            )
+        if self.targets == "expected":  # raises where it is not known
+            self.problem.expected(self.problem.sample(1, torch.Generator().manual_seed(0)))
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> Any:
         """An untrained model of this size, as the problem makes it."""
@@ -72,7 +89,8 @@ class TrainConfig(Recipe):
         with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
             predictions = self.problem.predict(forward, batch)
         labels = rearrange(batch.labels, "batch -> batch 1")
-        losses = self.problem.losses(predictions.float(), batch.ys, labels)
+        ys = batch.ys if self.targets == "outputs" else self.problem.expected(batch)
+        losses = self.problem.losses(predictions.float(), ys, labels)
         if batch.weights is None:
             return losses.mean()
         weighted: Tensor = (losses * batch.weights).sum() / batch.weights.sum()
