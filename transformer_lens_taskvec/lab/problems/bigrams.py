@@ -29,6 +29,7 @@ from transformer_lens_taskvec.lab.problems.associative_memory import (
     follows_like,
 )
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding, draw_labels
+from transformer_lens_taskvec.lab.problems.bigrams_finding import bigrams_finding
 from transformer_lens_taskvec.lab.problems.tokens import TokenProblem
 
 _LONGEST = 4
@@ -79,9 +80,9 @@ class TriggeredBigrams(TokenProblem):
         ([0, 0], [22, 9])
     """
 
-    n_points: int = 48
-    d_vocab: int = 24
-    n_triggers: int = 4
+    n_points: int = 40
+    d_vocab: int = 16
+    n_triggers: int = 3
     n_candidates: int = 7
     usual: bool = True
     loss_on: Literal["all", "outputs"] = "all"
@@ -93,10 +94,10 @@ class TriggeredBigrams(TokenProblem):
         {
             "n_layers": 2,
             "n_heads": 1,
-            "d_model": 64,
+            "d_model": 48,
             "init": "fan_in",
-            "steps": 6_000,
-            "batch_size": 128,
+            "steps": 5_000,
+            "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
             "betas": (0.9, 0.999),
@@ -237,7 +238,7 @@ class TriggeredBigrams(TokenProblem):
         Args:
             run: A :class:`Run` on this problem.
         """
-        raise NotImplementedError
+        return bigrams_finding(run)
 
     @property
     def _share_usual(self) -> float:
