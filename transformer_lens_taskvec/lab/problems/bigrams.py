@@ -26,10 +26,10 @@ from transformer_lens_taskvec.lab.problems.associative_memory import (
     MemoryConfig,
     Positions,
     check_positions,
-    follows_like,
 )
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding, draw_labels
 from transformer_lens_taskvec.lab.problems.bigrams_finding import bigrams_finding
+from transformer_lens_taskvec.lab.problems.hand_set_memory import follows_like
 from transformer_lens_taskvec.lab.problems.tokens import TokenProblem
 
 _LONGEST = 4
@@ -48,6 +48,9 @@ class TriggeredBigrams(TokenProblem):
     trigger, put there, and the latent task is what that trigger means in the sequence: one of
     ``n_candidates`` outputs, or its usual successors. Every other trigger has any token that is not
     a trigger as its output, or its usual successors as often as the first trigger.
+
+    The output at the last point but one is what would have followed, had the trigger not been put
+    there.
 
     The published setting has no usual triggers, ``usual=False``, and draws outputs from all tokens.
     Then ``pi_b`` after a trigger is never seen, so that no trained model can know it. Here outputs
@@ -74,10 +77,10 @@ class TriggeredBigrams(TokenProblem):
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> problem = TriggeredBigrams()
         >>> problem.tasks[:3], problem.candidates[:2]
-        (('usual', 'to 22', 'to 9'), (22, 9))
+        (('usual', 'to 3', 'to 10'), (3, 10))
         >>> batch = problem.sample(2, torch.Generator().manual_seed(0), labels=torch.tensor([1, 2]))
         >>> batch.xs[:, -1].tolist(), batch.ys[:, -1].tolist()  # the trigger, and its outputs
-        ([0, 0], [22, 9])
+        ([0, 0], [3, 10])
     """
 
     n_points: int = 40
@@ -96,7 +99,7 @@ class TriggeredBigrams(TokenProblem):
             "n_heads": 1,
             "d_model": 48,
             "init": "fan_in",
-            "steps": 5_000,
+            "steps": 2_500,
             "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
@@ -185,13 +188,17 @@ class TriggeredBigrams(TokenProblem):
         first = self.unigrams.cumsum(-1).float().to(device)
         chances = torch.rand(self.n_points + 1, batch_size, 1, generator=generator, device=device)
         row = self.d_vocab * torch.arange(batch_size, device=device)
-        tokens = [torch.searchsorted(first, chances[0, :, 0]).clamp(max=self.d_vocab - 1)]
-        for place in range(1, self.n_points + 1):
-            table = following[row + tokens[-1]]
-            after = torch.searchsorted(table, chances[place], right=True).squeeze(-1)
-            tokens.append(torch.zeros_like(after) if place == self.n_points - 1 else after)
-        rows = torch.stack(tokens, dim=1)
-        return Batch(rows[:, :-1], rows[:, 1:], labels, self._weights(rows[:, :-1]))
+        token = torch.searchsorted(first, chances[0, :, 0]).clamp(max=self.d_vocab - 1)
+        tokens, successors = [], []
+        for place in range(self.n_points):
+            if place == self.n_points - 1:
+                token = torch.zeros_like(token)  # the query, put there
+            tokens.append(token)
+            table = following[row + token]
+            token = torch.searchsorted(table, chances[place + 1], right=True).squeeze(-1)
+            successors.append(token)
+        xs, ys = torch.stack(tokens, dim=1), torch.stack(successors, dim=1)
+        return Batch(xs, ys, labels, self._weights(xs))
 
     def make_model(self, size: ModelSize, *, seed: int, device: torch.device | str) -> nn.Module:
         """An untrained :class:`AssociativeMemory`, with places for four times the length."""
@@ -280,7 +287,6 @@ class TriggeredBigrams(TokenProblem):
         if self.loss_on == "outputs":
             counted = seen & (tokens < self.n_triggers)
         counted[:, -1] = seen[:, -1]
-        counted[:, -2] = False  # the last token was put there
         return counted.float()
 
     def _successors(self, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token next"]:

@@ -13,16 +13,16 @@ from torch import Tensor
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.interventions.intervention import inject
-from transformer_lens_taskvec.lab.problems.associative_memory import hand_set, predicted_logits
+from transformer_lens_taskvec.lab.problems.associative_memory import Positions
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding, balanced_labels
 from transformer_lens_taskvec.lab.problems.bigrams_hijack import (
     SWEEPS,
     HijackCurve,
-    LengthTest,
     hijack_curve,
-    length_test,
     plot_hijack,
 )
+from transformer_lens_taskvec.lab.problems.bigrams_lengths import LengthTest, length_test
+from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set, predicted_logits
 from transformer_lens_taskvec.models.protocol import hook_name, inference, model_name
 from transformer_lens_taskvec.plots import styled
 from transformer_lens_taskvec.plots.style import COLOURS, GREY, MARKERS, heat_map, task_style
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BETA, _GAMMA = 3.0, 8.0
+_KINDS: tuple[Positions, ...] = ("relative", "absolute")
 _MEANS, _TEST = 31, 32
 
 
@@ -47,7 +48,7 @@ class Meaning:
             task, in the subspace of the means, ``[source, target]``.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> from transformer_lens_taskvec.lab.problems.bigrams_finding import meaning_of
         >>> problem = TriggeredBigrams()
@@ -85,7 +86,7 @@ def meaning_of(model: Any, problem: Any, *, n: int = 100, k: int = 10) -> Meanin
         ValueError: If there are too few sequences for ``k`` neighbours.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> from transformer_lens_taskvec.lab.problems.bigrams_finding import meaning_of
         >>> problem = TriggeredBigrams()
@@ -149,15 +150,14 @@ def bigrams_finding(run: Any) -> Finding:
     own = f"trained, {problem.positions}"
     models = {own: trained, **{f"hand-set, {kind}": model for kind, model in hand.items()}}
     lengths = length_test(models, problem)
-    meaning = meaning_of(trained, problem)
+    meaning, by_hand = meaning_of(trained, problem), meaning_of(memory, problem)
     numbers = _numbers(error, curves, lengths, meaning)
+    numbers["hand_set_td"] = by_hand.td.mean(1).tolist()
+    numbers["hand_set_swap_other"] = by_hand.other
     late = run.late_loss[-1]
     numbers["late_loss"] = dict(zip(problem.tasks, late.tolist(), strict=True))
-    figure = _figure(problem, curves, bayes, lengths, meaning)
+    figure = _figure(problem, curves, bayes, lengths, (meaning, by_hand))
     return Finding(_sentence(numbers, lengths), numbers, {"bigrams": figure})
-
-
-_KINDS = ("relative", "absolute")
 
 
 def _bayes_of(problem: Any) -> Callable[[Int[Tensor, "batch token"]], Tensor]:
@@ -218,9 +218,11 @@ def _figure(
     curves: Mapping[str, HijackCurve],
     bayes: HijackCurve | None,
     lengths: LengthTest,
-    meaning: Meaning,
+    meanings: tuple[Meaning, Meaning],
 ) -> Figure:
     import matplotlib.pyplot as plt
+
+    change = meanings[0].swapped - meanings[0].loss[:, None]
 
     figure, grid = plt.subplots(4, 4, figsize=(13, 11.5), layout="constrained")
     for row, value in zip(grid, ("p_output", "p_rival", "logit_gap"), strict=False):
@@ -238,15 +240,15 @@ def _figure(
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     _plot_agreement(curves, grid[3, 0])
     _plot_lengths(lengths, grid[3, 1])
-    _plot_td(problem.tasks, meaning, grid[3, 2])
+    _plot_td(problem.tasks, *meanings, grid[3, 2])
     heat_map(
-        meaning.swapped - meaning.loss[:, None],
+        change,
         problem.tasks,
         problem.tasks,
         grid[3, 3],
         label="change in NLL (nats)",
         colours="Reds",
-        ends=(0.0, float((meaning.swapped - meaning.loss[:, None]).max())),
+        ends=(0.0, float(change.max())),
     )
     grid[3, 3].set(title="Swap at the trigger, last layer", xlabel="mean of", ylabel="sequences")
     return figure
@@ -270,10 +272,12 @@ def _plot_lengths(lengths: LengthTest, ax: Axes) -> None:
     ax.legend(loc="lower left")
 
 
-def _plot_td(tasks: tuple[str, ...], meaning: Meaning, ax: Axes) -> None:
+def _plot_td(tasks: tuple[str, ...], meaning: Meaning, by_hand: Meaning, ax: Axes) -> None:
     for index, task in enumerate(tasks):
         layers = range(len(meaning.td))
         ax.plot(layers, meaning.td[:, index].tolist(), label=task, **task_style(index, task))
+    mean = by_hand.td.mean(1).tolist()
+    ax.plot(range(len(mean)), mean, color="black", linewidth=2, label="hand-set, mean")
     ax.axhline(1 / len(tasks), color=GREY, linestyle="--", linewidth=0.9, label="chance")
     ax.set_xticks(range(len(meaning.td)))
     ax.set(xlabel="layer", ylabel="task decodability", ylim=(-0.03, 1.03), title="At the trigger")

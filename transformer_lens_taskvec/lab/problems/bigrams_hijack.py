@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.lab.problems.associative_memory import predicted_logits
-from transformer_lens_taskvec.lab.problems.base import balanced_labels
+from transformer_lens_taskvec.lab.problems.hand_set_memory import predicted_logits
 from transformer_lens_taskvec.plots import styled
 from transformer_lens_taskvec.plots.style import COLOURS, new_axes
 
@@ -152,14 +150,14 @@ class HijackCurve(Shown):
         gamma: The strength of the output in the formula.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import hijack_curve
         >>> problem = TriggeredBigrams()
         >>> model = hand_set(problem, 3.0, 8.0)
         >>> found = hijack_curve(model, problem, beta=3.0, gamma=8.0, n=2)
-        >>> found.to_frame()[["sweep", "n_output", "n_rival", "length"]].iloc[1].tolist()
-        ['n_output', 1, 0, 40]
+        >>> found.to_frame()["context_wins"].head(3).tolist()  # after o occurred 0, 1, 2 times
+        [0.0, 1.0, 1.0]
     """
 
     sweeps: tuple[str, ...]
@@ -228,16 +226,17 @@ def hijack_curve(
     gamma: float | None = None,
     output: int | None = None,
     rival: int | None = None,
-    counts: Sequence[int] = range(9),
+    counts: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     n: int = 32,
     seed: int = 0,
 ) -> HijackCurve:
     """Measure when the context wins over the bigrams, and predict it by the closed formula.
 
-    Four sweeps, each over contexts of :func:`conflicting_contexts`: how often the output followed
-    the trigger; how often its rival did, where the output did twice; the length, where the output
-    did twice; and the gap between the two tokens' bigrams, over all outputs, which followed once.
+    There are four sweeps over contexts of :func:`conflicting_contexts`: how often the output
+    followed the trigger; how often its rival did, where the output did twice; the length, where the
+    output did twice; and the gap between the two tokens' bigrams, over all candidates, which
+    followed once.
 
     Args:
         model: A model that gives logits at every token, or any function of tokens that does.
@@ -248,7 +247,7 @@ def hijack_curve(
         output: The token ``o``; by default the candidate with the median probability after the
             first trigger.
         rival: The token ``b``; by default the likeliest after the first trigger that is none.
-        counts: The counts in the first two sweeps.
+        counts: The counts in the first two sweeps; by default 0 to 8, or as many as fit.
         lengths: The lengths; by default from half that of the problem to twice as long.
         n: Contexts per condition.
         seed: Their seed.
@@ -258,7 +257,7 @@ def hijack_curve(
             is too short.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import hijack_curve
         >>> problem = TriggeredBigrams()
@@ -279,7 +278,9 @@ def hijack_curve(
         output = ranked[len(ranked) // 2]
     own = problem.n_tokens
     lengths = [own // 2, own, 3 * own // 2, 2 * own] if lengths is None else lengths
-    others = [token for token in free.tolist() if token != rival]
+    others = [token for token in problem.candidates if token != rival]
+    if counts is None:
+        counts = range(min(8, (own - 5) // 2) + 1)
     rows = [
         *(("n_output", Conflict(output, rival, count, 0, own)) for count in counts),
         *(("n_rival", Conflict(output, rival, 2, count, own)) for count in counts),
@@ -348,7 +349,7 @@ def plot_hijack(
         ValueError: If there is no such sweep or column.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import (
         ...     hijack_curve, plot_hijack
@@ -382,97 +383,3 @@ def plot_hijack(
         ax.axhline(0, color="black", linewidth=0.6)
     ax.set(xlabel=SWEEPS[sweep], ylabel=labels[value])
     return ax
-
-
-@dataclass(frozen=True, repr=False)
-class LengthTest(Shown):
-    """How well models know the trigger's output in longer sequences.
-
-    Attributes:
-        names: The models, and ``"Bayes"``.
-        lengths: Tokens in a sequence, the first that of the problem.
-        loss: The mean NLL of the output in nats, ``[model, length]``.
-        accuracy: How often the output was the likeliest token, ``[model, length]``.
-        n: Sequences per length.
-
-    Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import hand_set
-        >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import length_test
-        >>> problem = TriggeredBigrams()
-        >>> length_test({"hand-set": hand_set(problem)}, problem, factors=(1, 2), n=4).lengths
-        (40, 80)
-    """
-
-    names: tuple[str, ...]
-    lengths: tuple[int, ...]
-    loss: Float[Tensor, "model length"]
-    accuracy: Float[Tensor, "model length"]
-    n: int
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per model and length: ``model, length, loss, accuracy``."""
-        import pandas as pd
-
-        index = pd.MultiIndex.from_product([self.names, self.lengths], names=["model", "length"])
-        values = {"loss": self.loss.flatten().numpy(), "accuracy": self.accuracy.flatten().numpy()}
-        return pd.DataFrame(values, index=index).reset_index()
-
-    def __repr__(self) -> str:
-        ends = ", ".join(
-            f"{name} {one[0]:.2f} -> {one[-1]:.2f}"
-            for name, one in zip(self.names, self.accuracy.tolist(), strict=True)
-        )
-        return f"LengthTest(accuracy at {self.lengths[0]} -> {self.lengths[-1]} tokens: {ends})"
-
-
-def length_test(
-    models: Mapping[str, Callable[..., Any]],
-    problem: Any,
-    *,
-    factors: Sequence[int] = (1, 2, 3, 4),
-    n: int = 250,
-    seed: int = 0,
-) -> LengthTest:
-    """Measure how well models give the trigger's output in sequences of several lengths.
-
-    Sequences in which the trigger has its usual successors, or has not occurred, are left out.
-
-    Args:
-        models: Models by name, or any functions of tokens that give logits at every token.
-        problem: A :class:`TriggeredBigrams`, of the length of training.
-        factors: The lengths as multiples of it, of which one may be 1.
-        n: Sequences per output and length.
-        seed: Their seed.
-
-    Raises:
-        ValueError: If a factor is below 1, or there are no sequences.
-
-    Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import hand_set
-        >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import length_test
-        >>> problem = TriggeredBigrams()
-        >>> models = {kind: hand_set(problem, positions=kind) for kind in ("relative", "absolute")}
-        >>> found = length_test(models, problem, factors=(1, 4), n=20)
-        >>> bool(found.loss[0, 1] < found.loss[1, 1])  # relative positions do better
-        True
-    """
-    if n < 1 or not factors or min(factors) < 1:
-        raise ValueError(f"n is {n} and factors are {list(factors)}; all must be at least 1")
-    outputs = [index for index, task in enumerate(problem.tasks) if task != "usual"]
-    labels = torch.tensor(outputs)[balanced_labels(len(outputs), n)]
-    loss, right = [], []
-    for factor in factors:
-        longer = replace(problem, n_points=factor * problem.n_points)
-        batch = longer.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
-        kept, answers = batch.weights[:, -1] > 0, batch.ys[:, -1]
-        with torch.no_grad():
-            found = [model(batch.xs)[:, -1] for model in models.values()]
-        found.append(longer.oracles(batch)["Bayes"][:, -1])
-        loss.append([float(F.cross_entropy(one[kept], answers[kept])) for one in found])
-        hits = [(one.argmax(-1) == answers)[kept].float() for one in found]
-        right.append([float(one.mean()) for one in hits])
-    lengths = tuple(factor * problem.n_points for factor in factors)
-    names = (*models, "Bayes")
-    return LengthTest(names, lengths, torch.tensor(loss).T, torch.tensor(right).T, len(labels))
