@@ -268,7 +268,24 @@ def test_the_context_wins_exactly_where_the_threshold_says() -> None:
         torch.testing.assert_close(gap, expected, atol=1e-4, rtol=0)
     wins = found.to_frame().context_wins
     assert 0 < wins.sum() < len(wins)  # both happen
+    assert found.slope == pytest.approx(-1.0, abs=1e-3)
     assert found.agreement == 1.0 and found.r_squared == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_bayes_predictor_takes_an_unlikely_successor_for_an_output() -> None:
+    def bayes(tokens: Tensor) -> Tensor:
+        labels = torch.zeros(len(tokens), dtype=torch.long)
+        return PROBLEM.oracles(lab.Batch(tokens, tokens, labels))["Bayes"]
+
+    found = hijack_curve(bayes, PROBLEM, beta=0.0, gamma=0.0, n=2)
+    law = PROBLEM.bigrams[0]
+    for sweep, one, gap in zip(found.sweeps, found.conflicts, found.logit_gap, strict=True):
+        if sweep != "bigram_gap":
+            continue
+        share = float(law[one.output])  # the likelihood without an output, against 1 with one
+        odds = (1 + share * share) / (share * float(law[one.rival]))
+        assert float(gap[0]) == pytest.approx(math.log(odds), abs=1e-4)
+    assert found.slope == pytest.approx(1.0, abs=0.1)
 
 
 def test_the_strengths_of_a_memory_are_recovered_and_drawn() -> None:

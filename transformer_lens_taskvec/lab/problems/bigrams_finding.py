@@ -154,6 +154,8 @@ def bigrams_finding(run: Any) -> Finding:
     numbers = _numbers(error, curves, lengths, meaning)
     numbers["hand_set_td"] = by_hand.td.mean(1).tolist()
     numbers["hand_set_swap_other"] = by_hand.other
+    if bayes is not None:
+        numbers["bayes_slope"] = bayes.slope
     late = run.late_loss[-1]
     numbers["late_loss"] = dict(zip(problem.tasks, late.tolist(), strict=True))
     figure = _figure(problem, curves, bayes, lengths, (meaning, by_hand))
@@ -182,6 +184,8 @@ def _numbers(
         "trained_r_squared": trained.r_squared,
         "trained_beta": trained.beta,
         "trained_gamma": trained.gamma,
+        "hand_set_slope": hand.slope,
+        "trained_slope": trained.slope,
         "td_layer_0": float(meaning.td[0].mean()),
         "td_last_layer": float(meaning.td[-1].mean()),
         "swap_own": meaning.own,
@@ -204,7 +208,12 @@ def _sentence(numbers: Mapping[str, Any], lengths: LengthTest) -> str:
         f"and the context wins as predicted in {100 * numbers['hand_set_agreement']:.0f} % of "
         "contexts. With two fitted strengths the formula explains "
         f"{100 * numbers['trained_r_squared']:.0f} % of the variance of the trained model's logit "
-        f"gap and {100 * numbers['trained_agreement']:.0f} % of its winners. From "
+        f"gap and {100 * numbers['trained_agreement']:.0f} % of its winners. Per nat by "
+        "which the rival's bigram is likelier, after one occurrence, the gap changes by "
+        f"{numbers['hand_set_slope']:+.2f} in the hand-set memory and by "
+        f"{numbers['trained_slope']:+.2f} in the trained model"
+        + (f" ({numbers['bayes_slope']:+.2f} for Bayes)" if "bayes_slope" in numbers else "")
+        + ". From "
         f"{lengths.lengths[0]} to {lengths.lengths[-1]} tokens the accuracy goes from {held}. At "
         f"the trigger its meaning has a TD of {numbers['td_layer_0']:.2f} after layer 0 and "
         f"{numbers['td_last_layer']:.2f} after the last layer, where the mean of another meaning "
@@ -224,8 +233,11 @@ def _figure(
 
     change = meanings[0].swapped - meanings[0].loss[:, None]
 
-    figure, grid = plt.subplots(4, 4, figsize=(13, 11.5), layout="constrained")
-    for row, value in zip(grid, ("p_output", "p_rival", "logit_gap"), strict=False):
+    figure = plt.figure(figsize=(13, 11.5), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3, 1.1])
+    above, below = parts
+    grid, last = above.subplots(3, 4), below.subplots(1, 4)
+    for row, value in zip(grid, ("p_output", "p_rival", "logit_gap"), strict=True):
         for ax, sweep in zip(row, SWEEPS, strict=True):
             plot_hijack(curves, sweep, ax, value=value)
             if bayes is not None:
@@ -237,20 +249,20 @@ def _figure(
             if ax is not row[0]:
                 ax.set_ylabel("")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-    _plot_agreement(curves, grid[3, 0])
-    _plot_lengths(lengths, grid[3, 1])
-    _plot_td(problem.tasks, *meanings, grid[3, 2])
+    above.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    _plot_agreement(curves, last[0])
+    _plot_lengths(lengths, last[1])
+    _plot_td(problem.tasks, *meanings, last[2])
     heat_map(
         change,
         problem.tasks,
         problem.tasks,
-        grid[3, 3],
+        last[3],
         label="change in NLL (nats)",
         colours="Reds",
         ends=(0.0, float(change.max())),
     )
-    grid[3, 3].set(title="Swap at the trigger, last layer", xlabel="mean of", ylabel="sequences")
+    last[3].set(title="Swap at the trigger, last layer", xlabel="mean of", ylabel="sequences")
     return figure
 
 

@@ -189,6 +189,18 @@ class HijackCurve(Shown):
         found, expected = self.logit_gap.mean(1), self.predicted_gap.mean(1)
         return float(1 - (found - expected).square().sum() / (found - found.mean()).square().sum())
 
+    @property
+    def slope(self) -> float:
+        """How much the logit gap grows per nat of ``bigram_gap``, by least squares.
+
+        The formula says -1: the likelier the rival is by its bigram, the less the context wins. The
+        Bayes-optimal predictor takes an unlikely successor for an output, so that its slope is 1.
+        """
+        rows = torch.tensor([sweep == "bigram_gap" for sweep in self.sweeps])
+        x, y = self.bigram_gap[rows], self.logit_gap[rows].mean(1)
+        x = x - x.mean()
+        return float((x @ y) / (x @ x))
+
     def to_frame(self) -> pd.DataFrame:
         """One row per condition.
 
