@@ -152,6 +152,11 @@ def bigrams_finding(run: Any) -> Finding:
     lengths = length_test(models, problem)
     meaning, by_hand = meaning_of(trained, problem), meaning_of(memory, problem)
     numbers = _numbers(error, curves, lengths, meaning)
+    untrained = meaning_of(run.model(run.steps[0]), problem)
+    numbers["td_untrained"], numbers["swap_untrained"] = (
+        float(untrained.td[-1].mean()),
+        untrained.other,
+    )
     numbers["hand_set_td"] = by_hand.td.mean(1).tolist()
     numbers["hand_set_swap_other"] = by_hand.other
     if bayes is not None:
@@ -217,7 +222,9 @@ def _sentence(numbers: Mapping[str, Any], lengths: LengthTest) -> str:
         f"{lengths.lengths[0]} to {lengths.lengths[-1]} tokens the accuracy goes from {held}. At "
         f"the trigger its meaning has a TD of {numbers['td_layer_0']:.2f} after layer 0 and "
         f"{numbers['td_last_layer']:.2f} after the last layer, where the mean of another meaning "
-        f"adds {numbers['swap_other']:.1f} nats and its own {numbers['swap_own']:.1f}."
+        f"adds {numbers['swap_other']:.1f} nats and its own {numbers['swap_own']:.1f}; before "
+        f"training, TD there is {numbers['td_untrained']:.2f} and another meaning's mean adds "
+        f"{numbers['swap_untrained']:.1f}."
     )
 
 
