@@ -227,6 +227,10 @@ def _oracle_styles(emergence: Emergence) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _reach(errors: Float[Tensor, "*cell"], emergence: Emergence) -> tuple[float, float]:
-    """The lowest and highest error to show: the model's, down to the oracles' lowest."""
-    lowest = min(float(errors.min()), float(emergence.oracles.loss[:, 1:].min()))
-    return max(0.7 * lowest, 1e-6), 1.5 * float(errors.max())
+    """The lowest and highest error to show: the model's, down to the oracles' lowest.
+
+    Points that do not count are NaN.
+    """
+    counted, ideal = (one[~one.isnan()] for one in (errors, emergence.oracles.loss[:, 1:]))
+    lowest = min(float(counted.min()), float(ideal.min()))
+    return max(0.7 * lowest, 1e-6), 1.5 * float(counted.max())
