@@ -89,7 +89,7 @@ class PatternTasks(Problem):
             "n_heads": 2,
             "d_model": 64,
             "init": "fan_in",
-            "steps": 4_000,
+            "steps": 1_500,
             "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
