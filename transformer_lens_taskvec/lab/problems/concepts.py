@@ -88,16 +88,16 @@ class Concepts(Problem):
             "n_heads": 2,
             "d_model": 64,
             "init": "fan_in",
-            "steps": 3_000,
+            "steps": 800,
             "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
             "betas": (0.9, 0.999),
             "muon_learning_rate": 3e-3,
-            "warmup": 100,
+            "warmup": 50,
             "schedule": "cosine",
-            "n_checkpoints": 24,
-            "n_eval": 100,
+            "n_checkpoints": 40,
+            "n_eval": 40,
         }
     )
 

@@ -89,16 +89,16 @@ class PatternTasks(Problem):
             "n_heads": 2,
             "d_model": 64,
             "init": "fan_in",
-            "steps": 1_500,
+            "steps": 1_000,
             "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
             "betas": (0.9, 0.999),
             "muon_learning_rate": 3e-3,
-            "warmup": 100,
+            "warmup": 50,
             "schedule": "cosine",
             "n_checkpoints": 24,
-            "n_eval": 100,
+            "n_eval": 50,
         }
     )
 

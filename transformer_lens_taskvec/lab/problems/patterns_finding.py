@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SEED = 41
 
 
-def patterns_finding(run: Any, *, n: int = 1_000, n_pruning: int = 100) -> Finding:
+def patterns_finding(run: Any, *, n: int = 1_000, n_pruning: int = 40) -> Finding:
     """Return the accuracy on training tasks, new tasks and new patterns, and under pruning.
 
     The numbers are of the query, and at the last checkpoint.

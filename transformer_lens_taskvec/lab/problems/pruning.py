@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Order = Literal["smallest", "largest", "random"]
+ORDERS = ("smallest", "largest", "random")
 """Which neurons are pruned first."""
 
-Norm = Literal["magnitude", "product"]
+SIZES = ("magnitude", "product")
 """What a neuron's size is: the norm of its output weights, or that times its input weights'."""
 
-Place = Literal["query", "outputs"]
+PLACES = ("query", "outputs")
 """Where vectors are injected: at the query, or at the tokens ``Problem.swapped_at`` names."""
 
 M = TypeVar("M", bound=Any)
@@ -46,7 +46,7 @@ _MEANS, _CHOOSE, _TEST = 31, 32, 33
 _FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def neuron_norms(model: Any, *, by: Norm = "magnitude") -> Float[Tensor, "layer neuron"]:
+def neuron_norms(model: Any, *, by: str = "magnitude") -> Float[Tensor, "layer neuron"]:
     """Return the size of every MLP neuron, by its weights.
 
     Args:
@@ -66,8 +66,8 @@ def neuron_norms(model: Any, *, by: Norm = "magnitude") -> Float[Tensor, "layer 
         >>> neuron_norms(lab.shipped_run().model()).shape
         torch.Size([5, 256])
     """
-    if by not in get_args(Norm):
-        raise ValueError(f"by must be one of {get_args(Norm)}, got {by!r}")
+    if by not in SIZES:
+        raise ValueError(f"by must be one of {SIZES}, got {by!r}")
     norms = []
     for mlp in _mlps(model):
         size = mlp.w_out.detach().norm(dim=0)
@@ -79,8 +79,8 @@ def prune_neurons(
     model: M,
     fraction: float,
     *,
-    by: Norm = "magnitude",
-    order: Order = "smallest",
+    by: str = "magnitude",
+    order: str = "smallest",
     seed: int = 0,
 ) -> M:
     """Return a copy of a model in which a share of each MLP's neurons has no output.
@@ -108,8 +108,8 @@ def prune_neurons(
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be 0 to 1, got {fraction}")
-    if order not in get_args(Order):
-        raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     sizes = neuron_norms(model, by=by)
     if order == "random":
         sizes = torch.rand(sizes.shape, generator=torch.Generator().manual_seed(seed))
@@ -156,13 +156,13 @@ class PruningCurve(Shown):
     """
 
     fractions: tuple[float, ...]
-    orders: tuple[Order, ...]
+    orders: tuple[str, ...]
     accuracy: Float[Tensor, "order fraction"]
     no_vector: Float[Tensor, "order fraction"]
     own_vector: Float[Tensor, "order fraction"]
     other_vector: Float[Tensor, "order fraction"]
     layer: int
-    place: Place
+    place: str
     n: int
 
     @property
@@ -170,7 +170,7 @@ class PruningCurve(Shown):
         """What the own task's vector adds to the accuracy with shuffled demonstrations."""
         return self.own_vector - self.no_vector
 
-    def free_fraction(self, order: Order, *, within: float = 0.02) -> float:
+    def free_fraction(self, order: str, *, within: float = 0.02) -> float:
         """The largest share up to which the accuracy stays near that of the whole model.
 
         Args:
@@ -208,12 +208,12 @@ def pruning_curve(
     run: Any,
     *,
     fractions: Sequence[float] = _FRACTIONS,
-    by: Norm = "magnitude",
+    by: str = "magnitude",
     step: int | None = None,
     n: int = 100,
     n_random: int = 3,
     layer: int | None = None,
-    place: Place | None = None,
+    place: str | None = None,
     seed: int = 0,
 ) -> PruningCurve:
     """Measure accuracy and task-vector accuracy as neurons are pruned in three orders.
@@ -256,27 +256,30 @@ def pruning_curve(
     layers = range(len(_mlps(model))) if layer is None else (layer,)
     if layer is not None and not 0 <= layer < len(_mlps(model)):
         raise ValueError(f"layer {layer} is out of range: there are 0 to {len(_mlps(model)) - 1}")
-    if place is not None and place not in get_args(Place):
-        raise ValueError(f"place must be one of {get_args(Place)}, got {place!r}")
-    places: tuple[Place, ...] = get_args(Place) if place is None else (place,)
+    if place is not None and place not in PLACES:
+        raise ValueError(f"place must be one of {PLACES}, got {place!r}")
+    places = PLACES if place is None else (place,)
     sequences = partial(_Sequences.drawn, problem, n, seed)
     means, chosen, test = sequences(_MEANS), sequences(_CHOOSE), sequences(_TEST)
 
-    def helps(at: tuple[int, Place]) -> float:
+    def helps(at: tuple[int, str]) -> float:
         found = _scores(model, problem, means, chosen, *at)
         return float(found[2] - found[3])
 
     best = max(((one, where) for one in layers for where in places), key=helps)
-    orders: tuple[Order, ...] = get_args(Order)
-    rows = []
-    for order in orders:
-        for share in shares:
-            draws = range(n_random if order == "random" and 0 < share < 1 else 1)
-            found = []
-            for draw in draws:
-                pruned = prune_neurons(model, share, by=by, order=order, seed=seed + draw)
-                found.append(_scores(pruned, problem, means, test, *best))
-            rows.append(torch.stack(found).mean(0))
+    orders = ORDERS
+
+    @cache
+    def pruned(share: float, order: str) -> Float[Tensor, " four"]:
+        if order != "smallest" and share in (0, 1):  # then the order makes no difference
+            return pruned(share, "smallest")
+        found = []
+        for draw in range(n_random if order == "random" else 1):
+            rest = prune_neurons(model, share, by=by, order=order, seed=seed + draw)
+            found.append(_scores(rest, problem, means, test, *best))
+        return torch.stack(found).mean(0)
+
+    rows = [pruned(share, order) for order in orders for share in shares]
     true, none, own, other = torch.stack(rows).view(len(orders), len(shares), 4).unbind(-1)
     return PruningCurve(shares, orders, true, none, own, other, *best, len(test.labels))
 
@@ -314,7 +317,7 @@ def _scores(
     means: _Sequences,
     test: _Sequences,
     layer: int,
-    place: Place,
+    place: str,
 ) -> Float[Tensor, " four"]:
     """Accuracy at the query: true, and shuffled without a vector, with the own and with another."""
     query = problem.n_points - 1
@@ -341,8 +344,10 @@ def _scores(
 
     def write(labels: Int[Tensor, " batch"], activation: Tensor, hook: Any) -> Tensor:
         edited = activation.clone()
-        for index, (place, mode) in enumerate(zip(at, modes, strict=True)):
-            edited[:, place] = mode(activation[:, place], by_task[labels, index])
+        for task in labels.unique().tolist():
+            rows = labels == task
+            for index, (token, mode) in enumerate(zip(at, modes, strict=True)):
+                edited[rows, token] = mode(activation[rows, token], by_task[task, index])
         return edited
 
     other = (test.labels + 1) % n_tasks
