@@ -268,7 +268,7 @@ def test_pruning_refuses_what_it_cannot_prune(run: Run) -> None:
         ({"fractions": (0.5,)}, "ascend from 0"),
         ({"layer": 2}, "layer 2 is out of range: there are 0 to 1"),
         ({"place": "demos"}, "place must be one of"),
-        ({"n_random": 0}, "ask for 1 draw or more"),
+        ({"n_random": 0}, "n_random 0; ask for 1 or more of each"),
     ):
         with pytest.raises(ValueError, match=message):
             pruning_curve(run, **wrong)
@@ -413,7 +413,7 @@ def test_inputs_hold_their_concepts_words_and_outputs_their_labels() -> None:
     shown = torch.linalg.lstsq(features.flatten(0, 1).T, outputs.flatten(0, 1).T).solution.T
     demos = held.view(400, 8, 3, 2)[:, :7].flatten(0, 1)
     torch.testing.assert_close(shown.view(-1, 3, 2), demos, atol=0.01, rtol=0)
-    switched = problem.switched_features()
+    switched = problem.switched()
     other = switched.tokens(switched.sample(400, seeded(), labels=labels))
     torch.testing.assert_close(other[:, ::2], xs)
     shown = torch.linalg.lstsq(features.flatten(0, 1).T, other[:, 1::2].flatten(0, 1).T).solution.T
@@ -458,7 +458,7 @@ def test_the_posterior_over_concepts_is_bayes_rule_by_densities() -> None:
 
 def test_oracles_out_of_distribution() -> None:
     problem = Concepts()
-    for kind in (problem, problem.skewed(), problem.switched_features()):
+    for kind in (problem, problem.skewed(), problem.switched()):
         batch = kind.sample(1000, seeded(5))
         wrong = {
             name: 1 - float(kind.right(of, batch.ys, batch.labels[:, None])[:, 8:].double().mean())
@@ -519,9 +519,9 @@ def test_concepts_are_trained_measured_and_described(tmp_path: Path) -> None:
     assert decoded.scores.shape == (1, 3)
     finding = concepts_finding(run, n=300)
     numbers = finding.numbers
-    batch = CONCEPTS.switched_features().sample(2000, seeded(6))
+    batch = CONCEPTS.switched().sample(2000, seeded(6))
     with torch.no_grad():
-        predicted = CONCEPTS.switched_features().predict(run.model(), batch)
+        predicted = CONCEPTS.switched().predict(run.model(), batch)
     wrong = float((predicted * batch.ys <= 0)[:, 4:].float().mean())
     assert numbers["error, switched features, model"] == pytest.approx(wrong, abs=0.05)
     assert len(numbers["error by step"]) == len(run.steps)

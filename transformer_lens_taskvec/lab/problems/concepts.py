@@ -59,7 +59,7 @@ class Concepts(Problem):
             words and of labels, and any others are zero.
         shares: The frequency of each concept, as the prompt's and in others' inputs; empty for
             equal ones.
-        switched: Whether the words' signs go with the labels of the opposite signs. The output is
+        opposite: Whether the words' signs go with the labels of the opposite signs. The output is
             then ``-e``.
 
     Example:
@@ -79,7 +79,7 @@ class Concepts(Problem):
     n_points: int = 16
     dim: int = 32
     shares: tuple[float, ...] = ()
-    switched: bool = False
+    opposite: bool = False
 
     loss_kind: ClassVar[str] = "logistic"
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
@@ -132,9 +132,9 @@ class Concepts(Problem):
         weights = [(k + 1) ** -exponent for k in range(self.n_concepts)]
         return replace(self, shares=tuple(weight / sum(weights) for weight in weights))
 
-    def switched_features(self) -> Concepts:
+    def switched(self) -> Concepts:
         """The problem with the other pairing of the words' signs with the labels'."""
-        return replace(self, switched=not self.switched)
+        return replace(self, opposite=not self.opposite)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -262,7 +262,7 @@ class Concepts(Problem):
 
     @property
     def _pairing(self) -> float:
-        return -1.0 if self.switched else 1.0
+        return -1.0 if self.opposite else 1.0
 
     def _features(self, kappa: float, first: int) -> Float[Tensor, "concept sign dim"]:
         shared, opposite = _lengths(kappa)

@@ -209,7 +209,7 @@ def _transfer(model: Any, problem: Any, n: int) -> dict[str, dict[str, float]]:
     kinds = {
         "same length": problem,
         "skewed concepts": problem.skewed(),
-        "switched features": problem.switched_features(),
+        "switched features": problem.switched(),
         "twice as long": replace(problem, n_points=2 * problem.n_points),
     }
     found = {}

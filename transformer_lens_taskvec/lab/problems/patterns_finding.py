@@ -64,7 +64,7 @@ def patterns_finding(run: Any, *, n: int = 1_000, n_pruning: int = 40) -> Findin
                 curves[name].append(_accuracy(problem.predict(model, batch), batch))
     oracles = _oracle_curves(problem, batches)
     accuracy = {name: float(found[-1][-1]) for name, found in curves.items()}
-    early = 2
+    early = min(2, problem.n_points - 1)
     pruning = pruning_curve(run, n=n_pruning)
     half = min(range(len(pruning.fractions)), key=lambda at: abs(pruning.fractions[at] - 0.5))
     numbers: dict[str, Any] = {

@@ -250,14 +250,15 @@ def pruning_curve(
         raise ValueError(f"fractions must ascend from 0 to at most 1, got {tuple(fractions)}")
     if len(problem.tasks) < 2:
         raise ValueError("the problem has one task; task vectors need two or more")
-    if n_random < 1:
-        raise ValueError(f"n_random is {n_random}; ask for 1 draw or more")
+    if min(n, n_random) < 1:
+        raise ValueError(f"n is {n} and n_random {n_random}; ask for 1 or more of each")
     model = run.model(step)
-    layers = range(len(_mlps(model))) if layer is None else (layer,)
-    if layer is not None and not 0 <= layer < len(_mlps(model)):
-        raise ValueError(f"layer {layer} is out of range: there are 0 to {len(_mlps(model)) - 1}")
+    layers: Sequence[int] = range(len(_mlps(model)))
+    if layer is not None and layer not in layers:
+        raise ValueError(f"layer {layer} is out of range: there are 0 to {layers[-1]}")
     if place is not None and place not in PLACES:
         raise ValueError(f"place must be one of {PLACES}, got {place!r}")
+    layers = layers if layer is None else (layer,)
     places = PLACES if place is None else (place,)
     sequences = partial(_Sequences.drawn, problem, n, seed)
     means, chosen, test = sequences(_MEANS), sequences(_CHOOSE), sequences(_TEST)
@@ -267,7 +268,6 @@ def pruning_curve(
         return float(found[2] - found[3])
 
     best = max(((one, where) for one in layers for where in places), key=helps)
-    orders = ORDERS
 
     @cache
     def pruned(share: float, order: str) -> Float[Tensor, " four"]:
@@ -279,9 +279,9 @@ def pruning_curve(
             found.append(_scores(rest, problem, means, test, *best))
         return torch.stack(found).mean(0)
 
-    rows = [pruned(share, order) for order in orders for share in shares]
-    true, none, own, other = torch.stack(rows).view(len(orders), len(shares), 4).unbind(-1)
-    return PruningCurve(shares, orders, true, none, own, other, *best, len(test.labels))
+    rows = [pruned(share, order) for order in ORDERS for share in shares]
+    true, none, own, other = torch.stack(rows).view(len(ORDERS), len(shares), 4).unbind(-1)
+    return PruningCurve(shares, ORDERS, true, none, own, other, *best, len(test.labels))
 
 
 @dataclass(frozen=True)
@@ -380,11 +380,8 @@ def plot_pruning(curve: PruningCurve, *, chance: float | None = None) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained", sharey=True)
-    titles = (
-        "True demonstrations",
-        "Shuffled outputs, own task's vector",
-        "Shuffled outputs, another task's vector",
-    )
+    shuffled = "Shuffled outputs, {} vector"
+    titles = ("True demonstrations", *map(shuffled.format, ("own task's", "another task's")))
     values = (curve.accuracy, curve.own_vector, curve.other_vector)
     for ax, title, solid in zip(axes, titles, values, strict=True):
         for index, order in enumerate(curve.orders):
@@ -393,9 +390,8 @@ def plot_pruning(curve: PruningCurve, *, chance: float | None = None) -> Figure:
             if solid is not curve.accuracy:
                 label = "no vector" if index == 0 else None
                 level = curve.no_vector[index].tolist()
-                ax.plot(
-                    curve.fractions, level, color=GREY, linestyle="--", linewidth=0.9, label=label
-                )
+                grey: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 0.9}
+                ax.plot(curve.fractions, level, label=label, **grey)
         if chance is not None:
             ax.axhline(chance, color="black", linestyle=":", linewidth=0.8, label="chance")
         ax.set(xlabel="share of neurons pruned", title=title, ylim=(-0.03, 1.03))
