@@ -13,7 +13,14 @@ from torch import Tensor
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding
 from transformer_lens_taskvec.lab.problems.pruning import plot_pruning, pruning_curve
 from transformer_lens_taskvec.plots import styled
-from transformer_lens_taskvec.plots.style import COLOURS, GREY, MARKERS, legend_beside, two_axes
+from transformer_lens_taskvec.plots.style import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    legend_beside,
+    two_axes,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
 _SEED = 41
 
 
-def patterns_finding(run: Any, *, n: int = 1_000, n_pruning: int = 40) -> Finding:
+def patterns_finding(run: Any, *, n: int = 500, n_pruning: int = 40) -> Finding:
     """Return the accuracy on training tasks, new tasks and new patterns, and under pruning.
 
     The numbers are of the query, and at the last checkpoint.
@@ -93,7 +100,8 @@ def patterns_finding(run: Any, *, n: int = 1_000, n_pruning: int = 40) -> Findin
         f"The query is answered right in {accuracy['training tasks']:.1%} of sequences of training "
         f"tasks, {accuracy['new tasks']:.1%} of new tasks and {accuracy['new patterns']:.1%} of "
         f"new patterns (nearest demonstration "
-        f"{numbers['accuracy, nearest demonstration']:.1%}). "
+        f"{numbers['accuracy, nearest demonstration']:.1%}; Bayes over the training tasks, on new "
+        f"tasks, {numbers['accuracy, Bayes over training tasks, on new tasks']:.1%}). "
         f"With half of the MLP neurons pruned, accuracy is "
         + ", ".join(
             f"{numbers[f'accuracy at half, {order} first']:.1%} ({order} first)"
@@ -140,7 +148,7 @@ def _oracle_curves(
     return {
         "nearest demonstration": _accuracy(found["nearest demonstration"], new),
         "Bayes over training tasks": _accuracy(trained, batches["training tasks"]),
-        "the same on new tasks": _accuracy(found["Bayes, these tasks"], new),
+        "Bayes over training tasks, on new tasks": _accuracy(found["Bayes, these tasks"], new),
     }
 
 
@@ -158,8 +166,9 @@ def _accuracy_figure(
         style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]}
         above.plot(steps, [float(curve[-1]) for curve in found], label=name, **style)
         below.plot(range(1, len(found[-1]) + 1), found[-1].tolist(), label=name, **style)
-    for (name, curve), line in zip(oracles.items(), ("--", "-.", ":"), strict=True):
-        style = {"color": GREY, "linestyle": line, "label": name}
+    looks = ((GREY, "--"), (COLOURS[0], "-."), (COLOURS[1], "-."))
+    for (name, curve), (colour, line) in zip(oracles.items(), looks, strict=True):
+        style = {"color": colour, "linestyle": line, "label": name}
         above.axhline(float(curve[-1]), **style)
         below.plot(range(1, len(curve) + 1), curve.tolist(), **style)
     above.axhline(0.5, color="black", linestyle=":", linewidth=0.8, label="chance")
@@ -171,6 +180,7 @@ def _accuracy_figure(
     below.set(
         xlabel="position in the sequence", ylabel="accuracy, last checkpoint", ylim=(0.4, 1.03)
     )
+    whole_numbers(below)
     legend_beside(above)
     legend_beside(below)
     return figure

@@ -24,7 +24,7 @@ from transformer_lens_taskvec.activations import Source
 from transformer_lens_taskvec.lab.problems.base import Batch, Problem, balanced_labels
 from transformer_lens_taskvec.models.protocol import hook_name, model_name
 from transformer_lens_taskvec.plots import styled
-from transformer_lens_taskvec.plots.style import COLOURS, GREY, MARKERS
+from transformer_lens_taskvec.plots.style import COLOURS, MARKERS, legend_beside
 from transformer_lens_taskvec.vectors.base import TaskVectors
 
 if TYPE_CHECKING:
@@ -379,7 +379,7 @@ def plot_pruning(curve: PruningCurve, *, chance: float | None = None) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11.0, 2.9), layout="constrained", sharey=True)
     shuffled = "Shuffled outputs, {} vector"
     titles = ("True demonstrations", *map(shuffled.format, ("own task's", "another task's")))
     values = (curve.accuracy, curve.own_vector, curve.other_vector)
@@ -388,15 +388,18 @@ def plot_pruning(curve: PruningCurve, *, chance: float | None = None) -> Figure:
             style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]}
             ax.plot(curve.fractions, solid[index].tolist(), label=f"{order} first", **style)
             if solid is not curve.accuracy:
-                label = "no vector" if index == 0 else None
-                level = curve.no_vector[index].tolist()
-                grey: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 0.9}
-                ax.plot(curve.fractions, level, label=label, **grey)
+                dashed: dict[str, Any] = {
+                    "color": COLOURS[index],
+                    "linestyle": "--",
+                    "linewidth": 0.8,
+                }
+                level, label = curve.no_vector[index].tolist(), f"{order} first, no vector"
+                ax.plot(curve.fractions, level, label=label, **dashed)
         if chance is not None:
             ax.axhline(chance, color="black", linestyle=":", linewidth=0.8, label="chance")
         ax.set(xlabel="share of neurons pruned", title=title, ylim=(-0.03, 1.03))
     axes[0].set_ylabel(f"accuracy at the query (n = {curve.n})")
     where = "the query" if curve.place == "query" else "the outputs"
     figure.suptitle(f"MLP neurons pruned; vectors at layer {curve.layer}, at {where}", fontsize=9)
-    axes[1].legend(loc="best")
+    legend_beside(axes[-1])
     return figure
