@@ -523,7 +523,7 @@ def test_concepts_are_trained_measured_and_described(tmp_path: Path) -> None:
     with torch.no_grad():
         predicted = CONCEPTS.switched().predict(run.model(), batch)
     wrong = float((predicted * batch.ys <= 0)[:, 4:].float().mean())
-    assert numbers["error, switched features, model"] == pytest.approx(wrong, abs=0.05)
+    assert numbers["error, switched, model"] == pytest.approx(wrong, abs=0.05)
     assert len(numbers["error by step"]) == len(run.steps)
     paths = finding.save(tmp_path / "figures")
     assert {path.name for path in paths if path.suffix == ".png"} == {

@@ -89,10 +89,8 @@ def concepts_finding(run: Any, *, n: int = 1_000) -> Finding:
         if fits["checkpoints in the fall"] >= 3
         else "too few checkpoints lie in its fall to say how it falls"
     )
-    in_words = {"same length": "as trained", "twice as long": "twice the length"}
     transfers = ", ".join(
-        f"{in_words.get(kind, kind)} {by['model']:.4f} (nearest demonstration "
-        f"{by['nearest demonstration']:.4f})"
+        f"{kind} {by['model']:.4f} (nearest demonstration {by['nearest demonstration']:.4f})"
         for kind, by in transfer.items()
     )
     sentence = (
@@ -102,7 +100,7 @@ def concepts_finding(run: Any, *, n: int = 1_000) -> Finding:
         f"Errors: {transfers}."
     )
     figures = {
-        "error": _error_figure(run.steps, errors, transfer["same length"]),
+        "error": _error_figure(run.steps, errors, transfer["as trained"]),
         "attention": _attention_figure(attention),
         "transfer": _transfer_figure(transfer),
     }
@@ -207,9 +205,9 @@ def _late_error(problem: Problem, predictions: Float[Tensor, "batch point"], bat
 def _transfer(model: Any, problem: Any, n: int) -> dict[str, dict[str, float]]:
     """The late error of the model and of the oracles, as trained and out of distribution."""
     kinds = {
-        "same length": problem,
-        "skewed concepts": problem.skewed(),
-        "switched features": problem.switched(),
+        "as trained": problem,
+        "skewed": problem.skewed(),
+        "switched": problem.switched(),
         "twice as long": replace(problem, n_points=2 * problem.n_points),
     }
     found = {}
@@ -255,15 +253,16 @@ def _error_figure(
 ) -> Figure:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(7.6, 2.9), layout="constrained", sharey=True)
-    shown = [(step, error) for step, error in zip(steps, errors, strict=True) if step > 0]
+    figure, axes = plt.subplots(1, 2, figsize=(8.0, 2.9), layout="constrained", sharey=True)
+    pairs = zip(steps, errors, strict=True)
+    shown = [(step, error) for step, error in pairs if step > 0 and error > 0]
     for ax, scale in zip(axes, ("linear", "log"), strict=True):
         ax.plot(*zip(*shown, strict=True), color=COLOURS[0], marker="o", label="model")
         for name, line in zip(_ORACLES[:2], ("--", ":"), strict=True):
             if oracles[name] > 0:
                 ax.axhline(oracles[name], color=GREY, linestyle=line, label=name)
         ax.set(xlabel=f"training step ({scale} axis)", xscale=scale, yscale="log")
-    axes[0].set_ylabel("0-1 error, late points")
+    axes[0].set_ylabel("0-1 error, late points (if not 0)")
     axes[0].set_title("Straight if exponential")
     axes[1].set_title("Straight if a power law")
     legend_beside(axes[1])
@@ -304,13 +303,12 @@ def _transfer_figure(transfer: dict[str, dict[str, float]]) -> Figure:
     names = ("model", *_ORACLES)
     for index, name in enumerate(names):
         places = [place + 0.2 * (index - 1.5) for place in range(len(transfer))]
-        values = [max(by[name], 1e-4) for by in transfer.values()]
-        ax.bar(places, values, 0.18, color=(*COLOURS[:3], GREY)[index], label=name)
+        values = [by[name] for by in transfer.values()]
+        bars = ax.bar(places, values, 0.18, color=(*COLOURS[:3], GREY)[index], label=name)
+        ax.bar_label(bars, fmt=lambda value: f"{value:.2f}".lstrip("0") if value else "0", size=6)
     ax.axhline(_CHANCE, color="black", linestyle=":", linewidth=0.9, label="chance")
     ax.set_xticks(range(len(transfer)), list(transfer))
-    ax.set(
-        yscale="log", ylim=(1e-4, 1.5), ylabel="0-1 error, late points", title="Out of distribution"
-    )
+    ax.set(ylim=(0, 1.1), ylabel="0-1 error, late points", title="Out of distribution")
     figure: Figure = plt.gcf()
     legend_beside(ax)
     return figure
