@@ -77,6 +77,12 @@ def _task_names(incomplete: str) -> list[str]:
     return [f"{done}{comma}{name}" for name in all_tasks() if name.startswith(started)]
 
 
+def _logger_names(incomplete: str) -> list[str]:
+    """Return completions of a comma-separated list of loggers, for the shell."""
+    done, comma, started = incomplete.rpartition(",")
+    return [f"{done}{comma}{name}" for name in LOGGERS if name.startswith(started)]
+
+
 def _preset_names(incomplete: str) -> list[str]:
     """Return completions of the name of a preset, for the shell."""
     from transformer_lens_taskvec.lab import PRESETS
@@ -549,7 +555,7 @@ def train(
         str,
         typer.Option(
             help="Comma-separated: 'tensorboard', 'wandb', 'trackio'.",
-            autocompletion=lambda: [*LOGGERS],
+            autocompletion=_logger_names,
         ),
     ] = "",
     dry_run: DryRun = False,

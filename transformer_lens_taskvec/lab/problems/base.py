@@ -390,7 +390,7 @@ def draw_labels(
 
 
 @lru_cache(maxsize=64)
-def constant(values: tuple[Any, ...], device: torch.device) -> Shaped[Tensor, "..."]:
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """A tensor of these numbers, not to be written to.
 
     It is kept, because a copy to a device makes the host wait, which a training step must not.
