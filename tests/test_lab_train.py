@@ -217,7 +217,7 @@ def test_a_run_reads_back_what_training_measured(straight: Path) -> None:
     assert run.config == TINY and run.seed == 3 and run.finished
     assert run.steps[0] == 0 and run.steps[-1] == 60
     for step in (0, 60):
-        measured = evaluate_problem(run.model(step), run.config.problem, n_eval=20)
+        measured = evaluate_problem(run.model(step), run.config.problem, n_eval=20).loss
         torch.testing.assert_close(measured, run.loss[run.steps.index(step)])
     assert run.to_frame().shape == (len(run.steps) * 2 * 5, 4)
     assert "step 60 of 60" in repr(run)

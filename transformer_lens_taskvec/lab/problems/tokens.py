@@ -43,7 +43,7 @@ class TokenProblem(Problem):
         ...         tokens = labels[:, None].repeat(1, 5)
         ...         return lab.Batch(tokens, tokens, labels)
         >>> batch = Repeated().sample(2, torch.Generator().manual_seed(0))
-        >>> Repeated().losses(torch.zeros(2, 5, 3), batch.ys, batch.labels)[0, 0]
+        >>> Repeated().losses(torch.zeros(2, 5, 3), batch.ys, batch.labels[:, None])[0, 0]
         tensor(1.0986)
     """
 
