@@ -40,6 +40,7 @@ def test_every_command_is_listed_and_has_an_example_that_parses() -> None:
         ("taskvec stu", ["study"]),
         ("taskvec study b", ["bitwise"]),
         ("taskvec train --preset t", ["toy"]),
+        ("taskvec train --logger t", ["tensorboard", "trackio"]),
         ("taskvec run --tasks antonyms,country_ca", ["antonyms,country_capital"]),
     ],
 )
@@ -71,6 +72,9 @@ MISTAKES = {
     "unknown study": (["study", "poss", "--model", "toy"], "no study 'poss'"),
     "no checkpoints": (["study", "checkpoints"], "give at least one"),
     "unknown preset": (["train", "--preset", "smal"], "no preset 'smal'"),
+    "unknown logger": (["train", "--logger", "wand"], "no logger 'wand'"),
+    "no config": (["train", "--config", "nowhere.json"], "'nowhere.json' does not exist"),
+    "no patience": (["train", "--patience", "0"], "Invalid value for '--patience'"),
     "no run": (["emergence", "nowhere"], "no run"),
     "no data": (["study", "pos", "--data", "nowhere.conllu"], "'nowhere.conllu' does not exist"),
     "unknown device": (["train", "--device", "gpu"], "'gpu' cannot be used. Use 'cpu'"),

@@ -38,7 +38,9 @@ from transformer_lens_taskvec.lab.presets import PRESETS, train
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy import model as toy
 from transformer_lens_taskvec.lab.training import loop as train_module
+from transformer_lens_taskvec.lab.training.config_file import load_config
 from transformer_lens_taskvec.lab.training.runs import load_run
+from transformer_lens_taskvec.lab.training.stopping import EarlyStopping
 from transformer_lens_taskvec.paper.checkpoints import over_checkpoints
 
 CONFIG = dataclasses.replace(
@@ -319,6 +321,13 @@ LOADERS = [
         read_run,
         {**RUN, "checkpoints/step_000006.safetensors": damaged_tensors},
         r"config\.json: |metrics\.jsonl(, line \d+)?: |\.safetensors: |toy model|no checkpoint",
+    ),
+    Loader(
+        "load_config",
+        lambda folder: train(CONFIG, folder, progress=False, device="cpu", stop=EarlyStopping(3)),
+        lambda folder: load_config(folder / "config.json"),
+        {"config.json": damaged_json},
+        r"config\.json: ",
     ),
     Loader("over_checkpoints", make_results, read_results, {"toy@1.json": damaged_json}),
     Loader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 Through = Callable[[Any], Any]
 """What every model goes through before it is used: itself, or what counts in its place."""
 
+LOGGERS = ("tensorboard", "wandb", "trackio")
 STUDIES = ("pos", "bitwise", "prompting", "finetune", "checkpoints")
 BENCH_TASKS = (
     "antonyms",
@@ -73,6 +75,19 @@ def _task_names(incomplete: str) -> list[str]:
 
     done, comma, started = incomplete.rpartition(",")
     return [f"{done}{comma}{name}" for name in all_tasks() if name.startswith(started)]
+
+
+def _logger_names(incomplete: str) -> list[str]:
+    """Return completions of a comma-separated list of loggers, for the shell."""
+    done, comma, started = incomplete.rpartition(",")
+    return [f"{done}{comma}{name}" for name in LOGGERS if name.startswith(started)]
+
+
+def _preset_names(incomplete: str) -> list[str]:
+    """Return completions of the name of a preset, for the shell."""
+    from transformer_lens_taskvec.lab import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
 
 
 def _version(wanted: bool) -> None:
@@ -502,20 +517,47 @@ def train(
         typer.Option(help="Folder of the run; an interrupted run is resumed.", callback=_folder),
     ],
     preset: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="'small', 'paper' or 'toy'.", autocompletion=lambda: ["small", "paper", "toy"]
+            help="The name of a preset, such as 'small', 'paper' or 'toy'; 'small' by default.",
+            autocompletion=_preset_names,
         ),
-    ] = "small",
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="The config.json of a run, in place of a preset. Other options override it.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps; the preset's by default.")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, help="Seed of weights and data; 0 by default."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="'cpu' or 'cuda'; CUDA if available.", callback=_device)
     ] = None,
-    autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
+    autocast: Annotated[
+        bool | None, typer.Option("--autocast/--no-autocast", help="Compute in bfloat16.")
+    ] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the model first.")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after so many evaluations without a lower late loss."),
+    ] = None,
+    logger: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: 'tensorboard', 'wandb', 'trackio'.",
+            autocompletion=_logger_names,
+        ),
+    ] = "",
     dry_run: DryRun = False,
 ) -> None:
     """Train a small transformer in which task vectors emerge.
@@ -524,21 +566,51 @@ def train(
     """
     from transformer_lens_taskvec import lab
 
-    options: dict[str, Any] = {
+    if config is not None and preset is not None:
+        raise typer.BadParameter("give --preset or --config, not both")
+    arguments: dict[str, Any] = {"config": preset or "small"}
+    if config is not None:
+        arguments = lab.load_config(config)
+    given: dict[str, Any] = {
         "seed": seed,
         "steps": steps,
         "device": device,
         "autocast": autocast,
         "compile": compiled,
     }
+    arguments |= {name: value for name, value in given.items() if value is not None}
+    _device(arguments.get("device"))
+    if patience is not None:
+        stop = arguments.get("stop") or lab.EarlyStopping(patience)
+        arguments["stop"] = replace(stop, patience=patience)
     if dry_run:
-        for line in lab.plan_training(preset, **options).lines:
+        for line in lab.plan_training(**arguments).lines:
             typer.echo(line)
         return
-    run = lab.train(preset, out, **options)
+    run = lab.train(out_dir=out, loggers=_loggers(_names(logger), out, arguments), **arguments)
     typer.echo(repr(run))
-    if preset != "toy":
+    if isinstance(run, lab.Run):
         typer.echo(f"measure and draw it with: taskvec emergence {out}")
+
+
+def _loggers(names: list[str], out: Path, arguments: Mapping[str, Any]) -> list[Any]:
+    """Return the loggers of these names; a run that is resumed is resumed in a service too."""
+    from transformer_lens_taskvec import lab
+
+    # The same settings in the same folder are the same run, to the bit.
+    number = zlib.crc32(f"{out.resolve()} {arguments}".encode())
+    resumable = {"id": f"{number:08x}", "name": out.name, "dir": str(out), "resume": "allow"}
+    make: dict[str, Callable[[], Any]] = {
+        "tensorboard": lambda: lab.TensorBoardLogger(out),
+        "wandb": lambda: lab.WandbLogger("taskvec", **resumable),
+        "trackio": lambda: lab.TrackioLogger(
+            "taskvec", name=f"{out.name}-{number:08x}", resume="allow"
+        ),
+    }
+    for name in names:
+        if name not in make:
+            raise ValueError(f"no logger {name!r}; there are: {', '.join(LOGGERS)}")
+    return [make[name]() for name in names]
 
 
 @app.command()

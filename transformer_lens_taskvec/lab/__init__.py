@@ -1,5 +1,11 @@
 """The lab: small transformers, trained here, in which task vectors can be watched emerging."""
 
+from transformer_lens_taskvec._utils.loggers import (
+    Logger,
+    TensorBoardLogger,
+    TrackioLogger,
+    WandbLogger,
+)
 from transformer_lens_taskvec.lab.emergence import (
     Emergence,
     PosteriorAgreement,
@@ -52,14 +58,17 @@ from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixt
 from transformer_lens_taskvec.lab.problems.tokens import TokenProblem
 from transformer_lens_taskvec.lab.toy.lines import toy_tokenizer
 from transformer_lens_taskvec.lab.toy.model import ToyConfig, ToyRun, shipped_toy_run
+from transformer_lens_taskvec.lab.training.config_file import load_config
 from transformer_lens_taskvec.lab.training.loop import TrainingDiverged
 from transformer_lens_taskvec.lab.training.on_problem import Run, TrainConfig, shipped_run
 from transformer_lens_taskvec.lab.training.recipe import Recipe
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
+from transformer_lens_taskvec.lab.training.stopping import EarlyStopping
 
 __all__ = [
     "PRESETS",
     "Batch",
+    "EarlyStopping",
     "Emergence",
     "Evaluation",
     "Family",
@@ -67,6 +76,7 @@ __all__ = [
     "LabEpisode",
     "LeakyReLU",
     "LinearOnRepresentation",
+    "Logger",
     "MixturePosterior",
     "OracleErrors",
     "PosteriorAgreement",
@@ -78,14 +88,17 @@ __all__ = [
     "Run",
     "SparseLinear",
     "SparseLinearMixture",
+    "TensorBoardLogger",
     "TokenConfig",
     "TokenProblem",
     "TokenTransformer",
     "ToyConfig",
     "ToyRun",
+    "TrackioLogger",
     "TrainConfig",
     "TrainingDiverged",
     "TrainingRun",
+    "WandbLogger",
     "balanced_labels",
     "bayes_mixture",
     "emergence_figures",
@@ -96,6 +109,7 @@ __all__ = [
     "least_squares",
     "lengthened",
     "linear",
+    "load_config",
     "load_run",
     "measure_emergence",
     "oracle_errors",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
+from transformer_lens_taskvec._utils.loggers import Logger, check_loggers, closing
 from transformer_lens_taskvec.lab.problems.base import Problem
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.model import ToyConfig
+from transformer_lens_taskvec.lab.training.config_file import settings_of
 from transformer_lens_taskvec.lab.training.folder import open_folder
 from transformer_lens_taskvec.lab.training.loop import sample_training, train_recipe
 from transformer_lens_taskvec.lab.training.on_problem import TrainConfig
 from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.stopping import EarlyStopping
 from transformer_lens_taskvec.planning import Plan
 
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
@@ -54,6 +57,8 @@ def train(
     progress: bool = True,
     autocast: bool = False,
     compile: bool = False,
+    stop: EarlyStopping | None = None,
+    loggers: Iterable[Logger] = (),
 ) -> Any:
     """Train a model of the lab, or resume a training that was interrupted, and return the run.
 
@@ -70,8 +75,12 @@ def train(
         autocast: Whether to compute in bfloat16 where that is safe. It is faster on CUDA, and at
             the paper's size on a CPU with bfloat16 instructions.
         compile: Whether to compile the model first. It is faster on CUDA only.
+        stop: When to end before the last step; by default never.
+        loggers: What gets the numbers of each evaluation: the loss of each task, the training loss,
+            seconds per step, learning rates. They do not change the run, and are closed in the end.
 
     Raises:
+        TypeError: If one of ``loggers`` is not a :class:`Logger`.
         ValueError: If there is no such preset, or the folder holds a run with other settings.
         TrainingDiverged: If the training broke down; the last good state is still in the folder.
 
@@ -84,12 +93,15 @@ def train(
         >>> half.steps[-1], half.finished
         (4, True)
     """
-    config, device = _chosen(config, steps), _device(device)
-    path = Path(out_dir)
-    numerics = {"autocast": autocast, "compile": compile}
-    settings = {"seed": seed, **config.to_json(), "device": device.type, **numerics}
-    open_folder(path, settings, resume=resume)
-    train_recipe(config, path, seed=seed, device=device, progress=progress, **numerics)
+    loggers, path = list(loggers), Path(out_dir)
+    check_loggers(loggers)
+    with closing(loggers):
+        config, device = _chosen(config, steps), _device(device)
+        how: dict[str, Any] = {"autocast": autocast, "compile": compile, "stop": stop}
+        settings = settings_of(config, seed=seed, device=device, **how)
+        open_folder(path, settings, resume=resume)
+        where: dict[str, Any] = {"device": device, "progress": progress, "loggers": loggers}
+        train_recipe(config, path, seed=seed, **where, **how)
     return config.load(path)
 
 
@@ -101,6 +113,7 @@ def plan_training(
     device: torch.device | str | None = None,
     autocast: bool = False,
     compile: bool = False,
+    stop: EarlyStopping | None = None,
 ) -> Plan:
     """Return what :func:`train` would run in an empty folder, by a few steps; nothing is written.
 
@@ -111,6 +124,7 @@ def plan_training(
         device: As for :func:`train`.
         autocast: As for :func:`train`.
         compile: As for :func:`train`.
+        stop: As for :func:`train`. The plan is of all steps, which is the most there can be.
 
     Raises:
         ValueError: If there is no such preset.

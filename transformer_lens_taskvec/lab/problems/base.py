@@ -15,6 +15,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -397,6 +398,16 @@ def draw_labels(
     if labels.shape != (batch_size,):
         raise ValueError(f"labels must be [{batch_size}], batch_size; got {list(labels.shape)}")
     return labels.to(generator.device)
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """A tensor of these numbers, not to be written to.
+
+    It is kept, because a copy to a device makes the host wait, which a training step must not.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Float[Tensor, "*shape"]:

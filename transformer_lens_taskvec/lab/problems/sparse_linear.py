@@ -20,6 +20,7 @@ from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Problem,
     check_sizes,
+    constant,
     draw_labels,
     normal,
     with_noise,
@@ -100,10 +101,11 @@ class SparseLinearMixture(Problem):
 
     def masks(self, device: torch.device | str = "cpu") -> Float[Tensor, "task dim"]:
         """One where a coordinate belongs to a basis, zero elsewhere."""
-        masks = torch.zeros(len(self.bases), self.dim)
-        for k, basis in enumerate(self.bases):
-            masks[k, list(basis)] = 1.0
-        return masks.to(device)
+        return self._masks(torch.device(device)).clone()
+
+    def _masks(self, device: torch.device) -> Float[Tensor, "task dim"]:
+        rows = (tuple(float(i in basis) for i in range(self.dim)) for basis in self.bases)
+        return constant(tuple(rows), device)
 
     def sample(
         self,
@@ -115,7 +117,7 @@ class SparseLinearMixture(Problem):
         """As for :meth:`Problem.sample`."""
         labels = draw_labels(batch_size, len(self.bases), generator, labels)
         xs = normal(generator, batch_size, self.n_points, self.dim)
-        weights = normal(generator, batch_size, self.dim) * self.masks(xs.device)[labels]
+        weights = normal(generator, batch_size, self.dim) * self._masks(xs.device)[labels]
         clean = einsum(xs, weights, "batch point dim, batch dim -> batch point")
         return Batch(xs, with_noise(clean, self.noise_variance, generator), labels)
 

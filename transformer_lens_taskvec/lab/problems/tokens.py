@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_lens_taskvec.lab.model import ModelSize, TokenConfig, TokenTransformer
-from transformer_lens_taskvec.lab.problems.base import Batch, Problem
+from transformer_lens_taskvec.lab.problems.base import Batch, Problem, constant
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TokenProblem(Problem):
         ...         tokens = labels[:, None].repeat(1, 5)
         ...         return lab.Batch(tokens, tokens, labels)
         >>> batch = Repeated().sample(2, torch.Generator().manual_seed(0))
-        >>> Repeated().losses(torch.zeros(2, 5, 3), batch.ys, batch.labels)[0, 0]
+        >>> Repeated().losses(torch.zeros(2, 5, 3), batch.ys, batch.labels[:, None])[0, 0]
         tensor(1.0986)
     """
 
@@ -77,9 +77,9 @@ class TokenProblem(Problem):
         self, forward: Callable[..., Any], batch: Batch
     ) -> Float[Tensor, "batch point token"]:
         """A model's logits at every point."""
-        places = [self.query_at(point) for point in range(batch.ys.shape[1])]
-        logits: Tensor = forward(batch.xs)[:, places]
-        return logits
+        places = tuple(self.query_at(point) for point in range(batch.ys.shape[1]))
+        logits: Tensor = forward(batch.xs)
+        return logits[:, constant(places, logits.device)]
 
     def make_model(self, size: ModelSize, *, seed: int, device: torch.device | str) -> nn.Module:
         """An untrained :class:`TokenTransformer`."""

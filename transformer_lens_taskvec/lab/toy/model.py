@@ -23,7 +23,7 @@ prompt leaves many answers right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +58,7 @@ from transformer_lens_taskvec.lab.toy.lines import (
     toy_tokenizer,
     training_view,
 )
-from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
+from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked, stopped_in
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 from transformer_lens_taskvec.models.bridge import bridge_from_hf
 
@@ -213,6 +213,10 @@ class ToyConfig(Recipe):
             "td": _decodability(torch.cat(points), labels.cpu()).tolist(),
         }
 
+    def task_losses(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """The NLL of each task."""
+        return dict(zip(TASKS, record["nll"], strict=True))
+
     def summary(self, record: dict[str, Any]) -> str:
         """Accuracy and TD at four shots."""
         accuracy = fmean(shots[_SHOTS_OF_TD] for shots in record["accuracy"][:-1])
@@ -230,7 +234,8 @@ class ToyConfig(Recipe):
             accuracy=(len(TASKS), LINES),
             td=(self.n_layers, len(TASKS) - 1),
         )
-        return ToyRun(path, self, seed, tuple(record["step"] for record in records), **measured)
+        steps = tuple(record["step"] for record in records)
+        return ToyRun(path, self, seed, steps, **measured, stopped=stopped_in(records))
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,29 +1,46 @@
 """The folder of a training run: what lies in it, and reading that back.
 
-It holds ``config.json`` (settings and seed), ``metrics.jsonl`` (one evaluation per line),
-``checkpoints/step_000000.safetensors`` (the model at each evaluation) and, to resume from,
-``state.safetensors`` (model, optimisers and generator at the last save). No file is ever half
-written.
+It holds ``config.json`` (settings and seed; :func:`load_config` starts the same run from it),
+``metrics.jsonl`` (one evaluation per line), ``checkpoints/step_000000.safetensors`` (the model at
+each evaluation), to resume from ``state.safetensors`` (model, optimisers and generator at the last
+save), and, if there are loggers, ``logged.json`` (the last step that each has had). No file is ever
+half written.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from transformer_lens_taskvec._utils.atomic_io import read_json, reading, write_text
 
 
 def open_folder(path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    """Make a folder the one of a run with these settings, or raise unless it is."""
+    """Make a folder the one of a run with these settings, or raise unless it is.
+
+    The versions that the run was started with, and the threads, are written too, under
+    ``made_with``. They are not compared.
+    """
     if not (path / "config.json").exists():
-        write_text(path / "config.json", json.dumps(settings, indent=1) + "\n")
+        described = {**settings, "made_with": _made_with()}
+        write_text(path / "config.json", json.dumps(described, indent=1) + "\n")
         return
     if not resume:
         raise ValueError(f"{path} already holds a run; choose another folder, or resume it")
     check_settings(path, read_settings(path), settings)
+
+
+def _made_with() -> dict[str, Any]:
+    return {
+        "transformer-lens-taskvec": version("transformer-lens-taskvec"),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def check_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
+from transformer_lens_taskvec._utils.loggers import Logger, log_once
 from transformer_lens_taskvec._utils.training_state import TrainingState, write_tensors
 from transformer_lens_taskvec.lab.training.folder import (
     checkpoint_path,
@@ -31,7 +32,8 @@ from transformer_lens_taskvec.lab.training.folder import (
     write_metrics,
 )
 from transformer_lens_taskvec.lab.training.muon import Muon
-from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.recipe import Recipe, stopped_in
+from transformer_lens_taskvec.lab.training.stopping import EarlyStopping
 from transformer_lens_taskvec.models.replay import most_alive
 
 _DATA_SEED = 1_000_003
@@ -59,25 +61,31 @@ def train_recipe(
     progress: bool,
     autocast: bool,
     compile: bool,
+    stop: EarlyStopping | None,
+    loggers: Sequence[Logger],
 ) -> None:
     """Take all steps, or those that a run in the folder still lacks.
 
-    It waits for the device only where something is written.
+    It waits for the device only where something is written. Loggers get an evaluation when it and
+    the state are safe.
     """
     state = _State.start(config, seed, device)
-    forward = torch.compile(state.model.forward) if compile else state.model.forward
-    draw_loss = partial(config.loss, forward, state.generator, autocast)
+    draw_loss = _drawing(config, state, autocast=autocast, compile=compile)
     saved = state.saved_in(path)
     taken = saved.load()  # None if the untrained model has not been evaluated yet
     records = [] if taken is None else [r for r in read_metrics(path) if r["step"] <= taken]
     started = time.perf_counter() - (records[-1]["seconds"] if records else 0.0)
     checkpoints, every = set(config.checkpoint_steps()), max(1, config.steps // _SAVES)
+    logged = path / "logged.json"
     bar = tqdm(total=config.steps, disable=not progress, unit="step", leave=False)
     with _matmul_precision(device), bar:
         if records:
             write_metrics(path, records)
             bar.update(taken)
             bar.set_postfix_str(config.summary(records[-1]))
+            log_once(loggers, _rows(config, records), logged)
+        if stopped_in(records) is not None:
+            return
         for step in range(0 if taken is None else taken + 1, config.steps + 1):
             if step > 0:
                 _take_step(config, state, step, draw_loss)
@@ -87,10 +95,22 @@ def train_recipe(
             if step > 0:
                 _check(config, state, records, step)
             if step in checkpoints:
-                records.append(_keep(config, path, state, records, step, started))
+                records.append(_keep(config, path, state, records, step, started, stop))
                 bar.set_postfix_str(config.summary(records[-1]))
                 state.error_sum.zero_()
             saved.save(step)
+            if step in checkpoints:
+                log_once(loggers, _rows(config, records), logged)
+                if stopped_in(records) is not None:
+                    return
+
+
+def _rows(config: Recipe, records: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:
+    """What loggers get of each evaluation."""
+    return [
+        (record["step"], config.numbers(records[: number + 1]))
+        for number, record in enumerate(records)
+    ]
 
 
 def sample_training(
@@ -102,7 +122,7 @@ def sample_training(
     new tensors at once.
     """
     state = _State.start(config, seed, device)
-    blocks = next(part for part in state.model.modules() if isinstance(part, nn.ModuleList))
+    first = _first_block(state.model)
     entering: list[int] = []
 
     def note(block: nn.Module, args: Any, kwargs: Any) -> None:
@@ -116,19 +136,43 @@ def sample_training(
         return time.perf_counter() - started
 
     with _matmul_precision(device):
-        with blocks[0].register_forward_pre_hook(note, with_kwargs=True):
+        with first.register_forward_pre_hook(note, with_kwargs=True):
             evaluating = timed(partial(config.evaluate, state.model))
             evaluation = len(entering), sum(entering), evaluating
             entering.clear()
-            plain = partial(config.loss, state.model.forward, state.generator, autocast)
+            plain = _drawing(config, state, autocast=autocast, compile=False)
             most = most_alive(partial(_take_step, config, state, 1, plain))
-        forward = torch.compile(state.model.forward) if compile else state.model.forward
-        draw_loss = partial(config.loss, forward, state.generator, autocast)
+        draw_loss = _drawing(config, state, autocast=autocast, compile=compile)
         step = partial(_take_step, config, state, 1, draw_loss)
         for _ in range(_WARMING):
             step()
         seconds = median(timed(step) for _ in range(_SAMPLED))
     return {"training": (1, sum(entering), seconds), "evaluation": evaluation}, most
+
+
+def _first_block(model: nn.Module) -> nn.Module:
+    """What every token enters once: the first block, or the first part with weights."""
+    parts = [*model.modules()][1:]
+    blocks = [part[0] for part in parts if isinstance(part, nn.ModuleList)]
+    weighted = [part for part in parts if [*part.parameters(recurse=False)]]
+    return [*blocks, *weighted, model][0]
+
+
+def training_step(
+    config: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    autocast: bool = False,
+    compile: bool = False,
+) -> Callable[[], None]:
+    """A function that takes a training step of a new model, as a training does; for measurements.
+
+    Nothing is written, and no call waits for the device.
+    """
+    state = _State.start(config, seed, device)
+    draw_loss = _drawing(config, state, autocast=autocast, compile=compile)
+    return partial(_take_step, config, state, config.steps // 2, draw_loss)
 
 
 @dataclass
@@ -151,6 +195,14 @@ class _State:
         tensors["error_sum"] = self.error_sum
         file = folder / "state.safetensors"
         return TrainingState(file, tensors, self.optimizers, {"data": self.generator})
+
+
+def _drawing(
+    config: Recipe, state: _State, *, autocast: bool, compile: bool
+) -> Callable[[], Tensor]:
+    """What draws a batch and returns its loss."""
+    forward = torch.compile(state.model.forward) if compile else state.model.forward
+    return partial(config.loss, forward, state.generator, autocast)
 
 
 def _take_step(config: Recipe, state: _State, step: int, draw_loss: Callable[[], Tensor]) -> None:
@@ -209,6 +261,7 @@ def _keep(
     records: list[dict[str, Any]],
     step: int,
     started: float,
+    stop: EarlyStopping | None,
 ) -> dict[str, Any]:
     """Evaluate the model, and write it and its evaluation."""
     steps_since = step - records[-1]["step"] if records else 0
@@ -218,6 +271,10 @@ def _keep(
         f"train_{config.loss_name}": float(state.error_sum) / steps_since if steps_since else None,
         **config.evaluate(state.model),
     }
+    if stop is not None and step < config.steps:
+        so_far = [*records, record]
+        reason = stop.reason([one["step"] for one in so_far], list(map(config.mean_loss, so_far)))
+        record |= {} if reason is None else {"stopped": reason}
     write_tensors(checkpoint_path(path, step), state.model.state_dict(), {"step": str(step)})
     write_metrics(path, [*records, record])
     return record

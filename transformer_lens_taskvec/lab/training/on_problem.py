@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +20,7 @@ from transformer_lens_taskvec.lab.problems.base import (
     problem_from_json,
 )
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
-from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
+from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked, stopped_in
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
 
 _NAMED = 8
@@ -101,13 +100,17 @@ class TrainConfig(Recipe):
         found = evaluate_problem(model, self.problem, n_eval=self.n_eval)
         return {name: value.tolist() for name, value in fields_of(found).items()}
 
+    def task_losses(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """The mean loss of each task over the problem's late points."""
+        late = torch.tensor(record["loss"])[:, self.problem.late_from :].nanmean(1).tolist()
+        return dict(zip(self.problem.tasks, late, strict=True))
+
     def summary(self, record: dict[str, Any]) -> str:
         """The late error of each task, or their mean if there are many."""
-        late = torch.tensor(record["loss"])[:, self.problem.late_from :].nanmean(1).tolist()
+        late = self.task_losses(record)
         if len(late) > _NAMED:
-            return f"{fmean(late):.3f}"
-        pairs = zip(self.problem.tasks, late, strict=True)
-        return " ".join(f"{task} {loss:.3f}" for task, loss in pairs)
+            return f"{self.mean_loss(record):.3f}"
+        return " ".join(f"{task} {loss:.3f}" for task, loss in late.items())
 
     def fewest_weights(self) -> int:
         """A matrix for each block and what reads a token."""
@@ -116,12 +119,21 @@ class TrainConfig(Recipe):
     def run(self, path: Path, seed: int, records: list[dict[str, Any]]) -> Run:
         """The run in a folder, given its evaluations."""
         shape = (len(self.problem.tasks), self.problem.n_points)
-        curves = stacked(records, loss=shape, accuracy=shape)
+        curves: dict[str, Any] = stacked(records, loss=shape, accuracy=shape)
         norms = tuple(torch.tensor(record["norms"]) for record in records)
         train = [record["train_loss"] for record in records]
         train_loss = tuple(float("nan" if loss is None else loss) for loss in train)
         steps = tuple(record["step"] for record in records)
-        return Run(path, self, seed, steps, **curves, norms=norms, train_loss=train_loss)
+        return Run(
+            path,
+            self,
+            seed,
+            steps,
+            **curves,
+            norms=norms,
+            train_loss=train_loss,
+            stopped=stopped_in(records),
+        )
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:

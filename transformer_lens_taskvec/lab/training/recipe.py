@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_taskvec._utils.atomic_io import reading
+from transformer_lens_taskvec._utils.subclasses import subclass_named
 from transformer_lens_taskvec.lab.model import check_size
 from transformer_lens_taskvec.lab.training.folder import read_metrics, read_settings
 
@@ -98,6 +100,10 @@ class Recipe(ABC):
         """An evaluation in the form of JSON; under ``loss_name`` the loss, of any shape."""
 
     @abstractmethod
+    def task_losses(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """The loss of each task that an evaluation holds, as one number."""
+
+    @abstractmethod
     def summary(self, record: dict[str, Any]) -> str:
         """An evaluation in a few words, for the progress bar."""
 
@@ -131,7 +137,9 @@ class Recipe(ABC):
         """The settings that :meth:`to_json` wrote, some of them replaced by those given."""
         names = {field.name for field in dataclasses.fields(cls)}
         known = {name: saved[name] for name in saved.keys() & names}
-        return cls(**{**known, "betas": tuple(saved["betas"]), **given})
+        if "betas" in known:
+            known["betas"] = tuple(known["betas"])
+        return cls(**{**known, **given})
 
     def checkpoint_steps(self) -> tuple[int, ...]:
         """The steps at which the model is evaluated and kept: 0, then a geometric series."""
@@ -142,10 +150,36 @@ class Recipe(ABC):
         series = {round(first * ratio**i) for i in range(self.n_checkpoints)}
         return tuple(sorted({0, *series, self.steps}))
 
+    def mean_loss(self, record: Mapping[str, Any]) -> float:
+        """The mean over tasks of :meth:`task_losses`, without those that are not numbers."""
+        losses = [loss for loss in self.task_losses(record).values() if not math.isnan(loss)]
+        return fmean(losses) if losses else math.nan
+
+    def numbers(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """What loggers get of the last evaluation, given all until then.
+
+        The mean loss and each task's, the mean training loss since the evaluation before, seconds
+        per step since then (evaluating and saving included), and the learning rates.
+        """
+        record = records[-1]
+        step, trained = record["step"], record[f"train_{self.loss_name}"]
+        losses = {f"loss/{task}": loss for task, loss in self.task_losses(record).items()}
+        found = {"loss": self.mean_loss(record), **losses}
+        if trained is not None:
+            found["train_loss"] = trained
+        if len(records) > 1:
+            before = records[-2]
+            seconds = record["seconds"] - before["seconds"]
+            found["seconds_per_step"] = seconds / (step - before["step"])
+        found["learning_rate"] = self.learning_rate * self.rate(step)
+        if self.optimizer == "muon":
+            found["muon_learning_rate"] = self.muon_learning_rate * self.rate(step)
+        return found
+
     def rate(self, step: int) -> float:
         """The share of the full learning rate at a step."""
         warmup = min(self.warmup, self.steps // 10)
-        if step <= warmup:
+        if step < warmup:
             return step / warmup
         if self.schedule == "constant":
             return 1.0
@@ -164,3 +198,19 @@ def stacked(
             raise ValueError(f"{name} of shape {tuple(values.shape[1:])}, not {shape}")
         found[name] = values.view(len(records), *shape)
     return found
+
+
+def recipe_named(name: str) -> type[Recipe]:
+    """The class of settings of this name; a ValueError if none is defined."""
+    recipe: type[Recipe] | None = subclass_named(Recipe, name)
+    if recipe is None:
+        raise ValueError(f"no kind of run {name!r} is defined")
+    return recipe
+
+
+def stopped_in(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why training ended at the last evaluation, or None if nothing ended it there."""
+    reason = records[-1].get("stopped") if records else None
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"stopped is {reason!r}, not a text")
+    return reason

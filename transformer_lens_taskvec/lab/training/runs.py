@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from transformer_lens_taskvec._utils.atomic_io import reading, write_text
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec._utils.subclasses import subclass_named
 from transformer_lens_taskvec._utils.training_state import write_tensors
 from transformer_lens_taskvec.lab.problems.base import Problem
 from transformer_lens_taskvec.lab.training.folder import (
@@ -24,7 +23,7 @@ from transformer_lens_taskvec.lab.training.folder import (
     read_settings,
     write_metrics,
 )
-from transformer_lens_taskvec.lab.training.recipe import Recipe
+from transformer_lens_taskvec.lab.training.recipe import Recipe, recipe_named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +41,7 @@ class TrainingRun(Shown, ABC):
         config: Its settings.
         seed: The seed of weights and data.
         steps: The steps at which there is an evaluation and a checkpoint.
+        stopped: Why training ended at the last of them, if :class:`EarlyStopping` ended it.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -54,6 +54,7 @@ class TrainingRun(Shown, ABC):
     config: Recipe
     seed: int
     steps: tuple[int, ...]
+    stopped: str | None = field(default=None, kw_only=True)
 
     _table: ClassVar[tuple[str, str]]
     """What ``to_frame`` shows: a measurement ``[checkpoint, task, ...]``, and its last axis."""
@@ -69,8 +70,9 @@ class TrainingRun(Shown, ABC):
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been taken."""
-        return bool(self.steps) and self.steps[-1] == self.config.steps
+        """Whether the last step has been taken, or training was stopped early."""
+        last = bool(self.steps) and self.steps[-1] == self.config.steps
+        return last or self.stopped is not None
 
     def checkpoint(self, step: int | None = None) -> int:
         """The step of a checkpoint: the one given, if it exists, and by default the last.
@@ -149,6 +151,8 @@ class TrainingRun(Shown, ABC):
         if self.steps:
             done = f"step {self.steps[-1]} of {self.config.steps}, {len(self.steps)} checkpoints"
             done += self._summary()
+        if self.stopped is not None:
+            done += f"; stopped early: {self.stopped}"
         return f"{type(self).__name__}({str(self.path)!r}: {done})"
 
 
@@ -178,10 +182,8 @@ def load_run(path: str | Path, *, problem: Problem | None = None) -> Any:
     path = Path(path)
     saved = read_settings(path)
     with reading(path / "config.json", "not the settings of a run that can be read"):
-        recipe = subclass_named(Recipe, saved["kind"])
-        if recipe is None:
-            raise ValueError(f"no kind of run {saved['kind']!r} is defined")
-        config = recipe.from_json(saved, **({} if problem is None else {"problem": problem}))
+        given = {} if problem is None else {"problem": problem}
+        config = recipe_named(saved["kind"]).from_json(saved, **given)
     if problem is not None:
         check_settings(path, saved, {"problem": problem.to_json()})
     return config.load(path)
