@@ -626,7 +626,7 @@ def emergence(
     seed: Seed = 0,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure and draw a run: errors, decodability, swaps, embeddings, ablated heads.
+    """Measure and draw a run: errors, decodability, swaps, ablated heads, its problem's finding.
 
     Example: taskvec emergence runs/small --out figures
     """
@@ -635,18 +635,24 @@ def emergence(
 
     loaded = lab.shipped_run() if run is None else lab.load_run(run)
 
-    def work(through: Through, folder: Path) -> tuple[lab.Emergence, list[Path]]:
+    def work(through: Through, folder: Path) -> tuple[list[Any], list[Path]]:
         through_it = copy.copy(loaded)
         make = lambda step=None: through(loaded.model(step))  # noqa: E731
         object.__setattr__(through_it, "model", make)
         found = lab.measure_emergence(through_it, n=n, seed=seed, progress=not dry_run)
         figures = lab.emergence_figures(through_it, found, n=n)
-        return found, [found.save(folder), *save_figures(figures, folder)]
+        paths = [found.save(folder), *save_figures(figures, folder)]
+        problem = loaded.config.problem
+        if type(problem).finding is lab.Problem.finding:
+            return [found], paths
+        finding = problem.finding(through_it)
+        return [found, finding], [*paths, *finding.save(folder)]
 
     if dry_run:
         return _say(work)
-    found, paths = work(_as_it_is, out)
-    typer.echo(repr(found))
+    results, paths = work(_as_it_is, out)
+    for result in results:
+        typer.echo(repr(result))
     for path in paths:
         typer.echo(f"wrote {path}")
 
