@@ -215,6 +215,35 @@ class Problem(Protocol):
         """
         return tuple(2 * demo + 1 for demo in range(point // 2, point))
 
+    def without_demonstrations(
+        self, tokens: Shaped[Tensor, "batch token *dim"], point: int
+    ) -> tuple[Shaped[Tensor, "batch short *dim"], tuple[int, ...]]:
+        """A point's prompt without demonstrations: a blank token, then the query's ``x``.
+
+        :class:`VectorLoss` puts the few-shot prompt's vector in place of the blank token's.
+
+        Args:
+            tokens: What the model reads, as :meth:`tokens` gives it.
+            point: The point whose output is asked for, from 1.
+
+        Returns:
+            The prompt, and the place of each of its tokens in the sequence; by default a token of
+            zeros at the place of the last ``y``, and the query's token. The answer is read at the
+            last of them.
+
+        Raises:
+            ValueError: If the problem's sequences are not ``x_1, y_1, x_2, ...`` and it does not
+                define this method.
+        """
+        if type(self).tokens is not Problem.tokens or type(self).predict is not Problem.predict:
+            raise ValueError(
+                f"{type(self).__name__} does not say what its prompt without demonstrations is; "
+                "give it a method without_demonstrations(tokens, point)"
+            )
+        places = (self.query_at(point) - 1, self.query_at(point))
+        query = tokens[:, places[1:]]
+        return torch.cat([torch.zeros_like(query), query], dim=1), places
+
     def oracles(self, batch: Batch) -> dict[str, Float[Tensor, "batch point *output"]]:
         """What predictors that know the problem predict for some sequences, at every point.
 

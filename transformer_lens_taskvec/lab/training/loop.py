@@ -66,7 +66,7 @@ def train_recipe(
     """
     state = _State.start(config, seed, device)
     forward = torch.compile(state.model.forward) if compile else state.model.forward
-    draw_loss = partial(config.loss, forward, state.generator, autocast)
+    draw_loss = partial(config.loss, state.model, forward, state.generator, autocast)
     saved = state.saved_in(path)
     taken = saved.load()  # None if the untrained model has not been evaluated yet
     records = [] if taken is None else [r for r in read_metrics(path) if r["step"] <= taken]
@@ -120,10 +120,11 @@ def sample_training(
             evaluating = timed(partial(config.evaluate, state.model))
             evaluation = len(entering), sum(entering), evaluating
             entering.clear()
-            plain = partial(config.loss, state.model.forward, state.generator, autocast)
+            uncompiled = state.model.forward
+            plain = partial(config.loss, state.model, uncompiled, state.generator, autocast)
             most = most_alive(partial(_take_step, config, state, 1, plain))
         forward = torch.compile(state.model.forward) if compile else state.model.forward
-        draw_loss = partial(config.loss, forward, state.generator, autocast)
+        draw_loss = partial(config.loss, state.model, forward, state.generator, autocast)
         step = partial(_take_step, config, state, 1, draw_loss)
         for _ in range(_WARMING):
             step()

@@ -23,6 +23,7 @@ from transformer_lens_taskvec.lab.problems.base import (
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
+from transformer_lens_taskvec.lab.training.vector_loss import VectorLoss, check_vector_model
 
 _NAMED = 8
 """The most tasks whose errors are written out."""
@@ -37,6 +38,8 @@ class TrainConfig(Recipe):
     Attributes:
         problem: What the sequences are drawn from.
         init: The scale of the initial weights; see :class:`RegressionConfig`.
+        vector_loss: A second loss, which asks for the answer from the vector alone; None for the
+            usual loss only.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -47,6 +50,7 @@ class TrainConfig(Recipe):
 
     problem: Problem = field(default_factory=SparseLinearMixture)
     init: Literal["gpt2", "fan_in"] = "gpt2"
+    vector_loss: VectorLoss | None = None
 
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {**Recipe._choices, "init": ("gpt2", "fan_in")}
     loss_name: ClassVar[str] = "loss"
@@ -54,10 +58,15 @@ class TrainConfig(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_problem(self.problem)
+        if self.vector_loss is not None:
+            self.vector_loss.check(self.problem, self.n_layers)
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> Any:
         """An untrained model of this size, as the problem makes it."""
-        return self.problem.make_model(self, seed=seed, device=device)
+        model = self.problem.make_model(self, seed=seed, device=device)
+        if self.vector_loss is not None:
+            check_vector_model(model)
+        return model
 
     def matrices(self, model: Any) -> list[nn.Parameter]:
         """The blocks' weight matrices."""
@@ -65,18 +74,28 @@ class TrainConfig(Recipe):
         return [p for name, p in named if name.startswith("blocks") and ".w_" in name]
 
     def loss(
-        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        generator: torch.Generator,
+        autocast: bool,
     ) -> Tensor:
-        """The mean loss over the points of a new batch, by their weights."""
+        """The mean loss over the points of a new batch, by their weights, and the vector loss."""
         batch = self.problem.sample(self.batch_size, generator)
-        with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
+        low = torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast)
+        with low:
             predictions = self.problem.predict(forward, batch)
         labels = rearrange(batch.labels, "batch -> batch 1")
         losses = self.problem.losses(predictions.float(), batch.ys, labels)
-        if batch.weights is None:
-            return losses.mean()
-        weighted: Tensor = (losses * batch.weights).sum() / batch.weights.sum()
-        return weighted
+        loss: Tensor = (
+            losses.mean()
+            if batch.weights is None
+            else (losses * batch.weights).sum() / batch.weights.sum()
+        )
+        if self.vector_loss is None:
+            return loss
+        with low:
+            return self.vector_loss.added_to(loss, model, self.problem, batch)
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """The mean loss and accuracy of each task at each point, and the norms."""
@@ -109,7 +128,9 @@ class TrainConfig(Recipe):
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
         """As for :meth:`Recipe.from_json`."""
         problem = given.get("problem") or problem_from_json(saved["problem"])
-        config: TrainConfig = super().from_json(saved, **{**given, "problem": problem})
+        vectors = saved.get("vector_loss")
+        restored = {"problem": problem, "vector_loss": vectors and VectorLoss(**vectors)}
+        config: TrainConfig = super().from_json(saved, **{**given, **restored})
         return config
 
 
