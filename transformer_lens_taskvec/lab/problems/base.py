@@ -71,6 +71,28 @@ class Batch:
     weights: Float[Tensor, "batch point"] | None = None
 
 
+@dataclass(frozen=True)
+class TaskPredictions:
+    """What would be predicted if each latent task were known to be the true one.
+
+    Attributes:
+        predictions: ``[batch, point, task]``: the mean of the output; or, of a problem whose
+            outputs are tokens, their logits, ``[batch, point, task, token]``.
+        variances: The variance of an output that is a number, Gaussian given the task,
+            ``[batch, point, task]``; None for tokens.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> problem = lab.SparseLinearMixture.small()
+        >>> problem.by_task(problem.sample(3, torch.Generator())).predictions.shape
+        torch.Size([3, 16, 4])
+    """
+
+    predictions: Float[Tensor, "batch point task *output"]
+    variances: Float[Tensor, "batch point task"] | None = None
+
+
 @runtime_checkable
 class Problem(Protocol):
     """A problem: what training, evaluation and the figures ask of a mixture of tasks.
@@ -269,6 +291,17 @@ class Problem(Protocol):
         raise ValueError(
             f"{type(self).__name__} has no exact posterior over its tasks; give it a method "
             "posterior(batch) that returns [batch, point, task]"
+        )
+
+    def by_task(self, batch: Batch) -> TaskPredictions:
+        """The exact predictive distribution given each task, the pairs before a point and its x.
+
+        Raises:
+            ValueError: If the problem does not define it.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no exact predictions by task; give it a method "
+            "by_task(batch) that returns TaskPredictions"
         )
 
     def finding(self, run: Any) -> Finding:

@@ -19,6 +19,7 @@ from transformer_lens_taskvec.lab.oracles import (
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Problem,
+    TaskPredictions,
     check_sizes,
     draw_labels,
     normal,
@@ -143,3 +144,9 @@ class SparseLinearMixture(Problem):
         noise = self.noise_variance
         found = bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise)
         return found.probabilities
+
+    def by_task(self, batch: Batch) -> TaskPredictions:
+        """As for :meth:`Problem.by_task`; without noise it is not defined."""
+        noise = self.noise_variance
+        found = bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise)
+        return TaskPredictions(found.by_basis, found.variances)
