@@ -1,8 +1,8 @@
 """The norm of the residual stream over training, against the error.
 
 That norms tell of an optimiser inside the model is a claim of Wu and Varshney (2023, 2310.05884).
-Every run records the norms at each checkpoint. Norms and errors both change steadily with the step,
-so that their rank correlation is high whether or not one has to do with the other; the partial
+Every run records the norms at each checkpoint. Two quantities that both change steadily with the
+step have a high rank correlation whether or not one has to do with the other; the partial
 correlation takes out what each owes to the logarithm of the step.
 """
 
@@ -52,7 +52,7 @@ class NormsAndError(Shown):
     def rank_correlation(self) -> Float[Tensor, " layer"]:
         """Spearman's, of the mean norm over tokens and the late loss, over all checkpoints.
 
-        Both are nearly monotone in the step, so a value near 1 or -1 says little by itself.
+        The loss is nearly monotone in the step. If a norm is too, a value near 1 or -1 says little.
         """
         from scipy.stats import spearmanr  # takes half a second to import
 
@@ -168,11 +168,12 @@ def plot_norms(run: Run) -> Figure:
     first = next((step for step in found.steps if step > 0), 1)
     for ax in (over_steps, error):
         ax.set_xscale("symlog", linthresh=first)
-        ax.set(yscale="log", xlim=(0, 1.1 * found.steps[-1]))
+        ax.set(xlim=(0, 1.1 * found.steps[-1]))
+    error.set_yscale("log")
     over_steps.set(ylabel="mean norm", title="Residual stream over training")
     label = f"{LOSS_LABELS[found.loss_kind]}, late points"
     error.set(xlabel="training step", ylabel=label)
-    by_token.set(yscale="log", xlabel="token", ylabel="norm", title=f"Step {found.steps[-1]}")
+    by_token.set(xlabel="token", ylabel="norm", title=f"Step {found.steps[-1]}")
     places = torch.arange(len(layers))
     shown = (
         ("rank", found.rank_correlation, GREY),

@@ -153,8 +153,8 @@ def answers_from_vectors(
         vectors = rearrange(vectors, "batch point d_model -> (batch point) 1 d_model")
         own = model.through(residual, stop=layer + 1)[:, 1:]
         residual = model.through(torch.cat([vectors, own], dim=1), start=layer + 1)
-    outputs: Tensor = model.read_out(model.ln_final(residual[:, -1]))
-    outputs = rearrange(outputs, "(batch point) output -> batch point output", point=len(short))
+    outputs: Tensor = model.read_out(model.ln_final(residual[:, -1:]))
+    outputs = rearrange(outputs, "(batch point) 1 output -> batch point output", point=len(short))
     return outputs.squeeze(-1) if problem.n_outputs == 1 else outputs
 
 
