@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.lab.averaging import _best_fixed, _exact, bma_gap
 from transformer_lens_taskvec.lab.averaging_figures import plot_bma_gap
+from transformer_lens_taskvec.lab.averaging_fits import simplex_weights
 from transformer_lens_taskvec.lab.norms import NormsAndError, norms_and_error, plot_norms
 from transformer_lens_taskvec.lab.problems.base import TaskPredictions
 from transformer_lens_taskvec.lab.training import loop
@@ -135,6 +136,23 @@ def test_the_exact_mixture_respects_the_bound_on_every_sequence(problem: lab.Pro
     regret = best - exact.density.cumsum(1)
     torch.testing.assert_close(-prior, torch.full_like(prior, np.log(len(problem.tasks))))
     assert (regret <= -prior + 1e-4).all() and regret[:, -1].max() > 0.9 * -prior[0, 0]
+
+
+def test_weights_on_the_simplex_are_the_best_of_a_grid() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(6, 1, 5, 3, generator=generator).double()
+    wanted = torch.randn(6, 1, 5, generator=generator).double()
+    found = simplex_weights(rows, wanted)
+    torch.testing.assert_close(found.sum(-1), torch.ones(6, 1).double())
+    steps = torch.linspace(0, 1, 101).double()
+    grid = torch.cartesian_prod(steps, steps)
+    grid = torch.cat([grid, 1 - grid.sum(1, keepdim=True)], dim=1)
+    grid = grid[grid[:, 2] >= -1e-9]
+    errors = (rows @ grid.T - wanted[..., None]).square().sum(-2)
+    own = (rows @ found[..., None] - wanted[..., None]).square().sum((-2, -1))
+    assert (found >= 0).all() and (own <= errors.amin(-1) + 1e-6).all()
+    torch.testing.assert_close(found, grid[errors.argmin(-1)], atol=0.02, rtol=0)
+    assert simplex_weights(torch.ones(1, 1, 2, 3).double(), wanted[:1, :, :2]).isnan().all()
 
 
 def test_densities_are_scipys() -> None:

@@ -14,19 +14,19 @@ Then its expected regret exceeds that of a Gaussian at the mixture's own mean ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
-from jaxtyping import Float, Int
+from einops import repeat
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from transformer_lens_taskvec._utils.results import Shown
+from transformer_lens_taskvec.lab.averaging_fits import barycentric_fit, implied_weights
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Problem,
@@ -201,7 +201,7 @@ def bma_gap(
     places = [problem.query_at(point) + token_offset for point in range(problem.n_points)]
     fits = [
         [
-            _barycentric(residual, place, exact.posterior, labels, point)
+            barycentric_fit(residual, place, exact.posterior, labels, point)
             for point, place in enumerate(places)
         ]
         for residual in residuals
@@ -211,7 +211,7 @@ def bma_gap(
         n_implied * n_tasks, _generator(seed, 1), labels=balanced_labels(n_tasks, n_implied)
     )
     with torch.no_grad():
-        implied = _implied(problem, model.run_with_hooks, few, n_queries)
+        implied = implied_weights(problem, model.run_with_hooks, few, n_queries)
     of_few = problem.posterior(few).double()
     moved = of_few.roll(n_implied, 0)
     gaussian = exact.gaussian_density
@@ -324,84 +324,6 @@ def _per_point(
 
 def _log_normal(value: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return -F.gaussian_nll_loss(mean, value.expand_as(mean), variance, full=True, reduction="none")
-
-
-def _barycentric(
-    residual: Float[Tensor, "batch token d_model"],
-    place: int,
-    posterior: Float[Tensor, "batch point task"],
-    labels: Int[Tensor, " batch"],
-    point: int,
-) -> tuple[float, float, float, float]:
-    """R^2 of averages by the posterior, the true task and shuffled posteriors; and of all space."""
-    n_tasks, unknown = posterior.shape[-1], (np.nan, np.nan, np.nan, np.nan)
-    if place < 0:
-        return unknown
-    vectors, shares = residual[:, place].double(), posterior[:, point]
-    fitted = torch.arange(len(labels)) // n_tasks % 2 == 0  # labels are 0, 1, ..., 0, 1, ...
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(point))
-    truth = F.one_hot(labels, n_tasks).double()
-    errors = []
-    for given in (shares, truth, shares[order]):
-        # The driver for rank-deficient systems: before any demonstration all posteriors are equal.
-        centres = torch.linalg.lstsq(given[fitted], vectors[fitted], driver="gelsd").solution
-        errors.append(vectors[~fitted] - given[~fitted] @ centres)
-        if given is shares:
-            spread = centres - centres.mean(0)
-    spanned = torch.linalg.svd(spread, full_matrices=False)
-    directions = spanned.Vh[: n_tasks - 1]
-    if spanned.S[0] < 1e-6 * vectors.norm(dim=-1).mean():
-        return unknown
-    around = vectors[~fitted] - vectors[fitted].mean(0)
-    total = (around @ directions.T).square().sum()
-    own = [float(1 - (error @ directions.T).square().sum() / total) for error in errors]
-    everywhere = float(1 - errors[0].square().sum() / around.square().sum())
-    return own[0], own[1], own[2], everywhere
-
-
-def _implied(
-    problem: Problem, forward: Callable[..., Any], batch: Batch, n_queries: int
-) -> Float[Tensor, "batch point task"]:
-    """The weights of the tasks' predictions that come closest to the model's."""
-    if problem.loss_kind == "cross_entropy":
-        by_task = problem.by_task(batch).predictions.double().softmax(-1)
-        rows = rearrange(by_task, "batch point task token -> batch point token task")
-        return _on_simplex(rows, problem.predict(forward, batch).double().softmax(-1))
-    found = []
-    for point in range(problem.n_points):
-        shifts = [batch.xs[:, point].roll(shift, 0) for shift in range(n_queries)]
-        xs = repeat(
-            batch.xs[:, : point + 1], "batch ... -> query batch ...", query=n_queries
-        ).clone()
-        xs[:, :, point] = torch.stack(shifts)
-        ys = repeat(batch.ys[:, : point + 1], "batch point -> (query batch) point", query=n_queries)
-        asked = Batch(xs.flatten(0, 1), ys, batch.labels.repeat(n_queries))
-        by_task = problem.by_task(asked).predictions[:, -1].double()
-        rows = rearrange(by_task, "(query batch) task -> batch 1 query task", query=n_queries)
-        predicted = problem.predict(forward, asked)[:, -1].double()
-        answers = rearrange(predicted, "(query batch) -> batch 1 query", query=n_queries)
-        found.append(_on_simplex(rows, answers))
-    return torch.cat(found, dim=1)
-
-
-def _on_simplex(
-    rows: Float[Tensor, "batch point row task"], wanted: Float[Tensor, "batch point row"]
-) -> Float[Tensor, "batch point task"]:
-    """The weights, not negative and of sum one, whose average comes closest; NaN where many do."""
-    from scipy.optimize import nnls  # takes a while to import
-
-    n_tasks = rows.shape[-1]
-    spread = torch.linalg.svdvals(rows - rows.mean(-1, keepdim=True))
-    scale = rows.abs().amax((-2, -1))
-    known = spread[..., n_tasks - 2] > 1e-6 * scale if n_tasks > 1 else scale >= 0
-    weights = torch.full((*rows.shape[:2], n_tasks), torch.nan, dtype=torch.double)
-    for index in known.nonzero().tolist():
-        at = tuple(index)
-        heavy = 1e4 * float(scale[at])  # holds the sum at one
-        system = np.vstack([rows[at].numpy(), np.full(n_tasks, heavy)])
-        solution = torch.from_numpy(nnls(system, np.append(wanted[at].numpy(), heavy))[0])
-        weights[at] = solution / solution.sum()
-    return weights
 
 
 def _generator(seed: int, part: int) -> torch.Generator:

@@ -154,6 +154,7 @@ def plot_norms(run: Run) -> Figure:
         ['mean norm', 'norm', 'squared error, late points', 'correlation with the error']
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     found = norms_and_error(run)
     grid = plt.subplots(2, 2, figsize=(10, 5.6), layout="constrained")[1]
@@ -173,6 +174,10 @@ def plot_norms(run: Run) -> Figure:
     over_steps.set(ylabel="mean norm", title="Residual stream over training")
     label = f"{LOSS_LABELS[found.loss_kind]}, late points"
     error.set(xlabel="training step", ylabel=label)
+    by_token.set_yscale("log")
+    by_token.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_token.yaxis.set_major_formatter(ScalarFormatter())
+    by_token.yaxis.set_minor_formatter(NullFormatter())
     by_token.set(xlabel="token", ylabel="norm", title=f"Step {found.steps[-1]}")
     places = torch.arange(len(layers))
     shown = (
