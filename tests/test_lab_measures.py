@@ -420,7 +420,7 @@ def test_training_with_the_loss_moves_the_answer_into_the_vector(tmp_path: Path)
     assert (asked.intervals[:, 0] < asked.own).all() and (asked.own < asked.intervals[:, 1]).all()
     batch_error = float(trained.late_loss[-1].mean())  # of other sequences
     assert other.few_shot == pytest.approx(batch_error, rel=0.3)
-    labels = [line.get_label() for line in plot_vector_errors(found).get_lines()]
+    labels = plot_vector_errors(found).get_legend_handles_labels()[1]
     assert {"with", "with: trained layer", "without: demonstrations"} <= set(labels)
     plt.close("all")
 

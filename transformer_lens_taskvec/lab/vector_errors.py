@@ -221,8 +221,8 @@ def plot_vector_errors(
         ax.axhline(one.few_shot, color=colour, linestyle="--", label=f"{prefix}demonstrations")
         ax.axhline(one.without, color=colour, linestyle=":", label=f"{prefix}neither")
         if one.trained_layer is not None:
-            at = one.trained_layer, float(one.own[one.trained_layer])
-            ax.plot(*at, marker="*", markersize=11, color=colour, label=f"{prefix}trained layer")
+            at, label = one.trained_layer, f"{prefix}trained layer"
+            ax.scatter([at], [float(one.own[at])], 60, marker="*", color=colour, label=label)
     kind = next(iter(runs.values())).loss_kind
     ax.set(
         yscale="log",
