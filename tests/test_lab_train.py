@@ -329,7 +329,7 @@ def test_expected_targets_have_the_same_gradient_with_less_noise() -> None:
             [
                 torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
                 for generator in [torch.Generator().manual_seed(7)]
-                for loss in (config.loss(model, generator, False) for _ in range(200))
+                for loss in (config.loss(model, model, generator, False) for _ in range(200))
             ]
         )
         for config in configs
@@ -343,5 +343,5 @@ def test_expected_targets_have_the_same_gradient_with_less_noise() -> None:
 
 
 def test_expected_targets_need_a_mean_that_is_known() -> None:
-    with pytest.raises(ValueError, match="RegressionFamilies does not say what output is expected"):
+    with pytest.raises(ValueError, match="RegressionFamilies has no exact predictions by task"):
         dataclasses.replace(TINY, problem=RegressionFamilies(dim=4), targets="expected")

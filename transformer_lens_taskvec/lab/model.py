@@ -200,14 +200,39 @@ class LabTransformer(HookedRootModule):
         self, tokens: Shaped[Tensor, "batch token *dim"]
     ) -> Float[Tensor, "batch token d_model"]:
         """The residual stream after the last block."""
+        return self.through(self.embedded(tokens))
+
+    def embedded(
+        self,
+        tokens: Shaped[Tensor, "batch token *dim"],
+        places: Int[Tensor, "batch token"] | None = None,
+    ) -> Float[Tensor, "batch token d_model"]:
+        """The residual stream before the first block.
+
+        Args:
+            tokens: What the model reads.
+            places: The place of each token in a full sequence, whose embedding it gets; by default
+                ``0, 1, ...``.
+        """
         embed = self.hook_embed(self.read_in(tokens))
-        positions = self.hook_pos_embed(
+        positions = (
             repeat(
                 self.W_pos[: tokens.shape[1]], "pos d_model -> batch pos d_model", batch=len(tokens)
             )
+            if places is None
+            else self.W_pos[places]
         )
-        residual: Tensor = embed + positions
-        for block in self.blocks:
+        before: Tensor = embed + self.hook_pos_embed(positions)
+        return before
+
+    def through(
+        self,
+        residual: Float[Tensor, "batch token d_model"],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Float[Tensor, "batch token d_model"]:
+        """The residual stream after the blocks from ``start`` to before ``stop``, or the last."""
+        for block in self.blocks[start:stop]:
             residual = block(residual)
         return residual
 

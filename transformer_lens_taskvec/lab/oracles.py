@@ -8,6 +8,7 @@ basis ``k`` and ``s`` the noise variance::
     y | X, k  ~  N(0, X_k X_k' + s I)                 evidence, w integrated out
     P(k | X, y)  =  softmax_k  log N(y; 0, X_k X_k' + s I)
     E[y* | x*, X, y]  =  sum_k P(k | X, y) x*_k' (X_k' X_k + s I)^-1 X_k' y
+    Var[y* | x*, X, k]  =  s (1 + x*_k' (X_k' X_k + s I)^-1 x*_k)
 
 The determinant and the quadratic form are computed from the ``r x r`` matrix ``X_k' X_k + s I`` by
 its Cholesky factor, for all sequences, points and bases at once, in float64.
@@ -34,16 +35,20 @@ class MixturePosterior:
         probabilities: ``P(basis | demonstrations)``, ``[batch, point, task]``.
         by_basis: The prediction if this basis were known to be the true one,
             ``[batch, point, task]``.
+        variances: The variance of ``y`` about that prediction, noise included,
+            ``[batch, point, task]``.
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> even = lab.MixturePosterior(torch.full((1, 1, 2), 0.5), torch.tensor([[[1.0, 3.0]]]))
+        >>> half, ones = torch.full((1, 1, 2), 0.5), torch.ones(1, 1, 2)
+        >>> even = lab.MixturePosterior(half, torch.tensor([[[1.0, 3.0]]]), ones)
         >>> even.prediction
         tensor([[2.]])
     """
 
     probabilities: Float[Tensor, "batch point task"]
     by_basis: Float[Tensor, "batch point task"]
+    variances: Float[Tensor, "batch point task"]
 
     @property
     def prediction(self) -> Float[Tensor, "batch point"]:
@@ -109,7 +114,11 @@ def bayes_mixture(
     probabilities = (-0.5 * (log_determinant + quadratic)).softmax(-1)
     queries = xs.double()[..., coordinates] * present
     by_basis = reduce(queries * weights, "batch point task rank -> batch point task", "sum")
-    return MixturePosterior(probabilities.to(xs.dtype), by_basis.to(xs.dtype))
+    spread = reduce(
+        queries * _solved(factor, queries), "batch point task rank -> batch point task", "sum"
+    )
+    found = probabilities, by_basis, noise_variance * (1 + spread)
+    return MixturePosterior(*(one.to(xs.dtype) for one in found))
 
 
 def true_basis_ridge(

@@ -72,6 +72,28 @@ class Batch:
     weights: Float[Tensor, "batch point"] | None = None
 
 
+@dataclass(frozen=True)
+class TaskPredictions:
+    """What would be predicted if each latent task were known to be the true one.
+
+    Attributes:
+        predictions: ``[batch, point, task]``: the mean of the output; or, of a problem whose
+            outputs are tokens, their logits, ``[batch, point, task, token]``.
+        variances: The variance of an output that is a number, Gaussian given the task,
+            ``[batch, point, task]``; None for tokens.
+
+    Example:
+        >>> import torch
+        >>> from transformer_lens_taskvec import lab
+        >>> problem = lab.SparseLinearMixture.small()
+        >>> problem.by_task(problem.sample(3, torch.Generator())).predictions.shape
+        torch.Size([3, 16, 4])
+    """
+
+    predictions: Float[Tensor, "batch point task *output"]
+    variances: Float[Tensor, "batch point task"] | None = None
+
+
 @runtime_checkable
 class Problem(Protocol):
     """A problem: what training, evaluation and the figures ask of a mixture of tasks.
@@ -216,6 +238,35 @@ class Problem(Protocol):
         """
         return tuple(2 * demo + 1 for demo in range(point // 2, point))
 
+    def without_demonstrations(
+        self, tokens: Shaped[Tensor, "batch token *dim"], point: int
+    ) -> tuple[Shaped[Tensor, "batch short *dim"], tuple[int, ...]]:
+        """A point's prompt without demonstrations: a blank token, then the query's ``x``.
+
+        :class:`VectorLoss` puts the few-shot prompt's vector in place of the blank token's.
+
+        Args:
+            tokens: What the model reads, as :meth:`tokens` gives it.
+            point: The point whose output is asked for, from 1.
+
+        Returns:
+            The prompt, and the place of each of its tokens in the sequence; by default a token of
+            zeros at the place of the last ``y``, and the query's token. The answer is read at the
+            last of them.
+
+        Raises:
+            ValueError: If the problem's sequences are not ``x_1, y_1, x_2, ...`` and it does not
+                define this method.
+        """
+        if type(self).tokens is not Problem.tokens or type(self).predict is not Problem.predict:
+            raise ValueError(
+                f"{type(self).__name__} does not say what its prompt without demonstrations is; "
+                "give it a method without_demonstrations(tokens, point)"
+            )
+        places = (self.query_at(point) - 1, self.query_at(point))
+        query = tokens[:, places[1:]]
+        return torch.cat([torch.zeros_like(query), query], dim=1), places
+
     def oracles(self, batch: Batch) -> dict[str, Float[Tensor, "batch point *output"]]:
         """What predictors that know the problem predict for some sequences, at every point.
 
@@ -243,16 +294,25 @@ class Problem(Protocol):
             "posterior(batch) that returns [batch, point, task]"
         )
 
-    def expected(self, batch: Batch) -> Float[Tensor, "batch point *output"]:
-        """``E[y | what comes before it]`` at every point, where it is known exactly.
+    def by_task(self, batch: Batch) -> TaskPredictions:
+        """The exact predictive distribution given each task, the pairs before a point and its x.
 
         Raises:
             ValueError: If the problem does not define it.
         """
         raise ValueError(
-            f"{type(self).__name__} does not say what output is expected; train on its outputs, or "
-            "give it a method expected(batch) that returns the exact mean, [batch, point]"
+            f"{type(self).__name__} has no exact predictions by task; give it a method "
+            "by_task(batch) that returns TaskPredictions"
         )
+
+    def expected(self, batch: Batch) -> Float[Tensor, "batch point"]:
+        """``E[y | what comes before it]``: the mean of ``by_task``, weighted by ``posterior``.
+
+        Raises:
+            ValueError: If the problem does not define them.
+        """
+        given = self.by_task(batch).predictions
+        return (self.posterior(batch) * given).sum(-1)
 
     def finding(self, run: Any) -> Finding:
         """What a trained run shows of what the problem is for, with its figures.

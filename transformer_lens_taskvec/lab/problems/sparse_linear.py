@@ -19,6 +19,7 @@ from transformer_lens_taskvec.lab.oracles import (
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Problem,
+    TaskPredictions,
     check_sizes,
     constant,
     draw_labels,
@@ -140,13 +141,14 @@ class SparseLinearMixture(Problem):
             found |= {"true basis": known, "Bayes mixture": inferred.prediction}
         return found
 
-    def expected(self, batch: Batch) -> Float[Tensor, "batch point"]:
-        """The Bayes-optimal prediction; without noise it is not defined."""
-        noise = self.noise_variance
-        return bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise).prediction
-
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
         """As for :meth:`Problem.posterior`; without noise it is not defined."""
         noise = self.noise_variance
         found = bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise)
         return found.probabilities
+
+    def by_task(self, batch: Batch) -> TaskPredictions:
+        """As for :meth:`Problem.by_task`; without noise it is not defined."""
+        noise = self.noise_variance
+        found = bayes_mixture(batch.xs, batch.ys, bases=self.bases, noise_variance=noise)
+        return TaskPredictions(found.by_basis, found.variances)

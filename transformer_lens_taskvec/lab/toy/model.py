@@ -170,7 +170,11 @@ class ToyConfig(Recipe):
         return [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
 
     def loss(
-        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        generator: torch.Generator,
+        autocast: bool,
     ) -> Tensor:
         """The NLL in nats of an answer's token, newline included, over a new batch."""
         device = generator.device

@@ -202,7 +202,7 @@ def _drawing(
 ) -> Callable[[], Tensor]:
     """What draws a batch and returns its loss."""
     forward = torch.compile(state.model.forward) if compile else state.model.forward
-    return partial(config.loss, forward, state.generator, autocast)
+    return partial(config.loss, state.model, forward, state.generator, autocast)
 
 
 def _take_step(config: Recipe, state: _State, step: int, draw_loss: Callable[[], Tensor]) -> None:

@@ -22,6 +22,7 @@ from transformer_lens_taskvec.lab.problems.base import (
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.training.recipe import Recipe, stacked, stopped_in
 from transformer_lens_taskvec.lab.training.runs import TrainingRun, load_run
+from transformer_lens_taskvec.lab.training.vector_loss import VectorLoss, check_vector_model
 
 _NAMED = 8
 """The most tasks whose errors are written out."""
@@ -40,6 +41,8 @@ class TrainConfig(Recipe):
             ``"expected"`` of them given what comes before, by ``Problem.expected``. The expected
             gradient is the same, since an output's deviation from its mean is independent of the
             prediction, and it has far less noise. Evaluations are of the outputs in either case.
+        vector_loss: A second loss, which asks for the answer from the vector alone; None for the
+            usual loss only.
 
     Example:
         >>> from transformer_lens_taskvec import lab
@@ -51,6 +54,7 @@ class TrainConfig(Recipe):
     problem: Problem = field(default_factory=SparseLinearMixture)
     init: Literal["gpt2", "fan_in"] = "gpt2"
     targets: Literal["outputs", "expected"] = "outputs"
+    vector_loss: VectorLoss | None = None
 
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         **Recipe._choices,
@@ -70,10 +74,15 @@ class TrainConfig(Recipe):
             )
         if self.targets == "expected":  # raises where it is not known
             self.problem.expected(self.problem.sample(1, torch.Generator().manual_seed(0)))
+        if self.vector_loss is not None:
+            self.vector_loss.check(self.problem, self.n_layers)
 
     def model(self, *, seed: int = 0, device: torch.device | str = "cpu") -> Any:
         """An untrained model of this size, as the problem makes it."""
-        return self.problem.make_model(self, seed=seed, device=device)
+        model = self.problem.make_model(self, seed=seed, device=device)
+        if self.vector_loss is not None:
+            check_vector_model(model)
+        return model
 
     def matrices(self, model: Any) -> list[nn.Parameter]:
         """The blocks' weight matrices."""
@@ -81,19 +90,29 @@ class TrainConfig(Recipe):
         return [p for name, p in named if name.startswith("blocks") and ".w_" in name]
 
     def loss(
-        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        generator: torch.Generator,
+        autocast: bool,
     ) -> Tensor:
-        """The mean loss over the points of a new batch, by their weights."""
+        """The mean loss over the points of a new batch, by their weights, and the vector loss."""
         batch = self.problem.sample(self.batch_size, generator)
-        with torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast):
+        low = torch.autocast(batch.xs.device.type, torch.bfloat16, enabled=autocast)
+        with low:
             predictions = self.problem.predict(forward, batch)
         labels = rearrange(batch.labels, "batch -> batch 1")
         ys = batch.ys if self.targets == "outputs" else self.problem.expected(batch)
         losses = self.problem.losses(predictions.float(), ys, labels)
-        if batch.weights is None:
-            return losses.mean()
-        weighted: Tensor = (losses * batch.weights).sum() / batch.weights.sum()
-        return weighted
+        loss: Tensor = (
+            losses.mean()
+            if batch.weights is None
+            else (losses * batch.weights).sum() / batch.weights.sum()
+        )
+        if self.vector_loss is None:
+            return loss
+        with low:
+            return self.vector_loss.added_to(loss, model, self.problem, batch)
 
     def evaluate(self, model: Any) -> dict[str, Any]:
         """The mean loss and accuracy of each task at each point, and the norms."""
@@ -139,7 +158,9 @@ class TrainConfig(Recipe):
     def from_json(cls, saved: Mapping[str, Any], **given: Any) -> TrainConfig:
         """As for :meth:`Recipe.from_json`."""
         problem = given.get("problem") or problem_from_json(saved["problem"])
-        config: TrainConfig = super().from_json(saved, **{**given, "problem": problem})
+        vectors = saved.get("vector_loss")
+        restored = {"problem": problem, "vector_loss": vectors and VectorLoss(**vectors)}
+        config: TrainConfig = super().from_json(saved, **{**given, **restored})
         return config
 
 

@@ -91,9 +91,20 @@ class Recipe(ABC):
 
     @abstractmethod
     def loss(
-        self, forward: Callable[..., Any], generator: torch.Generator, autocast: bool
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        generator: torch.Generator,
+        autocast: bool,
     ) -> Tensor:
-        """The loss of a new batch, drawn with the generator, on its device."""
+        """The loss of a new batch, drawn with the generator, on its device.
+
+        Args:
+            model: The model.
+            forward: Its forward pass, compiled or not.
+            generator: Source of the batch.
+            autocast: Whether to compute in bfloat16 where that is safe.
+        """
 
     @abstractmethod
     def evaluate(self, model: Any) -> dict[str, Any]:
