@@ -15,7 +15,6 @@ its Cholesky factor, for all sequences, points and bases at once, in float64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,14 +101,66 @@ def bayes_mixture(
     identity = torch.eye(n_ranks, dtype=torch.float64, device=xs.device)
     factor = torch.linalg.cholesky(grams + noise_variance * identity)
     weights = _solved(factor, moments)
-    explained = reduce(moments * weights, "batch point task rank -> batch point task", "sum")
-    log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    log_determinant = log_determinant + (before.count[:, None] - n_ranks) * math.log(noise_variance)
-    quadratic = (before.square[..., None] - explained) / noise_variance
-    probabilities = (-0.5 * (log_determinant + quadratic)).softmax(-1)
+    noise = torch.full((len(rows),), noise_variance, dtype=torch.float64, device=xs.device)
+    probabilities = _log_evidence(before, factor, moments, weights, noise).softmax(-1)
     queries = xs.double()[..., coordinates] * present
     by_basis = reduce(queries * weights, "batch point task rank -> batch point task", "sum")
     return MixturePosterior(probabilities.to(xs.dtype), by_basis.to(xs.dtype))
+
+
+def noise_mixture(
+    xs: Float[Tensor, "batch point dim"],
+    ys: Float[Tensor, "batch point"],
+    *,
+    noise_variances: Sequence[float],
+    weight_variance: float = 1.0,
+) -> MixturePosterior:
+    """Return the exact posterior over noise levels and the Bayes-optimal prediction.
+
+    ``y = w.x + e``, with ``w ~ N(0, t I)`` for a weight variance ``t`` and ``e ~ N(0, s_k)`` for
+    the noise variance of level ``k``. A level's prediction is that of ridge with the penalty
+    ``s_k / t``, and its evidence ``N(y; 0, t X X' + s_k I)``.
+
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        ys: Outputs, ``[batch, point]``.
+        noise_variances: Of each level; all levels are equally likely beforehand.
+        weight_variance: The prior variance of each weight.
+
+    Returns:
+        The posterior given the pairs before each point, uniform at the first point; ``by_basis``
+        has the levels in place of bases.
+
+    Raises:
+        ValueError: If the shapes do not match or a variance is not positive.
+
+    Example:
+        >>> from transformer_lens_taskvec.lab.oracles import noise_mixture
+        >>> xs = torch.randn(1, 9, 2, generator=torch.Generator().manual_seed(0))
+        >>> found = noise_mixture(xs, xs[..., 1], noise_variances=[0.01, 1.0])
+        >>> found.probabilities[0, 0], bool(found.probabilities[0, -1, 0] > 0.9)
+        (tensor([0.5000, 0.5000]), True)
+    """
+    if not noise_variances or min(noise_variances) <= 0 or weight_variance <= 0:
+        raise ValueError(
+            f"noise_variances is {list(noise_variances)} and weight_variance {weight_variance}; a "
+            "posterior needs one or more noise variances, all positive, and a positive weight "
+            "variance"
+        )
+    before = _sums_before(xs, ys)
+    noise = torch.tensor(noise_variances, dtype=torch.float64, device=xs.device)
+    penalties = rearrange(noise / weight_variance, "task -> task 1 1")
+    identity = torch.eye(xs.shape[2], dtype=torch.float64, device=xs.device)
+    grams = rearrange(before.gram, "batch point row column -> batch point 1 row column")
+    moments = repeat(before.moment, "batch point dim -> batch point task dim", task=len(noise))
+    factor = torch.linalg.cholesky(grams + penalties * identity)
+    weights = _solved(factor, moments)
+    log_evidence = _log_evidence(before, factor, moments, weights, noise)
+    probabilities = log_evidence.softmax(-1)
+    by_level = einsum(
+        xs.double(), weights, "batch point dim, batch point task dim -> batch point task"
+    )
+    return MixturePosterior(probabilities.to(xs.dtype), by_level.to(xs.dtype))
 
 
 def true_basis_ridge(
@@ -341,3 +392,26 @@ def _solved(
 ) -> Float[Tensor, "*problem dim"]:
     """The solution of linear systems, given the Cholesky factors of their matrices."""
     return torch.cholesky_solve(rearrange(target, "... dim -> ... dim 1"), factor).squeeze(-1)
+
+
+def _log_evidence(
+    before: _Sums,
+    factor: Float[Tensor, "batch point task dim dim"],
+    moments: Float[Tensor, "batch point task dim"],
+    weights: Float[Tensor, "batch point task dim"],
+    noise: Float[Tensor, " task"],
+) -> Float[Tensor, "batch point task"]:
+    """The log evidence of each task, up to a constant, from its ridge regression.
+
+    Args:
+        before: Sums over the pairs before each point.
+        factor: The Cholesky factors of the regressions' matrices.
+        moments: Their right-hand sides.
+        weights: Their solutions.
+        noise: The noise variance of each task.
+    """
+    explained = reduce(moments * weights, "batch point task dim -> batch point task", "sum")
+    quadratic = (before.square[..., None] - explained) / noise
+    log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    spare = before.count[:, None] - moments.shape[-1]
+    return -0.5 * (log_determinant + spare * noise.log() + quadratic)
