@@ -31,7 +31,7 @@ class MixturePosterior:
 
     Attributes:
         probabilities: ``P(basis | demonstrations)``, ``[batch, point, task]``.
-        by_basis: The prediction if this basis were known to be the true one,
+        by_basis: The prediction if this basis, or noise level, were known to be the true one,
             ``[batch, point, task]``.
 
     Example:
@@ -128,8 +128,7 @@ def noise_mixture(
         weight_variance: The prior variance of each weight.
 
     Returns:
-        The posterior given the pairs before each point, uniform at the first point; ``by_basis``
-        has the levels in place of bases.
+        The posterior given the pairs before each point, with the levels in place of bases.
 
     Raises:
         ValueError: If the shapes do not match or a variance is not positive.
@@ -141,22 +140,19 @@ def noise_mixture(
         >>> found.probabilities[0, 0], bool(found.probabilities[0, -1, 0] > 0.9)
         (tensor([0.5000, 0.5000]), True)
     """
-    if not noise_variances or min(noise_variances) <= 0 or weight_variance <= 0:
+    if not noise_variances or min(*noise_variances, weight_variance) <= 0:
         raise ValueError(
-            f"noise_variances is {list(noise_variances)} and weight_variance {weight_variance}; a "
-            "posterior needs one or more noise variances, all positive, and a positive weight "
-            "variance"
+            f"noise_variances is {list(noise_variances)} and weight_variance {weight_variance}; "
+            "give at least one noise variance, and positive ones"
         )
     before = _sums_before(xs, ys)
     noise = torch.tensor(noise_variances, dtype=torch.float64, device=xs.device)
     penalties = rearrange(noise / weight_variance, "task -> task 1 1")
     identity = torch.eye(xs.shape[2], dtype=torch.float64, device=xs.device)
-    grams = rearrange(before.gram, "batch point row column -> batch point 1 row column")
+    factor = torch.linalg.cholesky(before.gram[:, :, None] + penalties * identity)
     moments = repeat(before.moment, "batch point dim -> batch point task dim", task=len(noise))
-    factor = torch.linalg.cholesky(grams + penalties * identity)
     weights = _solved(factor, moments)
-    log_evidence = _log_evidence(before, factor, moments, weights, noise)
-    probabilities = log_evidence.softmax(-1)
+    probabilities = _log_evidence(before, factor, moments, weights, noise).softmax(-1)
     by_level = einsum(
         xs.double(), weights, "batch point dim, batch point task dim -> batch point task"
     )
@@ -401,15 +397,7 @@ def _log_evidence(
     weights: Float[Tensor, "batch point task dim"],
     noise: Float[Tensor, " task"],
 ) -> Float[Tensor, "batch point task"]:
-    """The log evidence of each task, up to a constant, from its ridge regression.
-
-    Args:
-        before: Sums over the pairs before each point.
-        factor: The Cholesky factors of the regressions' matrices.
-        moments: Their right-hand sides.
-        weights: Their solutions.
-        noise: The noise variance of each task.
-    """
+    """The log evidence of each task, up to a constant, from its ridge regression's solution."""
     explained = reduce(moments * weights, "batch point task dim -> batch point task", "sum")
     quadratic = (before.square[..., None] - explained) / noise
     log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)

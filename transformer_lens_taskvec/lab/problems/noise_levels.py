@@ -7,27 +7,52 @@ level from the sequence ("Transformers as Statisticians", 2306.04637, section 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.oracles import MixturePosterior, noise_mixture
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
+    Finding,
     Problem,
+    balanced_labels,
     check_sizes,
     draw_labels,
     normal,
 )
+from transformer_lens_taskvec.lab.problems.readings import (
+    plot_swap_distances,
+    probe_r2,
+    read_stream,
+    spread,
+    swap_distances,
+)
+from transformer_lens_taskvec.plots.style import (
+    COLOURS,
+    GREY,
+    figure_of,
+    legend_beside,
+    new_axes,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LEAST = 1e-3
 """What a level of 0 counts as in oracles: the posterior of no noise at all has no density."""
+
+_TRAIN, _CHOOSE, _TEST = 3_000_011, 3_000_012, 3_000_013
+_CHECKPOINTS = 12
 
 
 @dataclass(frozen=True)
@@ -46,17 +71,17 @@ class NoisyLinear(Problem):
         n_points: Pairs in a sequence, the query included.
     """
 
-    sigmas: tuple[float, ...] = (0.1, 0.5)
-    dim: int = 5
-    n_points: int = 11
+    sigmas: tuple[float, ...] = (0.1, 1.0)
+    dim: int = 3
+    n_points: int = 8
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
-            "n_layers": 3,
+            "n_layers": 4,
             "n_heads": 4,
             "d_model": 64,
             "init": "fan_in",
-            "steps": 8_000,
+            "steps": 5_000,
             "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
@@ -106,6 +131,270 @@ class NoisyLinear(Problem):
         noise = normal(generator, *clean.shape) * rearrange(levels, "batch -> batch 1")
         return Batch(xs, clean + noise, labels)
 
+    def oracles(self, batch: Batch) -> dict[str, Float[Tensor, "batch point"]]:
+        """Ridge with each level's penalty, the exact mixture, and ridge at the true level.
+
+        The mixture weights the levels' ridges by their posterior probability; no predictor has a
+        lower expected squared error.
+        """
+        found = self._mixture(batch)
+        ridges = {
+            f"ridge for {task}": found.by_basis[..., level] for level, task in enumerate(self.tasks)
+        }
+        rows = torch.arange(len(batch.labels), device=batch.labels.device)
+        known = found.by_basis[rows, :, batch.labels]
+        return {**ridges, "Bayes mixture": found.prediction, "true level": known}
+
+    def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
+        """As for :meth:`Problem.posterior`: exact, by the marginal likelihood of each level."""
+        return self._mixture(batch).probabilities
+
+    def finding(self, run: Any) -> Finding:
+        """Whether a model reaches the Bayes error of all levels at once, and how.
+
+        The errors are those at the last point. An error is the exact risk of the level's own ridge
+        plus the mean squared distance of the predictions from it, which varies less than a mean of
+        squared errors. The figures are ``corner`` (the error at the lowest level above 0 and at the
+        highest, over training, next to the curve of all ridge penalties), ``decoding`` (how well
+        the level can be read at the query's token) and ``swaps`` (where predictions go when the
+        level's representation is swapped).
+
+        Args:
+            run: A :class:`Run` on this problem, with two levels or more.
+
+        Raises:
+            ValueError: If there are fewer than two levels above 0.
+        """
+        return _finding(self, run)
+
+    def _mixture(self, batch: Batch) -> MixturePosterior:
+        return noise_mixture(
+            batch.xs,
+            batch.ys,
+            noise_variances=self._variances,
+            weight_variance=1 / self.dim,
+        )
+
     @property
     def _variances(self) -> tuple[float, ...]:
         return tuple(max(sigma, _LEAST) ** 2 for sigma in self.sigmas)
+
+
+def ridge_risk(
+    penalties: Sequence[float],
+    *,
+    sigma: float,
+    dim: int,
+    n_shots: int,
+    n_draws: int = 20_000,
+    seed: int = 0,
+) -> Float[Tensor, " penalty"]:
+    """Return the expected squared error of ridge regression on a new pair, noise included.
+
+    With ``w ~ N(0, I / dim)``, noise of standard deviation ``sigma``, ``A = X'X + penalty I`` and
+    the expectation over ``X``, by Monte Carlo::
+
+        sigma^2 + E[(penalty^2 / dim) tr A^-2 + sigma^2 tr(A^-1 X'X A^-1)]
+
+    Args:
+        penalties: Weights of ``|w|^2`` relative to the sum of squared errors; ``dim sigma^2`` is
+            the best.
+        sigma: The noise level.
+        dim: The dimension of an input.
+        n_shots: Demonstrations, the rows of ``X``.
+        n_draws: Draws of ``X``, the same for all penalties and levels.
+        seed: Their seed.
+
+    Raises:
+        ValueError: If a penalty is not positive, the level is negative, or a size is below 1.
+
+    Example:
+        >>> risk = ridge_risk([0.2, 5.0], sigma=0.5, dim=20, n_shots=20, n_draws=2000)
+        >>> [round(one, 1) for one in risk.tolist()]  # the best penalty is the second
+        [1.4, 0.6]
+    """
+    if not penalties or min(penalties) <= 0:
+        raise ValueError(f"penalties is {list(penalties)}; give at least one, all positive")
+    if sigma < 0:
+        raise ValueError(f"sigma must not be negative, got {sigma}")
+    for name, size in (("dim", dim), ("n_shots", n_shots), ("n_draws", n_draws)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    xs = normal(torch.Generator().manual_seed(seed), n_draws, n_shots, dim).double()
+    gram = einsum(xs, xs, "draw shot row, draw shot column -> draw row column")
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    rates = torch.tensor(penalties, dtype=torch.float64)
+    shrunk = (values + rearrange(rates, "penalty -> penalty 1 1")) ** -2
+    bias = rates.square() / dim * shrunk.sum(-1).mean(-1)
+    variance = sigma**2 * (values * shrunk).sum(-1).mean(-1)
+    risk: Tensor = sigma**2 + bias + variance
+    return risk.float()
+
+
+def _finding(problem: NoisyLinear, run: Any) -> Finding:
+    levels = [level for level, sigma in enumerate(problem.sigmas) if sigma > 0]
+    if len(levels) < 2:
+        raise ValueError(f"sigmas is {problem.sigmas}; a finding needs two levels above 0")
+    levels.sort(key=lambda level: problem.sigmas[level])
+    low, high = levels[0], levels[-1]
+
+    def risks(level: int, penalties: Sequence[float]) -> list[float]:
+        sizes = {"dim": problem.dim, "n_shots": problem.n_points - 1}
+        return list(map(float, ridge_risk(penalties, sigma=problem.sigmas[level], **sizes)))
+
+    bayes = [risks(level, [problem.penalties[level]])[0] for level in range(len(problem.sigmas))]
+    penalties = torch.logspace(
+        math.log10(problem.penalties[low] / 4), math.log10(problem.penalties[high] * 4), 60
+    ).tolist()
+    curve = {level: risks(level, penalties) for level in levels}
+
+    test, choose = (_drawn(problem, seed, 1_000) for seed in (_TEST, _CHOOSE))
+    exact = problem._mixture(test)
+    own = problem.oracles(test)["true level"][:, -1]
+
+    def errors(predictions: Float[Tensor, " example"]) -> list[float]:
+        apart = (predictions - own).square()
+        return [
+            risk + float(apart[test.labels == level].mean()) for level, risk in enumerate(bayes)
+        ]
+
+    def worst(found: Mapping[int, float] | Sequence[float]) -> float:
+        return max(found[level] / bayes[level] for level in levels)
+
+    steps = spread(run.steps, _CHECKPOINTS)
+    probed = _drawn(problem, _TRAIN, 1_000)
+    logs = [math.log(variance) / 2 for variance in problem._variances]
+    query = [problem.query_at(problem.n_points - 1)]
+    path, td, r2 = [], [], []
+    for step in steps:
+        model = run.model(step)
+        with torch.no_grad():
+            path.append(errors(problem.predict(model.run_with_hooks, test)[:, -1]))
+        [train] = read_stream(model, problem, probed, places=query)
+        [held] = read_stream(model, problem, choose, places=query)
+        some = torch.arange(len(held)).view(len(problem.sigmas), -1)[:, :250].flatten()
+        td.append(task_decodability(held.select(some)).mean.tolist())
+        r2.append(probe_r2(train, held, logs))
+    last = run.model(steps[-1])
+    swap = [
+        swap_distances(last, problem, probed, batch, problem._mixture(batch).by_basis[:, -1].T)
+        for batch in (choose, test)
+    ]
+    layer = swap[0].best_layer()
+    posterior = exact.probabilities[:, -1].double()
+    target = torch.tensor(logs, dtype=torch.float64)
+    read = posterior @ target
+    left = (read - target[test.labels]).square().mean() / target[test.labels].var(correction=0)
+    mixture, single = (
+        errors(exact.prediction[:, -1]),
+        min(
+            worst({level: curve[level][index] for level in levels})
+            for index in range(len(penalties))
+        ),
+    )
+    numbers: dict[str, Any] = {
+        "sigmas": list(problem.sigmas),
+        "steps": list(steps),
+        "model_error": path,
+        "bayes_error": bayes,
+        "mixture_error": mixture,
+        "penalties": penalties,
+        "penalty_error_low": curve[low],
+        "penalty_error_high": curve[high],
+        "worst_ratio": worst(path[-1]),
+        "worst_ratio_mixture": worst(mixture),
+        "worst_ratio_best_penalty": single,
+        "td": td,
+        "probe_r2": r2,
+        "td_best": max(td[-1]),
+        "probe_r2_best": max(r2[-1]),
+        "bayes_accuracy": float((posterior.argmax(-1) == test.labels).double().mean()),
+        "bayes_r2": float(1 - left),
+        "swap_layer": layer,
+        "swap_moved": swap[1].share(layer),
+        "swap_moved_own_mean": swap[1].share(layer, control=True),
+        "swap_distance": swap[1].distance[layer].flatten().tolist(),
+        "swap_distance_unedited": swap[1].unedited.flatten().tolist(),
+    }
+    figures = {
+        "corner": _corner(problem, numbers, low, high),
+        "decoding": _decoding(numbers),
+        "swaps": plot_swap_distances(swap[1]),
+    }
+    return Finding(_sentence(problem, numbers, low, high), numbers, figures)
+
+
+def _sentence(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: int) -> str:
+    by_level = ", ".join(
+        f"{numbers['model_error'][-1][level]:.4f} at {problem.tasks[level]} (Bayes "
+        f"{numbers['bayes_error'][level]:.4f}, exact mixture {numbers['mixture_error'][level]:.4f})"
+        for level in (low, high)
+    )
+    reached = numbers["worst_ratio"] < numbers["worst_ratio_best_penalty"]
+    moves = [
+        f"{moved:.2f} (own mean {own:.2f})"
+        for moved, own in zip(numbers["swap_moved"], numbers["swap_moved_own_mean"], strict=True)
+    ]
+    return (
+        f"The error at the last point is {by_level}. The model is at most "
+        f"{numbers['worst_ratio']:.2f} times the Bayes error at any level, where the best single "
+        f"ridge penalty is {numbers['worst_ratio_best_penalty']:.2f} times and the exact mixture "
+        f"{numbers['worst_ratio_mixture']:.2f} times: it "
+        f"{'comes closer to all lines at once than' if reached else 'does no better than'} any "
+        f"single penalty. The level's decodability is {numbers['td_best']:.2f} (the exact "
+        f"posterior's is {numbers['bayes_accuracy']:.2f}), and a linear probe reads log sigma with "
+        f"an R^2 of {numbers['probe_r2_best']:.2f} (posterior mean {numbers['bayes_r2']:.2f}). "
+        f"Swapping the level's representation at layer {numbers['swap_layer']} moves predictions "
+        f"towards the other level's ridge by these shares of the way, from {problem.tasks[0]} on: "
+        f"{', '.join(moves)}."
+    )
+
+
+@styled
+def _corner(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: int) -> Figure:
+    """The error at two levels on two axes, over training."""
+    ax = new_axes(None)
+    path, bayes, mixture = (
+        numbers[name] for name in ("model_error", "bayes_error", "mixture_error")
+    )
+    ax.axvline(bayes[low], color=GREY, linestyle="--", linewidth=0.9)
+    ax.axhline(bayes[high], color=GREY, linestyle="--", linewidth=0.9, label="Bayes lines")
+    curve = numbers["penalty_error_low"], numbers["penalty_error_high"]
+    ax.plot(*curve, color="black", label="ridge, all penalties")
+    way = [error[low] for error in path], [error[high] for error in path]
+    ax.plot(*way, color=COLOURS[0], marker="o", label="model over training")
+    ax.plot(mixture[low], mixture[high], "*", color=COLOURS[2], ms=9, label="exact mixture")
+    ax.plot(way[0][-1], way[1][-1], "D", color=COLOURS[1], ms=5, label="model, last step")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"squared error at {problem.tasks[low]}",
+        ylabel=f"squared error at {problem.tasks[high]}",
+        title=f"After {problem.n_points - 1} demonstrations in {problem.dim} dimensions",
+    )
+    return figure_of(legend_beside(ax))
+
+
+@styled
+def _decoding(numbers: Mapping[str, Any]) -> Figure:
+    """How well the level can be read at the query's token, over training."""
+    ax = new_axes(None)
+    steps = numbers["steps"]
+    for name, bound, label, colour in (
+        ("td", "bayes_accuracy", "decodability", COLOURS[0]),
+        ("probe_r2", "bayes_r2", "$R^2$ of log sigma", COLOURS[1]),
+    ):
+        best = [max(layers) for layers in numbers[name]]
+        ax.plot(steps, best, color=colour, marker="o", label=f"{label}, best layer")
+        ax.axhline(numbers[bound], color=colour, ls="--", label=f"{label}, exact posterior")
+    chance = 1 / len(numbers["sigmas"])
+    ax.axhline(chance, color=GREY, ls=":", label="decodability, chance")
+    ax.set_xscale("symlog", linthresh=next((step for step in steps if step > 0), 1))
+    ax.set(xlabel="training step", ylabel="accuracy or $R^2$", ylim=(-0.05, 1.05))
+    ax.set_title("The noise level at the query's token")
+    return figure_of(legend_beside(ax))
+
+
+def _drawn(problem: NoisyLinear, seed: int, n_per_level: int) -> Batch:
+    labels = balanced_labels(len(problem.sigmas), n_per_level)
+    return problem.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
