@@ -117,9 +117,8 @@ def noise_mixture(
 ) -> MixturePosterior:
     """Return the exact posterior over noise levels and the Bayes-optimal prediction.
 
-    ``y = w.x + e``, with ``w ~ N(0, t I)`` for a weight variance ``t`` and ``e ~ N(0, s_k)`` for
-    the noise variance of level ``k``. A level's prediction is that of ridge with the penalty
-    ``s_k / t``, and its evidence ``N(y; 0, t X X' + s_k I)``.
+    With a weight variance ``t``, a level of noise variance ``s`` has the evidence
+    ``N(y; 0, t X X' + s I)`` and the prediction of ridge with the penalty ``s / t``.
 
     Args:
         xs: Inputs, ``[batch, point, dim]``.
@@ -153,9 +152,7 @@ def noise_mixture(
     moments = repeat(before.moment, "batch point dim -> batch point task dim", task=len(noise))
     weights = _solved(factor, moments)
     probabilities = _log_evidence(before, factor, moments, weights, noise).softmax(-1)
-    by_level = einsum(
-        xs.double(), weights, "batch point dim, batch point task dim -> batch point task"
-    )
+    by_level = (weights @ xs.double()[..., None]).squeeze(-1)
     return MixturePosterior(probabilities.to(xs.dtype), by_level.to(xs.dtype))
 
 

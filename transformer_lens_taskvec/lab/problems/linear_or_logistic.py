@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +19,41 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.oracles import least_squares
 from transformer_lens_taskvec.lab.problems.base import (
     Batch,
+    Finding,
     Problem,
     check_sizes,
     draw_labels,
     normal,
     with_noise,
 )
+from transformer_lens_taskvec.lab.problems.readings import (
+    drawn,
+    plot_swap_distances,
+    read_stream,
+    spread,
+    swap_distances,
+)
+from transformer_lens_taskvec.plots.style import (
+    COLOURS,
+    figure_of,
+    legend_beside,
+    new_axes,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REGRESSION, CLASSIFICATION = 0, 1
 """The labels of the two kinds."""
 
 _NEWTON_STEPS, _HALVINGS = 100, 30
+_TRAIN, _CHOOSE, _TEST = 3_000_021, 3_000_022, 3_000_023
+_CHECKPOINTS, _N = 12, 1_000
 
 
 @dataclass(frozen=True)
@@ -56,8 +77,8 @@ class LinearOrLogistic(Problem):
             :func:`logistic_regression`.
     """
 
-    dim: int = 5
-    n_points: int = 16
+    dim: int = 3
+    n_points: int = 11
     noise_variance: float = 0.01
     logistic_penalty: float = 0.1
     tasks: ClassVar[tuple[str, ...]] = ("regression", "classification")
@@ -69,7 +90,7 @@ class LinearOrLogistic(Problem):
             "n_heads": 4,
             "d_model": 64,
             "init": "fan_in",
-            "steps": 8_000,
+            "steps": 4_000,
             "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
@@ -150,6 +171,21 @@ class LinearOrLogistic(Problem):
         classes = (unlike == 0).to(batch.xs.dtype)
         classes[:, 0] = 0.5
         return torch.stack([1 - classes, classes], dim=-1)
+
+    def finding(self, run: Any) -> Finding:
+        """Whether one model is as good as least squares and as logistic regression.
+
+        The error and the accuracy are those at the last point, on the same sequences for the model
+        and the oracles. The figures are ``corner`` (error of regression and accuracy of
+        classification over training, next to the oracles) and ``swaps`` (where predictions go when
+        the kind's representation is swapped; the oracle of a regression as a classification is
+        logistic regression on the outputs' signs, that of a classification as a regression least
+        squares on the classes).
+
+        Args:
+            run: A :class:`Run` on this problem.
+        """
+        return _finding(self, run)
 
 
 def logistic_regression(
@@ -242,3 +278,99 @@ def _check_penalty(name: str, penalty: float) -> None:
             f"{name} must be positive, got {penalty}; separable classes have no logistic "
             "regression without a penalty"
         )
+
+
+def _finding(problem: LinearOrLogistic, run: Any) -> Finding:
+    test, choose, train = (drawn(problem, _N, seed) for seed in (_TEST, _CHOOSE, _TRAIN))
+    targets, classes = test.ys[:, -1], test.labels == CLASSIFICATION
+
+    def measured(predictions: Float[Tensor, " example"]) -> dict[str, float]:
+        losses = problem.losses(predictions, targets, test.labels)
+        right = problem.right(predictions, targets, test.labels)[classes]
+        return {
+            "error": float(losses[~classes].mean()),
+            "accuracy": float(right.float().mean()),
+            "logistic_loss": float(losses[classes].mean()),
+        }
+
+    oracles = {name: one[:, -1] for name, one in problem.oracles(test).items()}
+    steps, path, td = spread(run.steps, _CHECKPOINTS), [], []
+    query = [problem.query_at(problem.n_points - 1)]
+    some = torch.arange(len(choose.labels)).view(len(problem.tasks), -1)[:, :250].flatten()
+    for step in steps:
+        model = run.model(step)
+        with torch.no_grad():
+            path.append(measured(problem.predict(model.run_with_hooks, test)[:, -1]))
+        [held] = read_stream(model, problem, choose, places=query)
+        td.append(task_decodability(held.select(some)).mean.tolist())
+    swap = [
+        swap_distances(run.model(steps[-1]), problem, train, batch, _by_kind(problem, batch))
+        for batch in (choose, test)
+    ]
+    layer = swap[0].best_layer()
+    numbers: dict[str, Any] = {
+        "steps": list(steps),
+        **{f"model_{name}": [one[name] for one in path] for name in path[0]},
+        **{
+            f"{oracle} {name}": value
+            for oracle in ("least squares", "logistic regression")
+            for name, value in measured(oracles[oracle]).items()
+        },
+        "td": td,
+        "td_best": max(td[-1]),
+        "swap_layer": layer,
+        "swap_moved": swap[1].share(layer),
+        "swap_moved_own_mean": swap[1].share(layer, control=True),
+        "swap_distance": swap[1].distance[layer].flatten().tolist(),
+        "swap_distance_unedited": swap[1].unedited.flatten().tolist(),
+    }
+    figures = {"corner": _corner(problem, numbers), "swaps": plot_swap_distances(swap[1])}
+    return Finding(_sentence(numbers), numbers, figures)
+
+
+def _by_kind(problem: LinearOrLogistic, batch: Batch) -> Float[Tensor, "task example"]:
+    """What least squares and logistic regression predict at the last point."""
+    found = problem.oracles(batch)
+    return torch.stack([found["least squares"][:, -1], found["logistic regression"][:, -1]])
+
+
+def _sentence(numbers: Mapping[str, Any]) -> str:
+    moved, own = numbers["swap_moved"], numbers["swap_moved_own_mean"]
+    return (
+        f"At the last point the model's squared error in regression is "
+        f"{numbers['model_error'][-1]:.4f} (least squares {numbers['least squares error']:.4f}), "
+        f"and its accuracy in classification {numbers['model_accuracy'][-1]:.3f} (logistic "
+        f"regression {numbers['logistic regression accuracy']:.3f}) with a logistic loss of "
+        f"{numbers['model_logistic_loss'][-1]:.3f} nats (logistic regression "
+        f"{numbers['logistic regression logistic_loss']:.3f}). The kind's decodability is "
+        f"{numbers['td_best']:.2f}. Swapping the kind's representation at layer "
+        f"{numbers['swap_layer']} moves predictions of regressions {moved[0]:.2f} of the way to "
+        f"logistic regression (own mean {own[0]:.2f}), and of classifications {moved[1]:.2f} of "
+        f"the way to least squares (own mean {own[1]:.2f})."
+    )
+
+
+@styled
+def _corner(problem: LinearOrLogistic, numbers: Mapping[str, Any]) -> Figure:
+    """Error of regression and accuracy of classification, over training."""
+    ax = new_axes(None)
+    errors, accuracies = numbers["model_error"], numbers["model_accuracy"]
+    for name, line, colour in (
+        ("least squares", "--", COLOURS[2]),
+        ("logistic regression", "-.", COLOURS[3]),
+    ):
+        point = numbers[f"{name} error"], numbers[f"{name} accuracy"]
+        ax.plot(*point, "*", color=colour, ms=9, label=name)
+        if name == "least squares":
+            ax.axvline(point[0], color=colour, ls=line, lw=0.9)
+        else:
+            ax.axhline(point[1], color=colour, ls=line, lw=0.9)
+    ax.plot(errors, accuracies, color=COLOURS[0], marker="o", label="model over training")
+    ax.plot(errors[-1], accuracies[-1], "D", color=COLOURS[1], ms=5, label="model, last step")
+    ax.set(
+        xscale="log",
+        xlabel="squared error of regression",
+        ylabel="accuracy of classification",
+        title=f"After {problem.n_points - 1} demonstrations in {problem.dim} dimensions",
+    )
+    return figure_of(legend_beside(ax))

@@ -24,12 +24,12 @@ from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Finding,
     Problem,
-    balanced_labels,
     check_sizes,
     draw_labels,
     normal,
 )
 from transformer_lens_taskvec.lab.problems.readings import (
+    drawn,
     plot_swap_distances,
     probe_r2,
     read_stream,
@@ -52,7 +52,7 @@ _LEAST = 1e-3
 """What a level of 0 counts as in oracles: the posterior of no noise at all has no density."""
 
 _TRAIN, _CHOOSE, _TEST = 3_000_011, 3_000_012, 3_000_013
-_CHECKPOINTS = 12
+_CHECKPOINTS, _N = 12, 1_000
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class NoisyLinear(Problem):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """``("sigma 0.1", "sigma 0.5")``."""
+        """``("sigma 0.1", "sigma 1")``."""
         return tuple(f"sigma {sigma:g}" for sigma in self.sigmas)
 
     @property
@@ -248,7 +248,7 @@ def _finding(problem: NoisyLinear, run: Any) -> Finding:
     ).tolist()
     curve = {level: risks(level, penalties) for level in levels}
 
-    test, choose = (_drawn(problem, seed, 1_000) for seed in (_TEST, _CHOOSE))
+    test, choose = (drawn(problem, _N, seed) for seed in (_TEST, _CHOOSE))
     exact = problem._mixture(test)
     own = problem.oracles(test)["true level"][:, -1]
 
@@ -262,7 +262,7 @@ def _finding(problem: NoisyLinear, run: Any) -> Finding:
         return max(found[level] / bayes[level] for level in levels)
 
     steps = spread(run.steps, _CHECKPOINTS)
-    probed = _drawn(problem, _TRAIN, 1_000)
+    probed = drawn(problem, _N, _TRAIN)
     logs = [math.log(variance) / 2 for variance in problem._variances]
     query = [problem.query_at(problem.n_points - 1)]
     path, td, r2 = [], [], []
@@ -390,11 +390,7 @@ def _decoding(numbers: Mapping[str, Any]) -> Figure:
     chance = 1 / len(numbers["sigmas"])
     ax.axhline(chance, color=GREY, ls=":", label="decodability, chance")
     ax.set_xscale("symlog", linthresh=next((step for step in steps if step > 0), 1))
-    ax.set(xlabel="training step", ylabel="accuracy or $R^2$", ylim=(-0.05, 1.05))
+    ax.set(xlabel="training step", ylabel="accuracy or $R^2$")
+    ax.set(ylim=(-0.05, 1.05), xlim=(0, 1.2 * max(steps[-1], 1)))
     ax.set_title("The noise level at the query's token")
     return figure_of(legend_beside(ax))
-
-
-def _drawn(problem: NoisyLinear, seed: int, n_per_level: int) -> Batch:
-    labels = balanced_labels(len(problem.sigmas), n_per_level)
-    return problem.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)

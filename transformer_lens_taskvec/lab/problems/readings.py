@@ -21,7 +21,7 @@ from transformer_lens_taskvec._utils.frames import grid_frame
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.interventions.intervention import Intervention, inject
-from transformer_lens_taskvec.lab.problems.base import Batch, Problem
+from transformer_lens_taskvec.lab.problems.base import Batch, Problem, balanced_labels
 from transformer_lens_taskvec.models.protocol import hook_name, model_name
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
@@ -53,6 +53,23 @@ def spread(steps: Sequence[int], n: int) -> tuple[int, ...]:
         return tuple(steps)
     last = len(steps) - 1
     return tuple(steps[round(last * index / (n - 1))] for index in range(n))
+
+
+def drawn(problem: Problem, n: int, seed: int) -> Batch:
+    """Return ``n`` sequences of each task, task by task.
+
+    Args:
+        problem: What they are drawn from.
+        n: Sequences per task.
+        seed: Their seed.
+
+    Example:
+        >>> from transformer_lens_taskvec import lab
+        >>> drawn(lab.SparseLinearMixture.small(), 2, seed=0).labels.tolist()
+        [0, 0, 1, 1, 2, 2, 3, 3]
+    """
+    labels = balanced_labels(len(problem.tasks), n)
+    return problem.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
 
 
 def read_stream(
