@@ -3,7 +3,7 @@
 A sequence is of one of two kinds, which its outputs give away: ``y = w.x``, scored by the squared
 error, or ``y = sign(w.x)``, scored by the logistic loss of the prediction as a logit. The best
 published predictors are least squares for the one and logistic regression for the other
-("Transformers as Statisticians", 2306.04637, section 4.2).
+("Transformers as Statisticians", 2306.04637, section 4).
 """
 
 from __future__ import annotations
@@ -303,11 +303,11 @@ def _finding(problem: LinearOrLogistic, run: Any) -> Finding:
             path.append(measured(problem.predict(model.run_with_hooks, test)[:, -1]))
         [held] = read_stream(model, problem, choose, places=query)
         td.append(task_decodability(held.select(some)).mean.tolist())
-    swap = [
+    chosen, swapped = (
         swap_distances(run.model(steps[-1]), problem, train, batch, _by_kind(problem, batch))
         for batch in (choose, test)
-    ]
-    layer = swap[0].best_layer()
+    )
+    layer = chosen.best_layer()
     numbers: dict[str, Any] = {
         "steps": list(steps),
         **{f"model_{name}": [one[name] for one in path] for name in path[0]},
@@ -318,13 +318,9 @@ def _finding(problem: LinearOrLogistic, run: Any) -> Finding:
         },
         "td": td,
         "td_best": max(td[-1]),
-        "swap_layer": layer,
-        "swap_moved": swap[1].share(layer),
-        "swap_moved_own_mean": swap[1].share(layer, control=True),
-        "swap_distance": swap[1].distance[layer].flatten().tolist(),
-        "swap_distance_unedited": swap[1].unedited.flatten().tolist(),
+        **swapped.numbers(layer),
     }
-    figures = {"corner": _corner(problem, numbers), "swaps": plot_swap_distances(swap[1])}
+    figures = {"corner": _corner(problem, numbers), "swaps": plot_swap_distances(swapped)}
     return Finding(_sentence(numbers), numbers, figures)
 
 

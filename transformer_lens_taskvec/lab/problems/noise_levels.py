@@ -2,7 +2,7 @@
 
 Where the noise level is known, the best predictor is ridge regression, and each level has a penalty
 of its own. The levels are the latent tasks: a model that is as good at all of them must infer the
-level from the sequence ("Transformers as Statisticians", 2306.04637, section 4.2).
+level from the sequence ("Transformers as Statisticians", 2306.04637, section 4).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LEAST = 1e-3
 """What a level of 0 counts as in oracles: the posterior of no noise at all has no density."""
 
 _TRAIN, _CHOOSE, _TEST = 3_000_011, 3_000_012, 3_000_013
-_CHECKPOINTS, _N = 12, 1_000
+_CHECKPOINTS, _N, _N_TD = 12, 1_000, 250
 
 
 @dataclass(frozen=True)
@@ -237,20 +237,12 @@ def _finding(problem: NoisyLinear, run: Any) -> Finding:
         raise ValueError(f"sigmas is {problem.sigmas}; a finding needs two levels above 0")
     levels.sort(key=lambda level: problem.sigmas[level])
     low, high = levels[0], levels[-1]
-
-    def risks(level: int, penalties: Sequence[float]) -> list[float]:
-        sizes = {"dim": problem.dim, "n_shots": problem.n_points - 1}
-        return list(map(float, ridge_risk(penalties, sigma=problem.sigmas[level], **sizes)))
-
-    bayes = [risks(level, [problem.penalties[level]])[0] for level in range(len(problem.sigmas))]
-    penalties = torch.logspace(
-        math.log10(problem.penalties[low] / 4), math.log10(problem.penalties[high] * 4), 60
-    ).tolist()
-    curve = {level: risks(level, penalties) for level in levels}
-
-    test, choose = (drawn(problem, _N, seed) for seed in (_TEST, _CHOOSE))
-    exact = problem._mixture(test)
-    own = problem.oracles(test)["true level"][:, -1]
+    train, choose, test = (drawn(problem, _N, seed) for seed in (_TRAIN, _CHOOSE, _TEST))
+    exact, own = problem._mixture(test), problem.oracles(test)["true level"][:, -1]
+    ends = (math.log10(problem.penalties[low] / 4), math.log10(problem.penalties[high] * 4))
+    penalties = torch.logspace(*ends, 60).tolist()
+    curve = [_risks(problem, level, penalties) for level in range(len(problem.sigmas))]
+    bayes = [_risks(problem, level, [best])[0] for level, best in enumerate(problem.penalties)]
 
     def errors(predictions: Float[Tensor, " example"]) -> list[float]:
         apart = (predictions - own).square()
@@ -258,39 +250,17 @@ def _finding(problem: NoisyLinear, run: Any) -> Finding:
             risk + float(apart[test.labels == level].mean()) for level, risk in enumerate(bayes)
         ]
 
-    def worst(found: Mapping[int, float] | Sequence[float]) -> float:
+    def worst(found: Sequence[float]) -> float:
         return max(found[level] / bayes[level] for level in levels)
 
-    steps = spread(run.steps, _CHECKPOINTS)
-    probed = drawn(problem, _N, _TRAIN)
-    logs = [math.log(variance) / 2 for variance in problem._variances]
-    query = [problem.query_at(problem.n_points - 1)]
-    path, td, r2 = [], [], []
+    steps, path = spread(run.steps, _CHECKPOINTS), []
     for step in steps:
-        model = run.model(step)
         with torch.no_grad():
-            path.append(errors(problem.predict(model.run_with_hooks, test)[:, -1]))
-        [train] = read_stream(model, problem, probed, places=query)
-        [held] = read_stream(model, problem, choose, places=query)
-        some = torch.arange(len(held)).view(len(problem.sigmas), -1)[:, :250].flatten()
-        td.append(task_decodability(held.select(some)).mean.tolist())
-        r2.append(probe_r2(train, held, logs))
-    last = run.model(steps[-1])
-    swap = [
-        swap_distances(last, problem, probed, batch, problem._mixture(batch).by_basis[:, -1].T)
+            path.append(errors(problem.predict(run.model(step).run_with_hooks, test)[:, -1]))
+    mixture, last = errors(exact.prediction[:, -1]), run.model(steps[-1])
+    chosen, swapped = (
+        swap_distances(last, problem, train, batch, problem._mixture(batch).by_basis[:, -1].T)
         for batch in (choose, test)
-    ]
-    layer = swap[0].best_layer()
-    posterior = exact.probabilities[:, -1].double()
-    target = torch.tensor(logs, dtype=torch.float64)
-    read = posterior @ target
-    left = (read - target[test.labels]).square().mean() / target[test.labels].var(correction=0)
-    mixture, single = (
-        errors(exact.prediction[:, -1]),
-        min(
-            worst({level: curve[level][index] for level in levels})
-            for index in range(len(penalties))
-        ),
     )
     numbers: dict[str, Any] = {
         "sigmas": list(problem.sigmas),
@@ -303,25 +273,52 @@ def _finding(problem: NoisyLinear, run: Any) -> Finding:
         "penalty_error_high": curve[high],
         "worst_ratio": worst(path[-1]),
         "worst_ratio_mixture": worst(mixture),
-        "worst_ratio_best_penalty": single,
+        "worst_ratio_best_penalty": min(map(worst, zip(*curve, strict=True))),
+        **_decoded(problem, run, steps, train, test),
+        **swapped.numbers(chosen.best_layer()),
+    }
+    figures = {
+        "corner": _corner(problem, numbers, low, high),
+        "decoding": _decoding(numbers),
+        "swaps": plot_swap_distances(swapped),
+    }
+    return Finding(_sentence(problem, numbers, low, high), numbers, figures)
+
+
+def _risks(problem: NoisyLinear, level: int, penalties: Sequence[float]) -> list[float]:
+    """The risk at a level of ridge with each penalty, at the last point."""
+    sigma, n_shots = problem.sigmas[level], problem.n_points - 1
+    risk: list[float] = ridge_risk(
+        penalties, sigma=sigma, dim=problem.dim, n_shots=n_shots
+    ).tolist()
+    return risk
+
+
+def _decoded(
+    problem: NoisyLinear, run: Any, steps: Sequence[int], train: Batch, test: Batch
+) -> dict[str, Any]:
+    """How well the level is read at the query's token, and from the exact posterior."""
+    logs = [math.log(variance) / 2 for variance in problem._variances]
+    query = [problem.query_at(problem.n_points - 1)]
+    some = torch.arange(len(test.labels)).view(len(logs), -1)[:, :_N_TD].flatten()
+    td, r2 = [], []
+    for step in steps:
+        model = run.model(step)
+        fitted, held = (read_stream(model, problem, one, places=query)[0] for one in (train, test))
+        td.append(task_decodability(held.select(some)).mean.tolist())
+        r2.append(probe_r2(fitted, held, logs))
+    posterior = problem.posterior(test)[:, -1].double()
+    numbers = torch.tensor(logs, dtype=torch.float64)
+    truth = numbers[test.labels]
+    left = (posterior @ numbers - truth).square().mean() / truth.var(correction=0)
+    return {
         "td": td,
         "probe_r2": r2,
         "td_best": max(td[-1]),
         "probe_r2_best": max(r2[-1]),
         "bayes_accuracy": float((posterior.argmax(-1) == test.labels).double().mean()),
         "bayes_r2": float(1 - left),
-        "swap_layer": layer,
-        "swap_moved": swap[1].share(layer),
-        "swap_moved_own_mean": swap[1].share(layer, control=True),
-        "swap_distance": swap[1].distance[layer].flatten().tolist(),
-        "swap_distance_unedited": swap[1].unedited.flatten().tolist(),
     }
-    figures = {
-        "corner": _corner(problem, numbers, low, high),
-        "decoding": _decoding(numbers),
-        "swaps": plot_swap_distances(swap[1]),
-    }
-    return Finding(_sentence(problem, numbers, low, high), numbers, figures)
 
 
 def _sentence(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: int) -> str:

@@ -216,6 +216,16 @@ class SwapDistances(Shown):
 
         return max(range(len(self.distance)), key=effect)
 
+    def numbers(self, layer: int) -> dict[str, Any]:
+        """What a finding says about the swaps in one layer, by name."""
+        return {
+            "swap_layer": layer,
+            "swap_moved": self.share(layer),
+            "swap_moved_own_mean": self.share(layer, control=True),
+            "swap_distance": self.distance[layer].flatten().tolist(),
+            "swap_distance_unedited": self.unedited.flatten().tolist(),
+        }
+
     def to_frame(self) -> pd.DataFrame:
         """One row per layer, source, target and oracle: ``distance``, ``unedited``, ``moved``."""
         axes = {
