@@ -90,7 +90,7 @@ class LinearOrLogistic(Problem):
             "n_heads": 4,
             "d_model": 64,
             "init": "fan_in",
-            "steps": 4_000,
+            "steps": 3_000,
             "batch_size": 64,
             "optimizer": "muon",
             "learning_rate": 1e-3,
@@ -171,6 +171,10 @@ class LinearOrLogistic(Problem):
         classes = (unlike == 0).to(batch.xs.dtype)
         classes[:, 0] = 0.5
         return torch.stack([1 - classes, classes], dim=-1)
+
+    def swapped_at(self, point: int) -> tuple[int, ...]:
+        """All outputs before the query: each of them gives the kind away."""
+        return tuple(self.query_at(demo) + 1 for demo in range(point))
 
     def finding(self, run: Any) -> Finding:
         """Whether one model is as good as least squares and as logistic regression.

@@ -149,18 +149,23 @@ class NoisyLinear(Problem):
         """As for :meth:`Problem.posterior`: exact, by the marginal likelihood of each level."""
         return self._mixture(batch).probabilities
 
+    def swapped_at(self, point: int) -> tuple[int, ...]:
+        """The query's token: no single output shows the level, which takes all pairs to infer."""
+        return (self.query_at(point),)
+
     def finding(self, run: Any) -> Finding:
         """Whether a model reaches the Bayes error of all levels at once, and how.
 
-        The errors are those at the last point. An error is the exact risk of the level's own ridge
-        plus the mean squared distance of the predictions from it, which varies less than a mean of
-        squared errors. The figures are ``corner`` (the error at the lowest level above 0 and at the
-        highest, over training, next to the curve of all ridge penalties), ``decoding`` (how well
-        the level can be read at the query's token) and ``swaps`` (where predictions go when the
-        level's representation is swapped).
+        Errors are those at the last point: the exact risk of the level's own ridge plus the mean
+        squared distance of the predictions from it, which varies less than a mean of squared
+        errors. If ``penalty_to_model`` is above 1, no single penalty is as good at all levels: the
+        best one's error is so many times the model's at one of them.
+
+        The figures are ``corner`` (the error at the lowest level above 0 and at the highest, with
+        all ridge penalties), ``decoding`` (the level at the query's token) and ``swaps``.
 
         Args:
-            run: A :class:`Run` on this problem, with two levels or more.
+            run: A :class:`Run` on this problem.
 
         Raises:
             ValueError: If there are fewer than two levels above 0.
@@ -169,10 +174,7 @@ class NoisyLinear(Problem):
 
     def _mixture(self, batch: Batch) -> MixturePosterior:
         return noise_mixture(
-            batch.xs,
-            batch.ys,
-            noise_variances=self._variances,
-            weight_variance=1 / self.dim,
+            batch.xs, batch.ys, noise_variances=self._variances, weight_variance=1 / self.dim
         )
 
     @property
@@ -250,13 +252,15 @@ def _finding(problem: NoisyLinear, run: Any) -> Finding:
             risk + float(apart[test.labels == level].mean()) for level, risk in enumerate(bayes)
         ]
 
-    def worst(found: Sequence[float]) -> float:
-        return max(found[level] / bayes[level] for level in levels)
+    def worst(found: Sequence[float], others: Sequence[float]) -> float:
+        return max(found[level] / others[level] for level in levels)
 
     steps, path = spread(run.steps, _CHECKPOINTS), []
     for step in steps:
         with torch.no_grad():
-            path.append(errors(problem.predict(run.model(step).run_with_hooks, test)[:, -1]))
+            predicted = problem.predict(run.model(step).run_with_hooks, test)[:, -1]
+        path.append(errors(predicted))
+    apart = rearrange((predicted - own).square(), "(level each) -> level each", each=_N)
     mixture, last = errors(exact.prediction[:, -1]), run.model(steps[-1])
     chosen, swapped = (
         swap_distances(last, problem, train, batch, problem._mixture(batch).by_basis[:, -1].T)
@@ -266,14 +270,15 @@ def _finding(problem: NoisyLinear, run: Any) -> Finding:
         "sigmas": list(problem.sigmas),
         "steps": list(steps),
         "model_error": path,
+        "model_error_deviation": (apart.std(1) / _N**0.5).tolist(),
         "bayes_error": bayes,
         "mixture_error": mixture,
         "penalties": penalties,
         "penalty_error_low": curve[low],
         "penalty_error_high": curve[high],
-        "worst_ratio": worst(path[-1]),
-        "worst_ratio_mixture": worst(mixture),
-        "worst_ratio_best_penalty": min(map(worst, zip(*curve, strict=True))),
+        "model_to_bayes": worst(path[-1], bayes),
+        "mixture_to_bayes": worst(mixture, bayes),
+        "penalty_to_model": min(worst(one, path[-1]) for one in zip(*curve, strict=True)),
         **_decoded(problem, run, steps, train, test),
         **swapped.numbers(chosen.best_layer()),
     }
@@ -322,27 +327,34 @@ def _decoded(
 
 
 def _sentence(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: int) -> str:
-    by_level = ", ".join(
-        f"{numbers['model_error'][-1][level]:.4f} at {problem.tasks[level]} (Bayes "
-        f"{numbers['bayes_error'][level]:.4f}, exact mixture {numbers['mixture_error'][level]:.4f})"
+    by_level = ", and ".join(
+        f"{numbers['model_error'][-1][level]:.4f} at {problem.tasks[level]} (standard error "
+        f"{numbers['model_error_deviation'][level]:.4f}; Bayes {numbers['bayes_error'][level]:.4f},"
+        f" exact mixture {numbers['mixture_error'][level]:.4f})"
         for level in (low, high)
     )
-    reached = numbers["worst_ratio"] < numbers["worst_ratio_best_penalty"]
+    times = numbers["penalty_to_model"]
+    below = (
+        f"No single ridge penalty is as good at all levels: the best one's error is {times:.2f} "
+        "times the model's at one of them."
+        if times > 1
+        else "A single ridge penalty is as good at all levels."
+    )
     moves = [
-        f"{moved:.2f} (own mean {own:.2f})"
-        for moved, own in zip(numbers["swap_moved"], numbers["swap_moved_own_mean"], strict=True)
+        f"{moved:.2f} of the way (own mean {own:.2f}) at {task}"
+        for task, moved, own in zip(
+            problem.tasks, numbers["swap_moved"], numbers["swap_moved_own_mean"], strict=True
+        )
     ]
+    reached = "reached" if numbers["model_to_bayes"] < 1.1 else "not reached"
     return (
-        f"The error at the last point is {by_level}. The model is at most "
-        f"{numbers['worst_ratio']:.2f} times the Bayes error at any level, where the best single "
-        f"ridge penalty is {numbers['worst_ratio_best_penalty']:.2f} times and the exact mixture "
-        f"{numbers['worst_ratio_mixture']:.2f} times: it "
-        f"{'comes closer to all lines at once than' if reached else 'does no better than'} any "
-        f"single penalty. The level's decodability is {numbers['td_best']:.2f} (the exact "
-        f"posterior's is {numbers['bayes_accuracy']:.2f}), and a linear probe reads log sigma with "
-        f"an R^2 of {numbers['probe_r2_best']:.2f} (posterior mean {numbers['bayes_r2']:.2f}). "
-        f"Swapping the level's representation at layer {numbers['swap_layer']} moves predictions "
-        f"towards the other level's ridge by these shares of the way, from {problem.tasks[0]} on: "
+        f"The error at the last point is {by_level}. {below} The Bayes lines are {reached} within "
+        f"10 %: the error is up to {numbers['model_to_bayes']:.2f} times the Bayes error (exact "
+        f"mixture {numbers['mixture_to_bayes']:.2f}). The level's decodability at the query's token is "
+        f"{numbers['td_best']:.2f} (the exact posterior's is {numbers['bayes_accuracy']:.2f}), and "
+        f"a linear probe reads log sigma with an R^2 of {numbers['probe_r2_best']:.2f} (posterior "
+        f"mean {numbers['bayes_r2']:.2f}). With another level's mean at layer "
+        f"{numbers['swap_layer']}, predictions move towards that level's ridge: "
         f"{', '.join(moves)}."
     )
 
@@ -351,9 +363,7 @@ def _sentence(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: 
 def _corner(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: int) -> Figure:
     """The error at two levels on two axes, over training."""
     ax = new_axes(None)
-    path, bayes, mixture = (
-        numbers[name] for name in ("model_error", "bayes_error", "mixture_error")
-    )
+    path, bayes, mixture = (numbers[f"{of}_error"] for of in ("model", "bayes", "mixture"))
     ax.axvline(bayes[low], color=GREY, linestyle="--", linewidth=0.9)
     ax.axhline(bayes[high], color=GREY, linestyle="--", linewidth=0.9, label="Bayes lines")
     curve = numbers["penalty_error_low"], numbers["penalty_error_high"]
@@ -364,7 +374,6 @@ def _corner(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: in
     ax.plot(way[0][-1], way[1][-1], "D", color=COLOURS[1], ms=5, label="model, last step")
     ax.set(
         xscale="log",
-        yscale="log",
         xlabel=f"squared error at {problem.tasks[low]}",
         ylabel=f"squared error at {problem.tasks[high]}",
         title=f"After {problem.n_points - 1} demonstrations in {problem.dim} dimensions",
@@ -386,7 +395,7 @@ def _decoding(numbers: Mapping[str, Any]) -> Figure:
         ax.axhline(numbers[bound], color=colour, ls="--", label=f"{label}, exact posterior")
     chance = 1 / len(numbers["sigmas"])
     ax.axhline(chance, color=GREY, ls=":", label="decodability, chance")
-    ax.set_xscale("symlog", linthresh=next((step for step in steps if step > 0), 1))
+    ax.set_xscale("symlog", linthresh=10)
     ax.set(xlabel="training step", ylabel="accuracy or $R^2$")
     ax.set(ylim=(-0.05, 1.05), xlim=(0, 1.2 * max(steps[-1], 1)))
     ax.set_title("The noise level at the query's token")

@@ -259,11 +259,13 @@ def swap_distances(
     train: Batch,
     test: Batch,
     oracles: Float[Tensor, "task example"],
+    *,
+    places: Sequence[int] | None = None,
 ) -> SwapDistances:
     """Swap the tasks' representations and return how far predictions are from each task's oracle.
 
     The component in the span of the differences of the tasks' means is replaced by a task's mean,
-    at the tokens that ``Problem.swapped_at`` names for the last point, in one layer at a time.
+    in one layer at a time.
 
     Args:
         model: A model of the lab.
@@ -272,6 +274,8 @@ def swap_distances(
         test: Sequences whose last point is predicted, of all tasks.
         oracles: What the best predictor of each task predicts at the last point of each of the test
             sequences, whatever their task, ``[task, example]``.
+        places: The tokens to swap at, each with means of its own; by default those that
+            ``Problem.swapped_at`` names for the last point.
 
     Raises:
         ValueError: If there is not one prediction per task and test sequence, or one of the two
@@ -297,7 +301,7 @@ def swap_distances(
         missing = set(range(n_tasks)) - set(batch.labels.tolist())
         if missing:
             raise ValueError(f"{name} has no sequence of {problem.tasks[min(missing)]}; add some")
-    places = problem.swapped_at(problem.n_points - 1)
+    places = problem.swapped_at(problem.n_points - 1) if places is None else places
     vectors = [task_vectors(one) for one in read_stream(model, problem, train, places=places)]
 
     def predicted(edits: Sequence[Intervention]) -> Float[Tensor, " example"]:
