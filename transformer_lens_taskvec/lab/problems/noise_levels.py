@@ -350,7 +350,7 @@ def _sentence(problem: NoisyLinear, numbers: Mapping[str, Any], low: int, high: 
     return (
         f"The error at the last point is {by_level}. {below} The Bayes lines are {reached} within "
         f"10 %: the error is up to {numbers['model_to_bayes']:.2f} times the Bayes error (exact "
-        f"mixture {numbers['mixture_to_bayes']:.2f}). The level's decodability at the query's token is "
+        f"mixture {numbers['mixture_to_bayes']:.2f}). The level's decodability at the query is "
         f"{numbers['td_best']:.2f} (the exact posterior's is {numbers['bayes_accuracy']:.2f}), and "
         f"a linear probe reads log sigma with an R^2 of {numbers['probe_r2_best']:.2f} (posterior "
         f"mean {numbers['bayes_r2']:.2f}). With another level's mean at layer "
