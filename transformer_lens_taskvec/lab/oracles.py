@@ -16,7 +16,6 @@ its Cholesky factor, for all sequences, points and bases at once, in float64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ class MixturePosterior:
 
     Attributes:
         probabilities: ``P(basis | demonstrations)``, ``[batch, point, task]``.
-        by_basis: The prediction if this basis were known to be the true one,
+        by_basis: The prediction if this basis, or noise level, were known to be the true one,
             ``[batch, point, task]``.
         variances: The variance of ``y`` about that prediction, noise included,
             ``[batch, point, task]``.
@@ -107,11 +106,8 @@ def bayes_mixture(
     identity = torch.eye(n_ranks, dtype=torch.float64, device=xs.device)
     factor = torch.linalg.cholesky(grams + noise_variance * identity)
     weights = _solved(factor, moments)
-    explained = reduce(moments * weights, "batch point task rank -> batch point task", "sum")
-    log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    log_determinant = log_determinant + (before.count[:, None] - n_ranks) * math.log(noise_variance)
-    quadratic = (before.square[..., None] - explained) / noise_variance
-    probabilities = (-0.5 * (log_determinant + quadratic)).softmax(-1)
+    noise = torch.full((len(rows),), noise_variance, dtype=torch.float64, device=xs.device)
+    probabilities = _log_evidence(before, factor, moments, weights, noise).softmax(-1)
     queries = xs.double()[..., coordinates] * present
     by_basis = reduce(queries * weights, "batch point task rank -> batch point task", "sum")
     spread = reduce(
@@ -119,6 +115,54 @@ def bayes_mixture(
     )
     found = probabilities, by_basis, noise_variance * (1 + spread)
     return MixturePosterior(*(one.to(xs.dtype) for one in found))
+
+
+def noise_mixture(
+    xs: Float[Tensor, "batch point dim"],
+    ys: Float[Tensor, "batch point"],
+    *,
+    noise_variances: Sequence[float],
+    weight_variance: float = 1.0,
+) -> MixturePosterior:
+    """Return the exact posterior over noise levels and the Bayes-optimal prediction.
+
+    With a weight variance ``t``, a level of noise variance ``s`` has the evidence
+    ``N(y; 0, t X X' + s I)`` and the prediction of ridge with the penalty ``s / t``.
+
+    Args:
+        xs: Inputs, ``[batch, point, dim]``.
+        ys: Outputs, ``[batch, point]``.
+        noise_variances: Of each level; all levels are equally likely beforehand.
+        weight_variance: The prior variance of each weight.
+
+    Returns:
+        The posterior given the pairs before each point, with the levels in place of bases.
+
+    Raises:
+        ValueError: If the shapes do not match or a variance is not positive.
+
+    Example:
+        >>> from transformer_lens_taskvec.lab.oracles import noise_mixture
+        >>> xs = torch.randn(1, 9, 2, generator=torch.Generator().manual_seed(0))
+        >>> found = noise_mixture(xs, xs[..., 1], noise_variances=[0.01, 1.0])
+        >>> found.probabilities[0, 0], bool(found.probabilities[0, -1, 0] > 0.9)
+        (tensor([0.5000, 0.5000]), True)
+    """
+    if not noise_variances or min(*noise_variances, weight_variance) <= 0:
+        raise ValueError(
+            f"noise_variances is {list(noise_variances)} and weight_variance {weight_variance}; "
+            "give at least one noise variance, and positive ones"
+        )
+    before = _sums_before(xs, ys)
+    noise = torch.tensor(noise_variances, dtype=torch.float64, device=xs.device)
+    penalties = rearrange(noise / weight_variance, "task -> task 1 1")
+    identity = torch.eye(xs.shape[2], dtype=torch.float64, device=xs.device)
+    factor = torch.linalg.cholesky(before.gram[:, :, None] + penalties * identity)
+    moments = repeat(before.moment, "batch point dim -> batch point task dim", task=len(noise))
+    weights = _solved(factor, moments)
+    probabilities = _log_evidence(before, factor, moments, weights, noise).softmax(-1)
+    by_level = (weights @ xs.double()[..., None]).squeeze(-1)
+    return MixturePosterior(probabilities.to(xs.dtype), by_level.to(xs.dtype))
 
 
 def true_basis_ridge(
@@ -350,3 +394,18 @@ def _solved(
 ) -> Float[Tensor, "*problem dim"]:
     """The solution of linear systems, given the Cholesky factors of their matrices."""
     return torch.cholesky_solve(rearrange(target, "... dim -> ... dim 1"), factor).squeeze(-1)
+
+
+def _log_evidence(
+    before: _Sums,
+    factor: Float[Tensor, "batch point task dim dim"],
+    moments: Float[Tensor, "batch point task dim"],
+    weights: Float[Tensor, "batch point task dim"],
+    noise: Float[Tensor, " task"],
+) -> Float[Tensor, "batch point task"]:
+    """The log evidence of each task, up to a constant, from its ridge regression's solution."""
+    explained = reduce(moments * weights, "batch point task dim -> batch point task", "sum")
+    quadratic = (before.square[..., None] - explained) / noise
+    log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    spare = before.count[:, None] - moments.shape[-1]
+    return -0.5 * (log_determinant + spare * noise.log() + quadratic)
