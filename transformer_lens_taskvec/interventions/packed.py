@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.metrics import Answered
@@ -256,7 +256,7 @@ class _Work:
 
 def answer_numbers(
     model: Any,
-    prompts: Sequence[Float[Tensor, "pos dim"]],
+    prompts: Sequence[Shaped[Tensor, "pos ..."]],
     variants: Sequence[Variant],
     *,
     observe: Sequence[str] = (),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -227,6 +228,10 @@ def _oracle_styles(emergence: Emergence) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _reach(errors: Float[Tensor, "*cell"], emergence: Emergence) -> tuple[float, float]:
-    """The lowest and highest error to show: the model's, down to the oracles' lowest."""
-    lowest = min(float(errors.min()), float(emergence.oracles.loss[:, 1:].min()))
-    return max(0.7 * lowest, 1e-6), 1.5 * float(errors.max())
+    """The lowest and highest error to show: the model's, down to the oracles' lowest.
+
+    Points that no loss counts are NaN.
+    """
+    oracles = emergence.oracles.loss[:, 1:]
+    errors, oracles = errors[~errors.isnan()], oracles[~oracles.isnan()]
+    return max(0.7 * float(torch.cat([errors, oracles]).min()), 1e-6), 1.5 * float(errors.max())

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from einops import repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -125,8 +125,8 @@ class PromptBatch:
         return PromptBatch(self.tokens.to(device), self.mask.to(device), self.rows, self.lengths)
 
 
-Tokens = Sequence[int] | Float[Tensor, "pos dim"]
-"""A prompt as the model reads it: token ids, or vectors for a model of the lab."""
+Tokens = Sequence[int] | Shaped[Tensor, "pos ..."]
+"""A prompt as the model reads it: token ids, or a tensor of vectors or ids for one of the lab."""
 
 
 def encode(model: Any, prompts: Sequence[str | Tensor], *, bos: bool | None = None) -> list[Any]:
