@@ -25,11 +25,8 @@ from transformer_lens_taskvec.lab.problems.lego_chains import (
     query_places,
     read_chains,
 )
-from transformer_lens_taskvec.lab.problems.lego_values import (
-    chain_accuracy,
-    plot_values,
-    value_decodability,
-)
+from transformer_lens_taskvec.lab.problems.lego_finding import chain_accuracy
+from transformer_lens_taskvec.lab.problems.lego_values import plot_values, value_decodability
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
 PROBLEM = Lego(n_vars=5, n_supervised=3, n_letters=9, negation=0.5)
@@ -214,18 +211,18 @@ class Planted(nn.Module):
 
 def test_planted_values_are_found_where_they_are() -> None:
     problem = Lego(n_vars=4, n_supervised=3)
-    diagonal = value_decodability(Planted(problem, 4, lambda layer, i: layer > i), problem, n=300)
+    diagonal = value_decodability(Planted(problem, 4, lambda layer, i: layer > i), problem, n=200)
     assert diagonal.readable_from().tolist()[:3] == [1, 2, 3]
     assert diagonal.readable_from()[3].isnan()
     assert diagonal.layers_per_position() == pytest.approx(1)
     assert diagonal.rank_correlation() == pytest.approx(1)
     held = torch.tensor([[layer > i for i in range(4)] for layer in range(4)])
-    assert diagonal.scores[0][held].min() > 0.95 and diagonal.scores[0][~held].max() < 0.65
-    assert diagonal.scores[1].max() < 0.65 and diagonal.shuffled.max() < 0.65
+    assert diagonal.scores[0][held].min() > 0.95 and diagonal.scores[0][~held].max() < 0.67
+    assert diagonal.scores[1].max() < 0.67 and diagonal.shuffled.max() < 0.67
     assert diagonal.readable_from("clause").isnan().all()
     assert math.isnan(diagonal.layers_per_position("clause"))
     column = value_decodability(
-        Planted(problem, 4, lambda layer, i: layer > 1), problem, n=300, method="knn"
+        Planted(problem, 3, lambda layer, i: layer > 1), problem, n=200, method="knn"
     )
     assert column.readable_from().tolist() == [2, 2, 2, 2]
     assert column.layers_per_position() == 0 == column.rank_correlation()

@@ -24,13 +24,13 @@ from transformer_lens_taskvec.lab.problems.lego_chains import (
     read_chains,
     shuffled_letters,
 )
-from transformer_lens_taskvec.lab.problems.lego_values import chain_finding
+from transformer_lens_taskvec.lab.problems.lego_finding import chain_finding
 from transformer_lens_taskvec.lab.problems.tokens import TokenProblem
 
 
 @dataclass(frozen=True)
 class Lego(TokenProblem):
-    """Chains of variables: ``a = 1, b = a, c = not b, ...`` (Zhang et al. 2022, section 2).
+    """Chains of variables: ``a = 1, b = a, c = not b, ...`` (Zhang et al. 2022).
 
     A sequence holds the clauses in random order, and then asks for every variable, in another
     random order. A query is a letter alone. The value is predicted at it and never fed, so that no
@@ -63,9 +63,9 @@ class Lego(TokenProblem):
         >>> problem = Lego(n_vars=3, n_supervised=2)
         >>> batch = problem.sample(1, torch.Generator().manual_seed(0))
         >>> problem.spell(batch.xs[0])
-        'b is d, 1 is f, f is b; d? f? b?'
+        'a is b, b not h, 0 is a; a? b? h?'
         >>> batch.ys.tolist(), batch.labels.tolist(), batch.weights.tolist()
-        ([[1, 1, 1]], [1], [[1.0, 1.0, 0.0]])
+        ([[0, 0, 1]], [0], [[1.0, 1.0, 0.0]])
     """
 
     n_vars: int = 6

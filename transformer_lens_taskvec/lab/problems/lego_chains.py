@@ -136,7 +136,8 @@ def shuffled_letters(
     letters: Int[Tensor, "batch position"], generator: torch.Generator
 ) -> Int[Tensor, "batch position"]:
     """The letters of each row in a random order."""
-    return letters.gather(1, _shuffled(*letters.shape, generator))
+    batch, n_vars = letters.shape
+    return letters.gather(1, _shuffled(batch, n_vars, generator))
 
 
 def query_places(tokens: Int[Tensor, "batch token"], n_vars: int) -> Int[Tensor, "batch position"]:

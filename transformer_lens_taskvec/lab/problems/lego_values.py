@@ -1,8 +1,8 @@
-"""Where a model holds the values of a chain's variables, and how far along the chain it is right.
+"""Where a model holds the values of a chain's variables: by layer and position in the chain.
 
 A model that works its way along the chain has the value of a later variable in a later layer: a
 diagonal in the map of layers and positions. One with a shortcut has all values in one layer: a
-column of positions that become readable together (Zhang et al., 2206.04301, section 4).
+column of positions that become readable together (Zhang et al., 2206.04301).
 """
 
 from __future__ import annotations
@@ -16,35 +16,24 @@ from torch import Tensor, nn
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.analysis.classifiers import Readout, readout, readout_name
-from transformer_lens_taskvec.lab.evaluation import checked_oracles
-from transformer_lens_taskvec.lab.problems.base import Finding
 from transformer_lens_taskvec.lab.problems.lego_chains import (
     clause_ceiling,
     query_places,
     read_chains,
 )
 from transformer_lens_taskvec.models.protocol import hook_name
-from transformer_lens_taskvec.plots import figure_of, styled
-from transformer_lens_taskvec.plots.style import (
-    COLOURS,
-    GREY,
-    heat_map,
-    legend_beside,
-    new_axes,
-    whole_numbers,
-)
+from transformer_lens_taskvec.plots import styled
+from transformer_lens_taskvec.plots.style import heat_map
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PLACES = ("query", "clause")
 """The tokens at which values are read."""
 
-_SEED = 31
-_DIAGONAL = 0.5
-"""Layers per position from which the map is called a diagonal."""
+SEED = 31
+"""Of the sequences that values are read from."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,7 +169,7 @@ def value_decodability(
     n: int = 800,
     method: str | Readout = "linear",
     k: int = 10,
-    seed: int = _SEED,
+    seed: int = SEED,
 ) -> ValueDecodability:
     """Return how well each variable's value is decoded at its clause and its query, by layer.
 
@@ -211,10 +200,11 @@ def value_decodability(
         raise ValueError(f"n is {n}; a probe needs 20 sequences or more")
     decode = readout(method, k)
     generator = torch.Generator().manual_seed(seed)
-    batch = _uniform(problem).sample(n, generator)
+    batch = uniform(problem).sample(n, generator)
     orders = torch.rand(batch.ys.shape, generator=generator).argsort(0)
-    read = _residuals(model if isinstance(model, nn.Module) else model.model(), batch.xs)
-    n_layers, n_vars = read.shape[1], problem.n_points
+    model, n_vars = model if isinstance(model, nn.Module) else model.model(), problem.n_vars
+    read = _residuals(model, batch.xs, n_vars)
+    n_layers = read.shape[1]
     scores, shuffled = torch.zeros(2, len(PLACES), n_layers, n_vars)
     for position in range(n_vars):
         values, order = batch.ys[:, position], orders[:, position]
@@ -224,104 +214,8 @@ def value_decodability(
                 scores[place, layer, position] = decode(points, values).float().mean()
                 shuffled[place, layer, position] = decode(points, values[order]).float().mean()
     ceiling = torch.stack([torch.ones(n_vars), clause_ceiling(n_vars)])
-    supervised = n_vars if batch.weights is None else int((batch.weights[0] > 0).sum())
-    return ValueDecodability(scores, shuffled, ceiling, supervised, n, readout_name(method))
-
-
-def chain_accuracy(
-    model: Any, problem: Any, *, n: int = 2_000, seed: int = _SEED
-) -> Float[Tensor, " position"]:
-    """Return a model's accuracy at every position in the chain, beyond the supervised ones too.
-
-    The bits of the sequences are uniform, whatever the problem's ``negation``, so that chance is
-    0.5 everywhere. ``Run.accuracy`` is of the problem as it is, and NaN at positions that no loss
-    counts.
-
-    Args:
-        model: A model of the lab, or a :class:`Run`, whose last model is taken.
-        problem: A :class:`Lego`.
-        n: Sequences.
-        seed: Their seed.
-
-    Example:
-        >>> from transformer_lens_taskvec import lab
-        >>> from transformer_lens_taskvec.lab.problems.lego import Lego
-        >>> from transformer_lens_taskvec.lab.problems.lego_values import chain_accuracy
-        >>> problem = Lego(n_vars=3, n_supervised=2)
-        >>> model = problem.make_model(lab.TrainConfig(n_layers=1), seed=0, device="cpu")
-        >>> chain_accuracy(model, problem, n=20).shape
-        torch.Size([3])
-    """
-    model = model if isinstance(model, nn.Module) else model.model()
-    batch = _uniform(problem).sample(n, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        logits = problem.predict(model.run_with_hooks, batch)
-    return problem.right(logits, batch.ys, batch.labels[:, None]).float().mean(0)
-
-
-def chain_finding(run: Any, *, n: int = 2_000, n_probe: int = 800, seed: int = _SEED) -> Finding:
-    """Return how far along the chain a run is right, and whether its values form a diagonal.
-
-    Args:
-        run: A :class:`Run` on a :class:`Lego`.
-        n: Sequences for the accuracy.
-        n_probe: Sequences for the decodability of values.
-        seed: Seed of both.
-
-    Returns:
-        The accuracy by position with that of the oracles, beyond the supervised positions too; the
-        layers at which values become readable; and the figures ``accuracy``, ``values`` and
-        ``training``.
-    """
-    problem = run.config.problem
-    accuracy = torch.stack(
-        [chain_accuracy(run.model(step), problem, n=n, seed=seed) for step in run.steps]
-    )
-    batch = _uniform(problem).sample(n, torch.Generator().manual_seed(seed))
-    oracles = {
-        name: _expected_accuracy(logits, batch.ys)
-        for name, logits in checked_oracles(problem, batch).items()
-    }
-    found = value_decodability(run, problem, n=n_probe, seed=seed)
-    last, supervised = accuracy[-1], problem.n_supervised
-    beyond = last[supervised:]
-    slope, correlation = found.layers_per_position(), found.rank_correlation()
-    kind = _kind(slope, correlation)
-    layers = found.readable_from()
-    extrapolated = (
-        f"Beyond them it is right in {_spelled(beyond)} (chance 0.50). " if len(beyond) else ""
-    )
-    sentence = (
-        f"At the supervised positions of the chain the model is right in "
-        f"{_spelled(last[:supervised])} of {n} sequences. {extrapolated}"
-        f"At the query the values become readable at layers "
-        f"{', '.join(spelled_layer(layer) for layer in layers.tolist())}: {slope:.2f} layers per "
-        f"position, rank correlation {correlation:.2f}, {kind}. With shuffled values the probe "
-        f"reaches at most {float(found.shuffled.max()):.2f}."
-    )
-    numbers = {
-        "accuracy": last.tolist(),
-        "accuracy_supervised": float(last[:supervised].mean()),
-        "accuracy_beyond": float(beyond.mean()),
-        "accuracy_first_beyond": float(beyond[0]) if len(beyond) else float("nan"),
-        "n_supervised": supervised,
-        "n": n,
-        "readable_from_layer": [None if x != x else int(x) for x in layers.tolist()],
-        "layers_per_position": slope,
-        "rank_correlation": correlation,
-        "kind": kind,
-        "query_scores": found.scores[0].tolist(),
-        "clause_scores": found.scores[1].tolist(),
-        "clause_ceiling": found.ceiling[1].tolist(),
-        "highest_shuffled": float(found.shuffled.max()),
-        **{f"accuracy_of_{name}": values.tolist() for name, values in oracles.items()},
-    }
-    figures = {
-        "accuracy": figure_of(plot_chain_accuracy(last, oracles, supervised)),
-        "values": plot_values(found),
-        "training": figure_of(_plot_over_training(run.steps, accuracy, supervised)),
-    }
-    return Finding(sentence, numbers, figures)
+    name = readout_name(method)
+    return ValueDecodability(scores, shuffled, ceiling, problem.n_supervised, n, name)
 
 
 @styled
@@ -380,99 +274,14 @@ def plot_values(found: ValueDecodability) -> Figure:
     return figure
 
 
-@styled
-def plot_chain_accuracy(
-    accuracy: Float[Tensor, " position"],
-    oracles: dict[str, Float[Tensor, " position"]],
-    n_supervised: int,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw the accuracy by position in the chain, with the oracles'.
-
-    Args:
-        accuracy: The model's, from :func:`chain_accuracy`.
-        oracles: The oracles' expected accuracy, by name.
-        n_supervised: The positions that training counts; the rest is shaded.
-        ax: Where to draw; by default on new axes.
-
-    Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_values import plot_chain_accuracy
-        >>> plot_chain_accuracy(torch.ones(4), {"chance": torch.full((4,), 0.5)}, 3).get_xlabel()
-        'position in the chain'
-    """
-    ax = new_axes(ax)
-    positions = range(1, len(accuracy) + 1)
-    lines = ("--", ":", "-.", (0, (1, 3)))
-    for (name, values), line in zip(oracles.items(), lines, strict=False):
-        ax.plot(positions, values.tolist(), color=GREY, linestyle=line, label=name)
-    ax.plot(positions, accuracy.tolist(), "o-", color=COLOURS[0], label="model")
-    ax.set(
-        xlabel="position in the chain",
-        ylabel="accuracy",
-        ylim=(0.4, 1.03),
-        title="Accuracy along the chain; shaded: not supervised",
-    )
-    if n_supervised < len(accuracy):
-        ax.axvspan(n_supervised + 0.5, len(accuracy) + 0.5, color=GREY, alpha=0.15, linewidth=0)
-    ax.set_xlim(0.5, len(accuracy) + 0.5)
-    whole_numbers(ax)
-    return legend_beside(ax)
-
-
-@styled
-def _plot_over_training(
-    steps: tuple[int, ...], accuracy: Float[Tensor, "checkpoint position"], n_supervised: int
-) -> Axes:
-    """The accuracy at each position over training; dashed where it is not supervised."""
-    ax = new_axes(None)
-    for position, curve in enumerate(accuracy.T):
-        ax.plot(
-            steps,
-            curve.tolist(),
-            color=COLOURS[position % len(COLOURS)],
-            linestyle="-" if position < n_supervised else "--",
-            label=f"position {position + 1}",
-        )
-    ax.axhline(0.5, color=GREY, linestyle=":", linewidth=0.9, label="chance")
-    ax.set(
-        xlabel="training step",
-        ylabel="accuracy",
-        ylim=(0.4, 1.03),
-        title="Accuracy over training; dashed: not supervised",
-    )
-    return legend_beside(ax)
-
-
 def spelled_layer(layer: float) -> str:
     """A layer's number, or ``none``."""
     return "none" if layer != layer else str(int(layer))
 
 
-def _uniform(problem: Any) -> Any:
+def uniform(problem: Any) -> Any:
     """The problem with every bit uniform."""
     return replace(problem, negation=0.5)
-
-
-def _kind(slope: float, correlation: float) -> str:
-    """What the map of layers and positions looks like, in words."""
-    if slope != slope:
-        return "too few to tell a diagonal from a column"
-    if slope >= _DIAGONAL and correlation > 0:
-        return "a diagonal, so the model works its way along the chain"
-    return "a column, so the model has a shortcut"
-
-
-def _expected_accuracy(
-    logits: Float[Tensor, "batch position token"], values: Int[Tensor, "batch position"]
-) -> Float[Tensor, " position"]:
-    """How often an oracle's likelier value is the right one; a coin decides between equals."""
-    own = logits.gather(2, values[..., None])[..., 0]
-    other = logits.gather(2, 1 - values[..., None])[..., 0]
-    return torch.where(own == other, 0.5, (own > other).float()).mean(0)
-
-
-def _spelled(shares: Float[Tensor, " share"]) -> str:
-    return ", ".join(f"{share:.3f}" for share in shares.tolist())
 
 
 def _place(place: str) -> int:
@@ -482,7 +291,7 @@ def _place(place: str) -> int:
 
 
 def _residuals(
-    model: Any, tokens: Int[Tensor, "batch token"]
+    model: Any, tokens: Int[Tensor, "batch token"], n_vars: int
 ) -> Float[Tensor, "place layer batch position d_model"]:
     """The residual stream after every block, at each variable's query and clause."""
     names = [hook_name("resid_post", layer) for layer in range(model.cfg.n_layers)]
@@ -494,7 +303,6 @@ def _residuals(
     with torch.no_grad():
         device = next(model.parameters()).device
         model.run_with_hooks(tokens.to(device), fwd_hooks=[(name, keep) for name in names])
-    n_vars = tokens.shape[1] // 4
     places = query_places(tokens, n_vars), read_chains(tokens, n_vars).clause_at
     residuals, rows = torch.stack(kept), torch.arange(len(tokens))[:, None]
     return torch.stack([residuals[:, rows, at] for at in places])
