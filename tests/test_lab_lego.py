@@ -29,7 +29,7 @@ from transformer_lens_taskvec.lab.problems.lego_finding import chain_accuracy
 from transformer_lens_taskvec.lab.problems.lego_values import plot_values, value_decodability
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
-PROBLEM = Lego(n_vars=5, n_supervised=3, n_letters=9, negation=0.5)
+PROBLEM = Lego(n_vars=5, n_supervised=3, n_letters=9)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_counting_knows_what_an_enumeration_of_all_chains_gives() -> None:
 
 
 def test_the_oracles_know_what_they_say() -> None:
-    errors = lab.oracle_errors(Lego(n_vars=5, n_supervised=5, negation=0.5), n_sequences=4000)
+    errors = lab.oracle_errors(Lego(n_vars=5, n_supervised=5), n_sequences=4000)
     assert errors.best in ("chain", "supervised steps") and not errors.told
     assert errors["chain"].tolist() == [0.0] * 5
     assert errors["chance"].tolist() == pytest.approx([math.log(2)] * 5)
@@ -235,7 +235,7 @@ def test_planted_values_are_found_where_they_are() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    problem = Lego(n_vars=3, n_supervised=2, n_letters=3, negation=0.5)
+    problem = Lego(n_vars=3, n_supervised=2, n_letters=3)
     sizes = {"n_layers": 2, "d_model": 32, "batch_size": 64, "n_checkpoints": 3, "n_eval": 50}
     settings: dict[str, Any] = {**problem.defaults, **sizes, "steps": 160, "warmup": 20}
     config = lab.TrainConfig(problem=problem, **settings)
@@ -283,6 +283,7 @@ def test_its_finding_says_where_values_are_readable(run: Run, tmp_path: Path) ->
     assert finding.numbers["accuracy_of_chain"] == [1.0] * 3
     assert finding.numbers["accuracy_of_supervised steps"] == [1.0, 1.0, 0.5]
     assert finding.numbers["accuracy_of_counts"][2] == 1.0
+    assert finding.numbers["accuracy_where_counts_is_wrong"][::2] == [None, None]
     assert finding.numbers["highest_shuffled"] < 0.65
     assert "Beyond them" in finding.sentence and "layers per position" in finding.sentence
     finding.save(tmp_path)

@@ -45,17 +45,14 @@ class Lego(TokenProblem):
     of five tokens, two of which are constant. Here a clause is three tokens, ``a not b`` for
     "b = not a", so that a causal model has read it all at the variable that it defines.
 
-    In the paper every bit is uniform. A small model then stays for long at the second position,
-    since nothing less than all steps to a value says anything of it. With a ``negation`` below 0.5
-    each step taken helps a little, which is the curriculum here. Accuracy and decodability of
-    values are measured with uniform bits all the same, and the value of a variable is as often 0 as
-    1 in any case.
+    Every bit is uniform, as in the paper. A ``negation`` below 0.5 makes a shift of distribution to
+    test: accuracy and the decodability of values are measured with uniform bits all the same.
 
     Attributes:
         n_vars: Variables in a chain.
         n_supervised: The positions in the chain, from the first, that training counts.
         n_letters: Letters that variables are drawn from, each used once at most in a sequence.
-        negation: The chance that a clause after the first holds ``not``.
+        negation: The chance that a clause after the first holds ``not``; the paper's is 0.5.
         tasks: The values of the last supervised variable.
 
     Example:
@@ -71,22 +68,22 @@ class Lego(TokenProblem):
     n_vars: int = 6
     n_supervised: int = 4
     n_letters: int = 8
-    negation: float = 0.25
+    negation: float = 0.5
     tasks: tuple[str, ...] = ("0", "1")
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
             "n_layers": 5,
             "n_heads": 4,
-            "d_model": 64,
+            "d_model": 48,
             "init": "fan_in",
-            "steps": 8_000,
+            "steps": 4_000,
             "batch_size": 64,
             "optimizer": "muon",
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
-            "warmup": 200,
+            "muon_learning_rate": 6e-3,
+            "warmup": 100,
             "schedule": "cosine",
             "n_checkpoints": 30,
         }

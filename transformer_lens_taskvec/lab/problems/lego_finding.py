@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from transformer_lens_taskvec.lab.problems.base import Finding
+from transformer_lens_taskvec.lab.problems.base import Batch, Finding
 from transformer_lens_taskvec.lab.problems.lego_values import (
     SEED,
     plot_values,
@@ -58,10 +59,7 @@ def chain_accuracy(
     """
     model = model if isinstance(model, nn.Module) else model.model()
     batch = uniform(problem).sample(n, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        logits = problem.predict(model.run_with_hooks, batch)
-    right: Tensor = problem.right(logits, batch.ys, batch.labels[:, None])
-    return right.float().mean(0)
+    return _right(model, problem, batch).float().mean(0)
 
 
 def chain_finding(run: Any, *, n: int = 2_000, n_probe: int = 800, seed: int = SEED) -> Finding:
@@ -74,19 +72,19 @@ def chain_finding(run: Any, *, n: int = 2_000, n_probe: int = 800, seed: int = S
         seed: Seed of both.
 
     Returns:
-        The accuracy by position with that of the oracles, beyond the supervised positions too; the
-        layers at which values become readable; and the figures ``accuracy``, ``values`` and
-        ``training``.
+        The accuracy by position with that of the oracles, beyond the supervised positions too, and
+        on the sequences in which counting the negations is wrong; the layers at which values become
+        readable; and the figures ``accuracy``, ``values`` and ``training``.
     """
     problem = run.config.problem
-    accuracy = torch.stack(
-        [chain_accuracy(run.model(step), problem, n=n, seed=seed) for step in run.steps]
-    )
     batch = uniform(problem).sample(n, torch.Generator().manual_seed(seed))
-    oracles = {
-        name: _expected_accuracy(logits, batch.ys)
-        for name, logits in problem.oracles(batch).items()
+    right = torch.stack([_right(run.model(step), problem, batch) for step in run.steps])
+    accuracy = right.float().mean(1)
+    chances = {
+        name: _chance_of_right(logits, batch.ys) for name, logits in problem.oracles(batch).items()
     }
+    oracles = {name: chance.mean(0) for name, chance in chances.items()}
+    against = _shares(right[-1], chances["counts"] == 0)
     found = value_decodability(run, problem, n=n_probe, seed=seed)
     last, supervised = accuracy[-1], problem.n_supervised
     beyond = last[supervised:]
@@ -94,11 +92,17 @@ def chain_finding(run: Any, *, n: int = 2_000, n_probe: int = 800, seed: int = S
     kind = _kind(slope, correlation)
     layers = found.readable_from()
     extrapolated = (
-        f"Beyond them it is {_spelled(beyond)}, where chance is 0.5. " if len(beyond) else ""
+        f"Beyond these positions it is {_spelled(beyond.tolist())}, where chance is 0.5. "
+        if len(beyond)
+        else ""
+    )
+    refuted = (
+        f"Where counting the negations is wrong, it is {_spelled(against[:supervised])} from "
+        "position 2. "
     )
     sentence = (
         f"At the supervised positions of the chain the model's accuracy is "
-        f"{_spelled(last[:supervised])} (n = {n}). {extrapolated}"
+        f"{_spelled(last[:supervised].tolist())} (n = {n}). {refuted}{extrapolated}"
         f"At the query the values become readable at layers "
         f"{', '.join(spelled_layer(layer) for layer in layers.tolist())}: {slope:.2f} layers per "
         f"position, rank correlation {correlation:.2f}, {kind}. With shuffled values the probe "
@@ -108,6 +112,7 @@ def chain_finding(run: Any, *, n: int = 2_000, n_probe: int = 800, seed: int = S
         "accuracy": last.tolist(),
         "accuracy_supervised": float(last[:supervised].mean()),
         "accuracy_beyond": float(beyond.mean()) if len(beyond) else None,
+        "accuracy_where_counts_is_wrong": against,
         "n_supervised": supervised,
         "n": n,
         "readable_from_layer": [None if x != x else int(x) for x in layers.tolist()],
@@ -200,14 +205,30 @@ def _kind(slope: float, correlation: float) -> str:
     return "a column, so the model has a shortcut"
 
 
-def _expected_accuracy(
+def _right(model: Any, problem: Any, batch: Batch) -> Bool[Tensor, "batch position"]:
+    """Whether the model gives the value of each variable."""
+    with torch.no_grad():
+        logits = problem.predict(model.run_with_hooks, batch)
+    right: Tensor = problem.right(logits, batch.ys, batch.labels[:, None])
+    return right
+
+
+def _chance_of_right(
     logits: Float[Tensor, "batch position token"], values: Int[Tensor, "batch position"]
-) -> Float[Tensor, " position"]:
-    """How often an oracle's likelier value is the right one; a coin decides between equals."""
+) -> Float[Tensor, "batch position"]:
+    """How likely an oracle names the right value; a coin decides between equals."""
     own = logits.gather(2, values[..., None])[..., 0]
     other = logits.gather(2, 1 - values[..., None])[..., 0]
-    return torch.where(own.isclose(other), 0.5, (own > other).float()).mean(0)
+    return torch.where(own.isclose(other), 0.5, (own > other).float())
 
 
-def _spelled(shares: Float[Tensor, " share"]) -> str:
-    return ", ".join(f"{share:.3f}" for share in shares.tolist())
+def _shares(
+    right: Bool[Tensor, "batch position"], some: Bool[Tensor, "batch position"]
+) -> list[float | None]:
+    """The accuracy at each position over some of the sequences; None where there is none."""
+    pairs = zip(right.T, some.T, strict=True)
+    return [float(one[rows].float().mean()) if rows.any() else None for one, rows in pairs]
+
+
+def _spelled(shares: Iterable[float | None]) -> str:
+    return ", ".join(f"{share:.3f}" for share in shares if share is not None)
