@@ -285,7 +285,9 @@ def test_its_finding_says_where_values_are_readable(run: Run, tmp_path: Path) ->
     assert finding.numbers["accuracy_of_counts"][2] == 1.0
     assert finding.numbers["accuracy_where_counts_is_wrong"][::2] == [None, None]
     assert finding.numbers["highest_shuffled"] < 0.65
-    assert "Beyond them" in finding.sentence and "layers per position" in finding.sentence
+    assert (
+        "Beyond these positions" in finding.sentence and "layers per position" in finding.sentence
+    )
     finding.save(tmp_path)
     assert json.loads((tmp_path / "finding.json").read_text())["n_supervised"] == 2
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "values", "training"}
