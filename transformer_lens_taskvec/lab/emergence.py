@@ -232,7 +232,7 @@ def measure_emergence(
         with torch.no_grad():
             predicted = problem.predict(model.run_with_hooks, batch)
         apart = [problem.distance(predicted, of) for of in predictions.values()]
-        distances.append([float(one[:, problem.late_from :].mean()) for one in apart])
+        distances.append([_late_mean(one, batch, problem.late_from) for one in apart])
     return Emergence(
         chosen,
         problem.tasks,
@@ -382,6 +382,13 @@ def _swap_layer(model: Any, train: Sequence[LabEpisode], held_out: Sequence[LabE
         return swap_matrix(model, train, held_out, layer).conditional_decoding
 
     return max(range(model.cfg.n_layers), key=harm)
+
+
+def _late_mean(values: Float[Tensor, "batch point"], batch: Batch, late_from: int) -> float:
+    """The mean over the late points, by their weights."""
+    weights = torch.ones_like(values) if batch.weights is None else batch.weights
+    late = slice(late_from, None)
+    return float((values * weights)[:, late].sum() / weights[:, late].sum())
 
 
 def _rank_correlation(one: Float[Tensor, " value"], other: Float[Tensor, " value"]) -> float:

@@ -133,7 +133,7 @@ def problem_episodes(
         problem: What the sequences are drawn from.
         n: Episodes per task.
         n_shots: Demonstrations per episode, or points before the query; by default as many as a
-            sequence of the problem has before its last point.
+            sequence has before the problem's ``query_point``, its last.
         seed: Seed of the sampling.
 
     Raises:
@@ -144,7 +144,7 @@ def problem_episodes(
         >>> len(lab.problem_episodes(lab.SparseLinearMixture.small(), n=2))  # of 4 tasks
         8
     """
-    n_shots = problem.n_points - 1 if n_shots is None else n_shots
+    n_shots = problem.query_point if n_shots is None else n_shots
     if not 0 <= n_shots < problem.n_points:
         raise ValueError(
             f"n_shots is {n_shots}; a sequence of {problem.n_points} points has 0 to "

@@ -230,8 +230,8 @@ def _oracle_styles(emergence: Emergence) -> list[tuple[str, dict[str, Any]]]:
 def _reach(errors: Float[Tensor, "*cell"], emergence: Emergence) -> tuple[float, float]:
     """The lowest and highest error to show: the model's, down to the oracles' lowest.
 
-    Points that no loss counts are NaN.
+    Points that no loss counts are NaN, and an oracle that is never wrong is below any figure.
     """
     oracles = emergence.oracles.loss[:, 1:]
-    errors, oracles = errors[~errors.isnan()], oracles[~oracles.isnan()]
+    errors, oracles = errors[~errors.isnan()], oracles[oracles > 0]
     return max(0.7 * float(torch.cat([errors, oracles]).min()), 1e-6), 1.5 * float(errors.max())

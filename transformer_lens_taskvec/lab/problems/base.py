@@ -152,6 +152,11 @@ class Problem(Protocol):
         """The first of the points that a late loss averages; by default the second half is late."""
         return self.n_points // 2
 
+    @property
+    def query_point(self) -> int:
+        """The point whose output an episode asks for by default: the last."""
+        return self.n_points - 1
+
     @abstractmethod
     def sample(
         self,
