@@ -98,6 +98,17 @@ def test_the_mixture_is_the_brute_force_one() -> None:
             posterior = np.exp(np.array(logs) - np.logaddexp.reduce(logs))
             np.testing.assert_allclose(found.probabilities[row, point], posterior, atol=1e-5)
             np.testing.assert_allclose(found.by_basis[row, point], ridges, atol=1e-5)
+            cross = weight * x[:point] @ x[point]
+            spreads = [
+                weight * x[point] @ x[point]
+                + variance
+                - cross
+                @ np.linalg.solve(
+                    weight * x[:point] @ x[:point].T + variance * np.eye(point), cross
+                )
+                for variance in variances
+            ]
+            np.testing.assert_allclose(found.variances[row, point], spreads, rtol=1e-5)
             np.testing.assert_allclose(found.prediction[row, point], posterior @ ridges, atol=1e-5)
     assert torch.allclose(found.probabilities[:, 0], torch.tensor(1 / 3))
 

@@ -161,8 +161,13 @@ def noise_mixture(
     moments = repeat(before.moment, "batch point dim -> batch point task dim", task=len(noise))
     weights = _solved(factor, moments)
     probabilities = _log_evidence(before, factor, moments, weights, noise).softmax(-1)
-    by_level = (weights @ xs.double()[..., None]).squeeze(-1)
-    return MixturePosterior(probabilities.to(xs.dtype), by_level.to(xs.dtype))
+    queries = repeat(xs.double(), "batch point dim -> batch point task dim", task=len(noise))
+    by_level = reduce(queries * weights, "batch point task dim -> batch point task", "sum")
+    spread = reduce(
+        queries * _solved(factor, queries), "batch point task dim -> batch point task", "sum"
+    )
+    found = probabilities, by_level, noise * (1 + spread)
+    return MixturePosterior(*(one.to(xs.dtype) for one in found))
 
 
 def true_basis_ridge(

@@ -24,6 +24,7 @@ from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Finding,
     Problem,
+    TaskPredictions,
     check_sizes,
     draw_labels,
     normal,
@@ -148,6 +149,11 @@ class NoisyLinear(Problem):
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
         """As for :meth:`Problem.posterior`: exact, by the marginal likelihood of each level."""
         return self._mixture(batch).probabilities
+
+    def by_task(self, batch: Batch) -> TaskPredictions:
+        """As for :meth:`Problem.by_task`: ridge at each level."""
+        found = self._mixture(batch)
+        return TaskPredictions(found.by_basis, found.variances)
 
     def swapped_at(self, point: int) -> tuple[int, ...]:
         """The query's token: no single output shows the level, which takes all pairs to infer."""
