@@ -14,21 +14,21 @@ from torch import Tensor
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
-from transformer_lens_taskvec.lab.problems.associative_memory import (
-    AssociativeMemory,
-    MemoryConfig,
-)
-from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-from transformer_lens_taskvec.lab.problems.bigrams_finding import meaning_of
-from transformer_lens_taskvec.lab.problems.bigrams_hijack import (
+from transformer_lens_taskvec.lab.problems.bigrams.finding import meaning_of
+from transformer_lens_taskvec.lab.problems.bigrams.formula import hand_set, predicted_logits
+from transformer_lens_taskvec.lab.problems.bigrams.hijack import (
     SWEEPS,
     Conflict,
     conflicting_contexts,
     hijack_curve,
     plot_hijack,
 )
-from transformer_lens_taskvec.lab.problems.bigrams_lengths import length_test
-from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set, predicted_logits
+from transformer_lens_taskvec.lab.problems.bigrams.lengths import length_test
+from transformer_lens_taskvec.lab.problems.bigrams.memory import (
+    AssociativeMemory,
+    MemoryConfig,
+)
+from transformer_lens_taskvec.lab.problems.bigrams.problem import TriggeredBigrams
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
 PROBLEM = TriggeredBigrams()

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
-from transformer_lens_taskvec.lab.problems.lego import Lego
-from transformer_lens_taskvec.lab.problems.lego_chains import (
+from transformer_lens_taskvec.lab.problems.lego.chains import (
     FIRST_LETTER,
     clause_ceiling,
     even_chance,
     query_places,
     read_chains,
 )
-from transformer_lens_taskvec.lab.problems.lego_finding import chain_accuracy
-from transformer_lens_taskvec.lab.problems.lego_values import plot_values, value_decodability
+from transformer_lens_taskvec.lab.problems.lego.finding import chain_accuracy
+from transformer_lens_taskvec.lab.problems.lego.problem import Lego
+from transformer_lens_taskvec.lab.problems.lego.values import plot_values, value_decodability
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
 PROBLEM = Lego(n_vars=5, n_supervised=3, n_letters=9)

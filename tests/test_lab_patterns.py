@@ -23,15 +23,15 @@ from transformer_lens.hook_points import HookPoint
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
-from transformer_lens_taskvec.lab.problems.concepts import Concepts
-from transformer_lens_taskvec.lab.problems.concepts_finding import (
+from transformer_lens_taskvec.lab.problems.concepts.finding import (
     _fits,
     concepts_finding,
     same_sign_attention,
 )
-from transformer_lens_taskvec.lab.problems.patterns import PatternTasks
-from transformer_lens_taskvec.lab.problems.patterns_finding import patterns_finding
-from transformer_lens_taskvec.lab.problems.pruning import (
+from transformer_lens_taskvec.lab.problems.concepts.problem import Concepts
+from transformer_lens_taskvec.lab.problems.patterns.finding import patterns_finding
+from transformer_lens_taskvec.lab.problems.patterns.problem import PatternTasks
+from transformer_lens_taskvec.lab.problems.patterns.pruning import (
     PruningCurve,
     neuron_norms,
     prune_neurons,

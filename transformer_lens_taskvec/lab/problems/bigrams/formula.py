@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from transformer_lens_taskvec.lab.problems.associative_memory import (
+from transformer_lens_taskvec.lab.problems.bigrams.memory import (
     AssociativeMemory,
     MemoryConfig,
     Positions,
@@ -94,8 +94,8 @@ def hand_set(
         ValueError: If ``positions`` is neither, or a strength is not finite.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import predicted_logits
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import predicted_logits
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> problem = TriggeredBigrams()
         >>> tokens = problem.sample(4, torch.Generator().manual_seed(0)).xs
@@ -166,7 +166,7 @@ def predicted_logits(
         ValueError: If a strength is not finite.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import predicted_logits
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import predicted_logits
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
         >>> problem, tokens = TriggeredBigrams(), torch.tensor([[0, 9, 5, 0]])
         >>> boost = predicted_logits(problem, tokens, 3.0, 8.0)[0, -1] - problem.log_bigrams[0]

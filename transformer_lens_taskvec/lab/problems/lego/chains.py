@@ -36,7 +36,7 @@ class Chains:
         clause_at: The place of the variable's token in its clause, ``[batch, position]``.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_chains import read_chains
+        >>> from transformer_lens_taskvec.lab.problems.lego.chains import read_chains
         >>> tokens = torch.tensor([[6, 3, 4, 1, 2, 6]])  # c not a, 1 is c
         >>> chains = read_chains(tokens, n_vars=2)
         >>> chains.letters.tolist(), chains.values.tolist(), chains.clause_at.tolist()
@@ -63,7 +63,7 @@ def read_chains(tokens: Int[Tensor, "batch token"], n_vars: int) -> Chains:
         ValueError: If the rows are shorter than the clauses, or are no chains.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_chains import read_chains
+        >>> from transformer_lens_taskvec.lab.problems.lego.chains import read_chains
         >>> read_chains(torch.tensor([[0, 2, 9, 9, 3, 5]]), n_vars=2).values.tolist()
         [[0, 1]]
     """
@@ -116,7 +116,7 @@ def draw_chains(
         The clauses' tokens, ``[batch, 3 * n_vars]``, and the letters in the order of the chain.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_chains import draw_chains, read_chains
+        >>> from transformer_lens_taskvec.lab.problems.lego.chains import draw_chains, read_chains
         >>> first, negated = torch.tensor([1]), torch.tensor([[True, False]])
         >>> tokens, _ = draw_chains(first, negated, 26, torch.Generator().manual_seed(0))
         >>> read_chains(tokens, n_vars=3).values.tolist()
@@ -151,7 +151,7 @@ def query_places(tokens: Int[Tensor, "batch token"], n_vars: int) -> Int[Tensor,
         ValueError: If the rows are no chains, or a variable is not asked for.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_chains import query_places
+        >>> from transformer_lens_taskvec.lab.problems.lego.chains import query_places
         >>> query_places(torch.tensor([[6, 3, 4, 1, 2, 6, 4, 6]]), n_vars=2).tolist()
         [[7, 6]]
     """
@@ -173,7 +173,7 @@ def clause_ceiling(n_vars: int) -> Float[Tensor, " position"]:
         n_vars: Variables in a chain.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_chains import clause_ceiling
+        >>> from transformer_lens_taskvec.lab.problems.lego.chains import clause_ceiling
         >>> [round(value, 3) for value in clause_ceiling(4).tolist()]
         [1.0, 0.75, 0.667, 0.625]
     """
@@ -194,7 +194,7 @@ def even_chance(n_steps: int) -> Float[Tensor, "position count"]:
         ``[n_steps + 1, n_steps + 1]``: by position in the chain and number of ``not``s.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_chains import even_chance
+        >>> from transformer_lens_taskvec.lab.problems.lego.chains import even_chance
         >>> even_chance(2).tolist()
         [[1.0, 1.0, 1.0], [1.0, 0.5, 0.0], [1.0, 0.0, 1.0]]
     """

@@ -49,7 +49,7 @@ def concepts_finding(run: Any, *, n: int = 1_000) -> Finding:
         >>> import dataclasses, tempfile
         >>> from transformer_lens_taskvec import lab
         >>> from transformer_lens_taskvec.lab.problems.concepts import Concepts
-        >>> from transformer_lens_taskvec.lab.problems.concepts_finding import concepts_finding
+        >>> from transformer_lens_taskvec.lab.problems.concepts.finding import concepts_finding
         >>> config = lab.TrainConfig(
         ...     problem=Concepts(n_points=5), n_layers=1, n_heads=1, d_model=8, n_checkpoints=1
         ... )
@@ -118,7 +118,7 @@ class SameSignAttention(Shown):
         chance: The share of demonstrations that are of the query's sign.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.concepts_finding import SameSignAttention
+        >>> from transformer_lens_taskvec.lab.problems.concepts.finding import SameSignAttention
         >>> SameSignAttention(torch.tensor([[0.5]]), torch.tensor([[0.9]]), 0.5)
         SameSignAttention(1 layers, 1 heads: at most 0.50 on the query's sign, 0.50 by chance)
     """
@@ -159,7 +159,7 @@ def same_sign_attention(
     Example:
         >>> from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer
         >>> from transformer_lens_taskvec.lab.problems.concepts import Concepts
-        >>> from transformer_lens_taskvec.lab.problems.concepts_finding import same_sign_attention
+        >>> from transformer_lens_taskvec.lab.problems.concepts.finding import same_sign_attention
         >>> model = RegressionTransformer(RegressionConfig(d_input=32, n_points=16, n_layers=2))
         >>> found = same_sign_attention(model, Concepts(), n=200)
         >>> bool((found.same - found.chance).abs().max() < 0.02)  # untrained

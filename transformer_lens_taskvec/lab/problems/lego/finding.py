@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding
-from transformer_lens_taskvec.lab.problems.lego_values import (
+from transformer_lens_taskvec.lab.problems.lego.values import (
     SEED,
     plot_values,
     spelled_layer,
@@ -51,7 +51,7 @@ def chain_accuracy(
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> from transformer_lens_taskvec.lab.problems.lego import Lego
-        >>> from transformer_lens_taskvec.lab.problems.lego_finding import chain_accuracy
+        >>> from transformer_lens_taskvec.lab.problems.lego.finding import chain_accuracy
         >>> problem = Lego(n_vars=3, n_supervised=2)
         >>> model = problem.make_model(lab.TrainConfig(n_layers=1), seed=0, device="cpu")
         >>> chain_accuracy(model, problem, n=20).shape
@@ -149,7 +149,7 @@ def plot_chain_accuracy(
         ax: Where to draw; by default on new axes.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.lego_finding import plot_chain_accuracy
+        >>> from transformer_lens_taskvec.lab.problems.lego.finding import plot_chain_accuracy
         >>> plot_chain_accuracy(torch.ones(4), {"chance": torch.full((4,), 0.5)}, 3).get_xlabel()
         'position in the chain'
     """

@@ -13,16 +13,16 @@ from torch import Tensor
 from transformer_lens_taskvec.activations import Activations, Source
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.interventions.intervention import inject
-from transformer_lens_taskvec.lab.problems.associative_memory import Positions
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding, balanced_labels
-from transformer_lens_taskvec.lab.problems.bigrams_hijack import (
+from transformer_lens_taskvec.lab.problems.bigrams.formula import hand_set, predicted_logits
+from transformer_lens_taskvec.lab.problems.bigrams.hijack import (
     SWEEPS,
     HijackCurve,
     hijack_curve,
     plot_hijack,
 )
-from transformer_lens_taskvec.lab.problems.bigrams_lengths import LengthTest, length_test
-from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set, predicted_logits
+from transformer_lens_taskvec.lab.problems.bigrams.lengths import LengthTest, length_test
+from transformer_lens_taskvec.lab.problems.bigrams.memory import Positions
 from transformer_lens_taskvec.models.protocol import hook_name, inference, model_name
 from transformer_lens_taskvec.plots import styled
 from transformer_lens_taskvec.plots.style import COLOURS, GREY, MARKERS, heat_map, task_style
@@ -48,9 +48,9 @@ class Meaning:
             task, in the subspace of the means, ``[source, target]``.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_finding import meaning_of
+        >>> from transformer_lens_taskvec.lab.problems.bigrams.finding import meaning_of
         >>> problem = TriggeredBigrams()
         >>> found = meaning_of(hand_set(problem), problem, n=20)
         >>> found.td.shape, found.swapped.shape
@@ -86,9 +86,9 @@ def meaning_of(model: Any, problem: Any, *, n: int = 100, k: int = 10) -> Meanin
         ValueError: If there are too few sequences for ``k`` neighbours.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_finding import meaning_of
+        >>> from transformer_lens_taskvec.lab.problems.bigrams.finding import meaning_of
         >>> problem = TriggeredBigrams()
         >>> found = meaning_of(hand_set(problem), problem, n=20)
         >>> bool(found.td[1].mean() > 0.8), found.other > 1 > found.own

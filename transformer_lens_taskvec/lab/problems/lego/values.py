@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.analysis.classifiers import Readout, readout, readout_name
-from transformer_lens_taskvec.lab.problems.lego_chains import (
+from transformer_lens_taskvec.lab.problems.lego.chains import (
     clause_ceiling,
     query_places,
     read_chains,
@@ -53,7 +53,7 @@ class ValueDecodability(Shown):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> from transformer_lens_taskvec.lab.problems.lego import Lego
-        >>> from transformer_lens_taskvec.lab.problems.lego_values import value_decodability
+        >>> from transformer_lens_taskvec.lab.problems.lego import value_decodability
         >>> problem = Lego(n_vars=3, n_supervised=2)
         >>> model = problem.make_model(lab.TrainConfig(n_layers=1), seed=0, device="cpu")
         >>> found = value_decodability(model, problem, n=40)
@@ -232,7 +232,7 @@ def plot_values(found: ValueDecodability) -> Figure:
         >>> from matplotlib import pyplot as plt
         >>> from transformer_lens_taskvec import lab
         >>> from transformer_lens_taskvec.lab.problems.lego import Lego
-        >>> from transformer_lens_taskvec.lab.problems.lego_values import plot_values
+        >>> from transformer_lens_taskvec.lab.problems.lego import plot_values
         >>> problem = Lego(n_vars=2, n_supervised=2)
         >>> model = problem.make_model(lab.TrainConfig(n_layers=1), seed=0, device="cpu")
         >>> figure = plot_values(value_decodability(model, problem, n=40))

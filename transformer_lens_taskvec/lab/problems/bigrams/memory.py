@@ -51,7 +51,7 @@ class MemoryConfig:
         ValueError: If a size is below 1, or ``positions`` is something else.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import MemoryConfig
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import MemoryConfig
         >>> MemoryConfig(d_vocab=30, n_ctx=64).d_head
         64
     """
@@ -97,7 +97,7 @@ class AssociativeMemory(HookedRootModule):
         seed: Seed of the initial weights; the global random state is neither read nor changed.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.associative_memory import (
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import (
         ...     AssociativeMemory, MemoryConfig
         ... )
         >>> model = AssociativeMemory(MemoryConfig(d_vocab=30, n_ctx=64))

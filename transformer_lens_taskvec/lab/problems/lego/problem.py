@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding, draw_labels
-from transformer_lens_taskvec.lab.problems.lego_chains import (
+from transformer_lens_taskvec.lab.problems.lego.chains import (
     CLAUSE,
     FIRST_LETTER,
     NOT,
@@ -24,7 +24,7 @@ from transformer_lens_taskvec.lab.problems.lego_chains import (
     read_chains,
     shuffled_letters,
 )
-from transformer_lens_taskvec.lab.problems.lego_finding import chain_finding
+from transformer_lens_taskvec.lab.problems.lego.finding import chain_finding
 from transformer_lens_taskvec.lab.problems.tokens import TokenProblem
 
 

@@ -62,7 +62,7 @@ def neuron_norms(model: Any, *, by: str = "magnitude") -> Float[Tensor, "layer n
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> from transformer_lens_taskvec.lab.problems.pruning import neuron_norms
+        >>> from transformer_lens_taskvec.lab.problems.patterns import neuron_norms
         >>> neuron_norms(lab.shipped_run().model()).shape
         torch.Size([5, 256])
     """
@@ -101,7 +101,7 @@ def prune_neurons(
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> from transformer_lens_taskvec.lab.problems.pruning import neuron_norms, prune_neurons
+        >>> from transformer_lens_taskvec.lab.problems.patterns import neuron_norms, prune_neurons
         >>> pruned = prune_neurons(lab.shipped_run().model(), 0.25)
         >>> (neuron_norms(pruned) == 0).sum(1).tolist()  # of 256
         [64, 64, 64, 64, 64]
@@ -149,7 +149,7 @@ class PruningCurve(Shown):
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> from transformer_lens_taskvec.lab.problems.pruning import pruning_curve
+        >>> from transformer_lens_taskvec.lab.problems.patterns import pruning_curve
         >>> curve = pruning_curve(lab.shipped_run(), fractions=(0, 0.5), n=10, n_random=1)
         >>> curve.accuracy.shape, bool(curve.accuracy[0, 1] >= curve.accuracy[1, 1])
         (torch.Size([3, 2]), True)
@@ -241,7 +241,7 @@ def pruning_curve(
 
     Example:
         >>> from transformer_lens_taskvec import lab
-        >>> from transformer_lens_taskvec.lab.problems.pruning import pruning_curve
+        >>> from transformer_lens_taskvec.lab.problems.patterns import pruning_curve
         >>> pruning_curve(lab.shipped_run(), fractions=(0,), n=10, n_random=1, layer=3).layer
         3
     """
@@ -371,7 +371,7 @@ def plot_pruning(curve: PruningCurve, *, chance: float | None = None) -> Figure:
     Example:
         >>> from matplotlib import pyplot as plt
         >>> from transformer_lens_taskvec import lab
-        >>> from transformer_lens_taskvec.lab.problems.pruning import plot_pruning, pruning_curve
+        >>> from transformer_lens_taskvec.lab.problems.patterns import plot_pruning, pruning_curve
         >>> curve = pruning_curve(lab.shipped_run(), fractions=(0, 1), n=10, layer=3)
         >>> plot_pruning(curve).axes[0].get_xlabel()
         'share of neurons pruned'

@@ -32,7 +32,7 @@ from transformer_lens_taskvec.lab.problems.base import (
     draw_labels,
     normal,
 )
-from transformer_lens_taskvec.lab.problems.concepts_finding import concepts_finding
+from transformer_lens_taskvec.lab.problems.concepts.finding import concepts_finding
 
 _VOTE = 2.0
 """The logit that the nearest demonstration gives to its output."""

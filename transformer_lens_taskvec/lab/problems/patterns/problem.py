@@ -30,7 +30,7 @@ from transformer_lens_taskvec.lab.problems.base import (
     check_sizes,
     draw_labels,
 )
-from transformer_lens_taskvec.lab.problems.patterns_finding import patterns_finding
+from transformer_lens_taskvec.lab.problems.patterns.finding import patterns_finding
 
 _RULED_OUT = -100.0
 """The log-probability of a pair that a task rules out; finite, so that sums of it have an order."""

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_lens_taskvec.lab.model import ModelSize
-from transformer_lens_taskvec.lab.problems.associative_memory import (
+from transformer_lens_taskvec.lab.problems.base import Batch, Finding, draw_labels
+from transformer_lens_taskvec.lab.problems.bigrams.finding import bigrams_finding
+from transformer_lens_taskvec.lab.problems.bigrams.formula import follows_like
+from transformer_lens_taskvec.lab.problems.bigrams.memory import (
     AssociativeMemory,
     MemoryConfig,
     Positions,
     check_positions,
 )
-from transformer_lens_taskvec.lab.problems.base import Batch, Finding, draw_labels
-from transformer_lens_taskvec.lab.problems.bigrams_finding import bigrams_finding
-from transformer_lens_taskvec.lab.problems.hand_set_memory import follows_like
 from transformer_lens_taskvec.lab.problems.tokens import TokenProblem
 
 _LONGEST = 4

@@ -30,9 +30,9 @@ class LengthTest(Shown):
         n: Sequences per length.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_lengths import length_test
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import length_test
         >>> problem = TriggeredBigrams()
         >>> length_test({"hand-set": hand_set(problem)}, problem, factors=(1, 2), n=4).lengths
         (40, 80)
@@ -83,9 +83,9 @@ def length_test(
         ValueError: If a factor is below 1, or there are no sequences.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_lengths import length_test
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import length_test
         >>> problem = TriggeredBigrams()
         >>> models = {kind: hand_set(problem, positions=kind) for kind in ("relative", "absolute")}
         >>> found = length_test(models, problem, factors=(1, 4), n=20)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec._utils.results import Shown
-from transformer_lens_taskvec.lab.problems.hand_set_memory import predicted_logits
+from transformer_lens_taskvec.lab.problems.bigrams.formula import predicted_logits
 from transformer_lens_taskvec.plots import styled
 from transformer_lens_taskvec.plots.style import COLOURS, new_axes
 
@@ -52,7 +52,7 @@ class Conflict:
         ValueError: If the context is too short for so many pairs, or the two tokens are the same.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import Conflict
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import Conflict
         >>> Conflict(output=9, rival=5, n_output=2, n_rival=1, length=40).n_rival
         1
     """
@@ -97,7 +97,7 @@ def conflicting_contexts(
 
     Example:
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import (
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import (
         ...     Conflict, conflicting_contexts
         ... )
         >>> conflict = Conflict(output=9, rival=5, n_output=2, n_rival=1, length=40)
@@ -150,9 +150,9 @@ class HijackCurve(Shown):
         gamma: The strength of the output in the formula.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import hijack_curve
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hijack_curve
         >>> problem = TriggeredBigrams()
         >>> model = hand_set(problem, 3.0, 8.0)
         >>> found = hijack_curve(model, problem, beta=3.0, gamma=8.0, n=2)
@@ -269,9 +269,9 @@ def hijack_curve(
             is too short.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import hijack_curve
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hijack_curve
         >>> problem = TriggeredBigrams()
         >>> fitted = hijack_curve(hand_set(problem, 3.0, 8.0), problem, n=2)
         >>> round(fitted.beta, 2), round(fitted.gamma, 2), fitted.agreement
@@ -361,9 +361,9 @@ def plot_hijack(
         ValueError: If there is no such sweep or column.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.hand_set_memory import hand_set
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import hand_set
         >>> from transformer_lens_taskvec.lab.problems.bigrams import TriggeredBigrams
-        >>> from transformer_lens_taskvec.lab.problems.bigrams_hijack import (
+        >>> from transformer_lens_taskvec.lab.problems.bigrams import (
         ...     hijack_curve, plot_hijack
         ... )
         >>> problem = TriggeredBigrams()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding
-from transformer_lens_taskvec.lab.problems.pruning import plot_pruning, pruning_curve
+from transformer_lens_taskvec.lab.problems.patterns.pruning import plot_pruning, pruning_curve
 from transformer_lens_taskvec.plots import styled
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
@@ -46,7 +46,7 @@ def patterns_finding(run: Any, *, n: int = 500, n_pruning: int = 40) -> Finding:
         >>> import dataclasses, tempfile
         >>> from transformer_lens_taskvec import lab
         >>> from transformer_lens_taskvec.lab.problems.patterns import PatternTasks
-        >>> from transformer_lens_taskvec.lab.problems.patterns_finding import patterns_finding
+        >>> from transformer_lens_taskvec.lab.problems.patterns.finding import patterns_finding
         >>> config = lab.TrainConfig(
         ...     problem=PatternTasks(n_points=5), n_layers=1, n_heads=1, d_model=8, n_checkpoints=1
         ... )
