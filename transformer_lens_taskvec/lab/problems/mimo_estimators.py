@@ -144,7 +144,7 @@ def finite_prior(
     bits: int,
     query_informs: bool = True,
     points: Sequence[int] | None = None,
-) -> Float[Tensor, "batch point 4"]:
+) -> Float[Tensor, "batch chosen 4"]:
     """Return ``E[x | y, pairs before]`` if the channel is one of a finite set.
 
     With fresh channels of the true prior this is its plain Monte-Carlo estimate, which is biased:
@@ -203,7 +203,7 @@ def true_prior(
     n_samples: int = 16,
     points: Sequence[int] | None = None,
     seed: int = 0,
-) -> Float[Tensor, "batch point 4"]:
+) -> Float[Tensor, "batch chosen 4"]:
     """Return ``E[x | y, pairs before]`` if the channel's entries are CN(0, 1), by importance.
 
     The rows of ``H``, one for each receiving antenna, are independent, also given the pairs. So the
@@ -291,8 +291,8 @@ class _Pairs:
     def _log_likelihood(
         self,
         entries: Complex[Tensor, "row antenna sample 2"],
-        sent: Complex[Tensor, "*#row pair 2"],
-        received: Float[Tensor, "row pair 4"],
+        sent: Complex[Tensor, "*same pair 2"],
+        received: Float[Tensor, "row pair_or_one 4"],
     ) -> Float[Tensor, "row antenna sample pair"]:
         """``log P(received | sent, entries)`` of each antenna's complex number."""
         arrived = entries @ sent.mT
