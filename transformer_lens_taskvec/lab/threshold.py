@@ -60,7 +60,7 @@ class ThresholdSweep(Shown):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     found = threshold_sweep((1, 2), folder, n=12, progress=False, **small)
         >>> found.to_frame().shape, found.swaps.shape
-        ((4, 12), torch.Size([2, 2, 2]))
+        ((4, 13), torch.Size([2, 2, 2]))
     """
 
     n_channels: tuple[int, ...]
@@ -83,9 +83,9 @@ class ThresholdSweep(Shown):
         """One row per training and kind of channels.
 
         Columns ``n_channels, channels``, the late errors ``error, finite_prior, true_prior,
-        known_channel``, the model's distances ``to_finite_prior, to_true_prior``, ``td`` and
-        ``td_of_input`` (at the layer where the training's channels have the highest TD), and
-        ``own_swap, other_swap``.
+        known_channel``, the model's distances ``to_finite_prior, to_true_prior``, TD at the query
+        and at the symbols sent last, ``td`` and ``td_of_output``, at :attr:`Equaliser.best_layer`,
+        that of the query's numbers alone, ``td_of_input``, and ``own_swap, other_swap``.
         """
         import pandas as pd
 
@@ -105,6 +105,7 @@ class ThresholdSweep(Shown):
                         "to_finite_prior": float(found.distance["finite prior"][place]),
                         "to_true_prior": float(found.distance["true prior"][place]),
                         "td": float(found.td[place, found.best_layer]),
+                        "td_of_output": float(found.td_of_output[place, found.best_layer]),
                         "td_of_input": float(found.td_of_input[place]),
                         "own_swap": own,
                         "other_swap": other,
@@ -244,8 +245,9 @@ def plot_threshold(sweep: ThresholdSweep) -> Figure:
             draw(axes[0, 0], "true_prior", "true prior, fresh channels", color=GREY, ls="-.")
             draw(axes[0, 1], "to_finite_prior", "from the finite prior", **of_kind)
             draw(axes[0, 1], "to_true_prior", "from the true prior", color=GREY, marker="^")
-        draw(axes[1, 0], "td", kind, **of_kind)
-        draw(axes[1, 0], "td_of_input", f"{kind}, numbers alone", color=COLOURS[place], ls=":")
+        draw(axes[1, 0], "td_of_output", f"symbols sent last, {kind}", **of_kind)
+        draw(axes[1, 0], "td", f"query, {kind}", color=COLOURS[place], ls="--")
+        draw(axes[1, 0], "td_of_input", f"numbers alone, {kind}", color=COLOURS[place], ls=":")
         draw(axes[1, 1], "other_swap", f"another's mean, {kind}", **of_kind)
         draw(axes[1, 1], "own_swap", f"own mean, {kind}", **{**of_kind, "ls": ":"})
     labels: Mapping[tuple[int, int], tuple[str, str]] = {

@@ -18,30 +18,29 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.analysis.classifiers import readout
 from transformer_lens_taskvec.lab.problems.base import Finding, balanced_labels
 from transformer_lens_taskvec.models.protocol import hook_name
-from transformer_lens_taskvec.plots import figure_of, styled
+from transformer_lens_taskvec.plots import styled
 from transformer_lens_taskvec.plots.style import (
     COLOURS,
     GREY,
     legend_beside,
-    new_axes,
     whole_numbers,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CHANNELS = ("training's channels", "fresh channels")
 """What the rows of an :class:`Equaliser`'s measurements are."""
 
 _K = 10
+_TICKS = (0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 _STYLES: Mapping[str, Mapping[str, Any]] = {
     "model": {"color": COLOURS[0], "linewidth": 1.8},
     "finite prior": {"color": COLOURS[1], "linestyle": "--"},
     "true prior": {"color": COLOURS[2], "linestyle": "-."},
     "known channel": {"color": GREY, "linestyle": ":"},
-    "linear, known channel": {"color": GREY, "linestyle": (0, (5, 1, 1, 1))},
+    "linear, known channel": {"color": GREY, "linewidth": 0.9},
 }
 
 
@@ -56,9 +55,13 @@ class Equaliser(Shown):
             number, ``[channels, point]``.
         distance: By oracle, the mean squared difference between the model's predictions and the
             oracle's per real number, over the late points, ``[channels]``.
-        td: The share of query tokens whose channel is that of most of its 10 nearest neighbours,
-            ``[channels, layer]``; among the problem's tasks, and as many fresh channels.
-        td_of_input: The same from the query's received numbers alone, ``[channels]``.
+        td: Task decodability at the query, the share of its tokens whose channel is that of most
+            of the 10 nearest neighbours, ``[channels, layer]``; among the problem's tasks, and as
+            many fresh channels.
+        td_of_input: The same from the query's received numbers alone, ``[channels]``: 16 clusters
+            that depend on the channel.
+        td_of_output: The same at the token of the symbols sent last, which are the same for all
+            channels, ``[channels, layer]``; chance is one over the number of tasks.
         late_from: The first of the late points.
         n_sequences: Sequences for the errors and distances.
 
@@ -76,6 +79,7 @@ class Equaliser(Shown):
     distance: Mapping[str, Float[Tensor, " channels"]]
     td: Float[Tensor, "channels layer"]
     td_of_input: Float[Tensor, " channels"]
+    td_of_output: Float[Tensor, "channels layer"]
     late_from: int
     n_sequences: int
 
@@ -92,8 +96,8 @@ class Equaliser(Shown):
 
     @property
     def best_layer(self) -> int:
-        """The layer with the highest TD of the training's channels."""
-        return int(self.td[0].argmax())
+        """The layer with the highest TD of the training's channels at the symbols sent last."""
+        return int(self.td_of_output[0].argmax())
 
     def to_frame(self) -> pd.DataFrame:
         """One row per predictor: late errors, and the model's distances from it."""
@@ -109,7 +113,7 @@ class Equaliser(Shown):
 
     def __repr__(self) -> str:
         own, fresh = self.late("model")
-        td, td_fresh = self.td[:, self.best_layer].tolist()
+        td, td_fresh = self.td_of_output[:, self.best_layer].tolist()
         return (
             f"Equaliser(late error {own:.3f} on its channels and {fresh:.3f} on fresh ones, "
             f"TD at layer {self.best_layer} {td:.2f} and {td_fresh:.2f}; "
@@ -152,11 +156,13 @@ def measure_equaliser(
             apart.setdefault(name, []).append(far.mean())
     others = fresh_tasks(problem)
     decoded = [_decodability(model, one, n_per_task, 1_000 * seed + 2) for one in (problem, others)]
+    query, of_input, output = zip(*decoded, strict=True)
     return Equaliser(
         {name: torch.stack(both) for name, both in errors.items()},
         {name: torch.stack(both) for name, both in apart.items()},
-        torch.stack([by_layer for by_layer, _ in decoded]),
-        torch.stack([of_input for _, of_input in decoded]),
+        torch.stack(query),
+        torch.stack(of_input),
+        torch.stack(output),
         problem.late_from,
         n_sequences,
     )
@@ -178,16 +184,22 @@ def fresh_tasks(problem: Any) -> Any:
 
 def _decodability(
     model: Any, problem: Any, n: int, seed: int
-) -> tuple[Float[Tensor, " layer"], Float[Tensor, ""]]:
-    """TD at the last query by layer, and that of what was received there."""
+) -> tuple[Float[Tensor, " layer"], Float[Tensor, ""], Float[Tensor, " layer"]]:
+    """TD at the last query by layer, of what was received there, and at the token before it."""
     labels = balanced_labels(len(problem.tasks), n)
     batch = problem.sample(len(labels), torch.Generator().manual_seed(seed), labels=labels)
     hits = readout("knn", _K)
     names = [hook_name("resid_post", layer) for layer in range(model.cfg.n_layers)]
     with torch.no_grad():
         _, cache = model.run_with_cache(problem.tokens(batch), names_filter=names)
-    by_layer = [hits(cache[name][:, -1], labels).float().mean() for name in names]
-    return torch.stack(by_layer), hits(batch.xs[:, -1], labels).float().mean()
+
+    def share(points: Tensor) -> Tensor:
+        return hits(points, labels).float().mean()
+
+    query, output = (
+        torch.stack([share(cache[name][:, place]) for name in names]) for place in (-1, -2)
+    )
+    return query, share(batch.xs[:, -1]), output
 
 
 def finding_of(run: Any, *, n_sequences: int = 500) -> Finding:
@@ -231,17 +243,24 @@ def finding_of(run: Any, *, n_sequences: int = 500) -> Finding:
         )
         numbers |= {"finite_prior": finite[0], "finite_prior_fresh": finite[1]}
         numbers |= {"distance_fresh_to_finite": to_finite, "distance_fresh_to_true": to_true}
-    td, td_fresh = found.td[:, layer].tolist()
-    by_input = found.td_of_input.tolist()
+    measures = {
+        "td_of_output": found.td_of_output[:, layer],
+        "td_at_query": found.td[:, layer],
+        "td_of_input": found.td_of_input,
+    }
+    for name, both in measures.items():
+        numbers[name], numbers[f"{name}_fresh"] = both.tolist()
+    numbers["td_layer"] = layer
+    tasks = len(problem.tasks)
     sentence += (
-        f"The channel is decoded at layer {layer} with TD {td:.2f} if it is one of "
-        f"{len(problem.tasks)} of the problem's tasks and {td_fresh:.2f} if of as many fresh ones; "
-        f"from the query's numbers alone it would be {by_input[0]:.2f} and {by_input[1]:.2f}."
+        f"At layer {layer} the channel is decoded from the symbols sent last with TD "
+        f"{numbers['td_of_output']:.2f} among {tasks} of the training's channels and "
+        f"{numbers['td_of_output_fresh']:.2f} among {tasks} fresh ones (chance {1 / tasks:.2f}); "
+        f"at the query with {numbers['td_at_query']:.2f} and {numbers['td_at_query_fresh']:.2f}, "
+        f"where the received numbers alone have {numbers['td_of_input']:.2f} and "
+        f"{numbers['td_of_input_fresh']:.2f}."
     )
-    numbers |= {"td": td, "td_fresh": td_fresh, "td_layer": layer}
-    numbers |= {"td_of_input": by_input[0], "td_of_input_fresh": by_input[1]}
-    numbers["td_by_layer"], numbers["td_by_layer_fresh"] = found.td.tolist()
-    figures = {"errors": plot_errors(found), "decodability": figure_of(plot_td(found))}
+    figures = {"errors": plot_errors(found), "decodability": plot_td(found)}
     return Finding(sentence, numbers, figures)
 
 
@@ -263,24 +282,35 @@ def plot_errors(found: Equaliser) -> Figure:
         ax.set(yscale="log", title=kind, xlabel="pairs before the query")
         whole_numbers(ax)
     axes[0].set_ylabel("squared error per real number")
+    axes[0].set_yticks(_TICKS, [str(tick) for tick in _TICKS])
+    axes[0].minorticks_off()
     legend_beside(axes[1])
     return figure
 
 
 @styled
-def plot_td(found: Equaliser, ax: Axes | None = None) -> Axes:
-    """Draw the channels' decodability by layer, with that from the query's numbers alone.
+def plot_td(found: Equaliser) -> Figure:
+    """Draw the channels' decodability by layer at the query and at the symbols sent last.
+
+    The dotted lines are that of the query's received numbers alone.
 
     Args:
         found: From :func:`measure_equaliser`.
-        ax: Where to draw; by default on new axes.
     """
-    ax = new_axes(ax)
-    for place, kind in enumerate(CHANNELS):
-        style: dict[str, Any] = {"color": COLOURS[place]}
-        ax.plot(found.td[place].tolist(), marker="os"[place], label=kind, **style)
-        level = float(found.td_of_input[place])
-        ax.axhline(level, linestyle=":", label=f"{kind}, received numbers alone", **style)
-    ax.set(xlabel="layer", ylabel="task decodability at the query", ylim=(0, 1.03))
-    whole_numbers(ax)
-    return legend_beside(ax)
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9), layout="constrained", sharey=True)
+    titles = ("at the query", "at the symbols sent last")
+    for ax, title, td in zip(axes, titles, (found.td, found.td_of_output), strict=True):
+        for place, kind in enumerate(CHANNELS):
+            style: dict[str, Any] = {"color": COLOURS[place]}
+            ax.plot(td[place].tolist(), marker="os"[place], label=kind, **style)
+            if ax is axes[0]:
+                level = float(found.td_of_input[place])
+                ax.axhline(level, linestyle=":", **style)
+        ax.set(title=title, xlabel="layer", ylim=(0, 1.03))
+        whole_numbers(ax)
+    axes[1].plot([], [], color="black", linestyle=":", label="received numbers alone")
+    axes[0].set_ylabel("task decodability")
+    legend_beside(axes[1])
+    return figure
