@@ -50,7 +50,8 @@ class ThresholdSweep(Shown):
         swaps: The query's error when the channel's representation is replaced by the mean of the
             channel's own sequences and of others', divided by the error without,
             ``[training, channels, own or other]``: of the problem's tasks, and of as many fresh
-            channels; NaN where there is no other channel. See :func:`swap_matrix`.
+            channels; NaN where there is no other channel. The means replace the subspace in which
+            they differ at all tokens before the query; see :func:`swap_matrix`.
         swap_layers: The layer of each swap, ``[training, channels]``.
 
     Example:
@@ -225,12 +226,15 @@ def swapped(
 def plot_threshold(sweep: ThresholdSweep) -> Figure:
     """Draw a sweep: errors, distances from the two Bayes estimators, TD, and the swaps' effects.
 
+    With fewer than 8 channels TD is among fewer tasks, and so higher by chance.
+
     Args:
         sweep: From :func:`threshold_sweep`.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    figure, axes = plt.subplots(2, 2, figsize=(9.6, 5.6), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11.5, 5.6), layout="constrained", sharex=True)
     frame = sweep.to_frame()
     for place, kind in enumerate(CHANNELS):
         rows = frame[frame["channels"] == kind]
@@ -259,8 +263,13 @@ def plot_threshold(sweep: ThresholdSweep) -> Figure:
     for at, (title, label) in labels.items():
         axes[at].set(xscale="log", title=title, ylabel=label)
         legend_beside(axes[at])
-    axes[0, 0].set_yscale("log")
-    axes[1, 1].set_yscale("log")
+        axes[at].set_xticks(sweep.n_channels, [str(number) for number in sweep.n_channels])
+        axes[at].xaxis.set_minor_locator(NullLocator())
+    for ax in (axes[0, 0], axes[1, 1]):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     axes[1, 0].set_ylim(0, 1.03)
     for ax in axes[1]:
         ax.set_xlabel("channels in training")

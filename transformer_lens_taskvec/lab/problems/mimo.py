@@ -210,6 +210,10 @@ class MimoEqualisation(Problem):
         """The last quarter of the points is late: until there the errors still fall."""
         return self.n_points * 3 // 4
 
+    def swapped_at(self, point: int) -> tuple[int, ...]:
+        """All tokens before the query: two or three pairs left as they are tell the channel."""
+        return tuple(range(2 * point))
+
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
         """As for :meth:`Problem.posterior`; of a set of more than 8, the first 8 channels' share.
 

@@ -148,7 +148,9 @@ def finite_prior(
     """Return ``E[x | y, pairs before]`` if the channel is one of a finite set.
 
     With fresh channels of the true prior this is its plain Monte-Carlo estimate, which is biased:
-    after many pairs a few of the channels have all the weight, and none of them is right.
+    after many pairs a few of the channels have all the weight, and none of them is right. The
+    paper's values, .41 for 128 channels and .36 for 256 on fresh ones after 19 pairs, are those of
+    a table of Phi that ends at 3 sigma; with exact probabilities they are .35 and .30.
 
     Args:
         received: ``[batch, point, 4]``.
