@@ -20,16 +20,15 @@ from torch import Tensor
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.lab.problems import mimo_estimators
-from transformer_lens_taskvec.lab.problems.mimo import MimoEqualisation
-from transformer_lens_taskvec.lab.problems.mimo_estimators import (
+from transformer_lens_taskvec.lab.problems.mimo.estimators import (
     channel_posterior,
     finite_prior,
     known_channel,
     linear_mmse,
     true_prior,
 )
-from transformer_lens_taskvec.lab.problems.mimo_finding import measure_equaliser
-from transformer_lens_taskvec.lab.problems.mimo_link import (
+from transformer_lens_taskvec.lab.problems.mimo.finding import measure_equaliser
+from transformer_lens_taskvec.lab.problems.mimo.link import (
     as_complex,
     as_real,
     cell_log_probabilities,
@@ -38,6 +37,7 @@ from transformer_lens_taskvec.lab.problems.mimo_link import (
     symbol_pairs,
     through,
 )
+from transformer_lens_taskvec.lab.problems.mimo.problem import MimoEqualisation
 from transformer_lens_taskvec.lab.threshold import (
     ThresholdSweep,
     plot_threshold,

@@ -22,13 +22,13 @@ from transformer_lens_taskvec._utils.results import Shown
 from transformer_lens_taskvec.lab.emergence import swap_matrix
 from transformer_lens_taskvec.lab.episodes import problem_episodes
 from transformer_lens_taskvec.lab.presets import train
-from transformer_lens_taskvec.lab.problems.mimo import MimoEqualisation
-from transformer_lens_taskvec.lab.problems.mimo_finding import (
+from transformer_lens_taskvec.lab.problems.mimo.finding import (
     CHANNELS,
     Equaliser,
     fresh_tasks,
     measure_equaliser,
 )
+from transformer_lens_taskvec.lab.problems.mimo.problem import MimoEqualisation
 from transformer_lens_taskvec.lab.training.on_problem import TrainConfig
 from transformer_lens_taskvec.plots import styled
 from transformer_lens_taskvec.plots.style import COLOURS, GREY, legend_beside

@@ -32,7 +32,7 @@ def symbol_pairs(device: torch.device | str = "cpu") -> Float[Tensor, "symbol 4"
         device: Where to put them.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import symbol_pairs
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import symbol_pairs
         >>> symbol_pairs().shape, symbol_pairs().square().sum(-1).unique()
         (torch.Size([16, 4]), tensor([2.0000]))
     """
@@ -57,7 +57,7 @@ def channel_matrices(
         ``[channel, receiving antenna, sending antenna]``.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import channel_matrices
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import channel_matrices
         >>> few, many = channel_matrices(torch.tensor([3])), channel_matrices(torch.arange(2000))
         >>> bool((few[0] == many[3]).all()), round(float(many.abs().square().mean()), 2)
         (True, 0.97)
@@ -83,7 +83,7 @@ def through(
         sent: ``[..., 4]``.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import through
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import through
         >>> through(torch.tensor([[0, 1j], [1, 0]]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
         tensor([-4.,  3.,  1.,  2.])
     """
@@ -100,7 +100,7 @@ def quantised(numbers: Float[Tensor, "*rows"], *, bits: int) -> Float[Tensor, "*
         bits: The quantiser has ``2^bits`` cells.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import quantised
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import quantised
         >>> quantised(torch.tensor([-9.0, 0.1, 0.6]), bits=4)
         tensor([-3.7500,  0.2500,  0.7500])
     """
@@ -136,7 +136,7 @@ def cell_log_probabilities(
         Float64; the shapes are broadcast.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import cell_log_probabilities
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import cell_log_probabilities
         >>> cells = quantised(torch.arange(-4, 4, 0.5) + 0.1, bits=4)
         >>> found = cell_log_probabilities(cells, torch.tensor(3.9), snr_db=10, bits=4)
         >>> float(found.exp().sum()), round(float(found[0]))

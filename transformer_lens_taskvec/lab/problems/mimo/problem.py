@@ -21,15 +21,15 @@ from transformer_lens_taskvec.lab.problems.base import (
     draw_labels,
     normal,
 )
-from transformer_lens_taskvec.lab.problems.mimo_estimators import (
+from transformer_lens_taskvec.lab.problems.mimo.estimators import (
     channel_posterior,
     finite_prior,
     known_channel,
     linear_mmse,
     true_prior,
 )
-from transformer_lens_taskvec.lab.problems.mimo_finding import finding_of
-from transformer_lens_taskvec.lab.problems.mimo_link import (
+from transformer_lens_taskvec.lab.problems.mimo.finding import finding_of
+from transformer_lens_taskvec.lab.problems.mimo.link import (
     channel_matrices,
     check_bits,
     noise_variance,
@@ -56,7 +56,7 @@ class MimoEqualisation(Problem):
     Attributes:
         n_channels: Channels in the set; None for a fresh one in every sequence.
         snr_db: The signal-to-noise ratio in dB; see :mod:`mimo_link
-            <transformer_lens_taskvec.lab.problems.mimo_link>`.
+            <transformer_lens_taskvec.lab.problems.mimo.link>`.
         bits: The quantiser has ``2^bits`` cells.
         n_points: Pairs in a sequence, the query included.
         seed: Another seed gives other channels.

@@ -17,7 +17,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from transformer_lens_taskvec.lab.problems.mimo_link import (
+from transformer_lens_taskvec.lab.problems.mimo.link import (
     LIMIT,
     as_complex,
     cell_log_probabilities,
@@ -52,7 +52,7 @@ def known_channel(
         ValueError: If the shapes do not match.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_estimators import known_channel
+        >>> from transformer_lens_taskvec.lab.problems.mimo import known_channel
         >>> received, identity = torch.full((1, 1, 4), 0.75), torch.eye(2)[None].to(torch.complex64)
         >>> known_channel(received, identity, snr_db=10, bits=4)[0, 0, 0]
         tensor(0.7069)
@@ -87,7 +87,7 @@ def linear_mmse(
         ValueError: If the shapes do not match.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_estimators import linear_mmse
+        >>> from transformer_lens_taskvec.lab.problems.mimo import linear_mmse
         >>> identity = torch.eye(2)[None].to(torch.complex64)
         >>> linear_mmse(torch.full((1, 1, 4), 1.2), identity, snr_db=10)[0, 0]
         tensor([1., 1., 1., 1.])
@@ -121,8 +121,8 @@ def channel_posterior(
         ValueError: If the shapes do not match.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_estimators import channel_posterior
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import *
+        >>> from transformer_lens_taskvec.lab.problems.mimo import channel_posterior
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import *
         >>> channels = channel_matrices(torch.arange(3))
         >>> sent = symbol_pairs()[None]
         >>> received = quantised(through(channels[2], sent), bits=4)
@@ -167,8 +167,8 @@ def finite_prior(
         ValueError: If the shapes do not match.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_estimators import finite_prior
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import *
+        >>> from transformer_lens_taskvec.lab.problems.mimo import finite_prior
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import *
         >>> channels = channel_matrices(torch.arange(3))
         >>> sent = symbol_pairs()[None]
         >>> received = quantised(through(channels[2], sent), bits=4)
@@ -232,8 +232,8 @@ def true_prior(
         ValueError: If the shapes do not match, or ``n_samples`` is not even.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.mimo_estimators import true_prior
-        >>> from transformer_lens_taskvec.lab.problems.mimo_link import *
+        >>> from transformer_lens_taskvec.lab.problems.mimo import true_prior
+        >>> from transformer_lens_taskvec.lab.problems.mimo.link import *
         >>> sent = symbol_pairs()[None]
         >>> received = quantised(through(channel_matrices(torch.tensor([0])), sent), bits=4)
         >>> found = true_prior(received, sent, snr_db=10, bits=4)
