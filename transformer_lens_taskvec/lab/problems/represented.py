@@ -183,7 +183,7 @@ class Represented(Problem):
         """As for :meth:`Problem.posterior`: which map it is; without noise it is not defined."""
         return self._mixture(batch).probabilities
 
-    def targets(self, batch: Batch) -> dict[str, Float[Tensor, "batch point *feature"]]:
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
         """What :func:`probe_targets` looks for in a model, by name (section 4.2).
 
         ``x``, ``Phi(x)`` of the sequence's map, the best prediction that the pairs before the point

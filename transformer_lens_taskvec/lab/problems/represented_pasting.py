@@ -102,7 +102,7 @@ class Pasted(Shown):
 
     ``pasted`` is the upper module with an embedding trained for it. In ``shuffled weights`` the
     entries of each of its parameters are in random order, and an embedding is trained for it in the
-    same way. ``no lower module`` is the upper module on the model's own embedding, without training.
+    same way. ``no lower module`` is the upper module on the model's own embedding, untrained.
 
     Attributes:
         layer: The last layer left out; the upper module begins after it.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-Targets = Callable[[Batch], Mapping[str, Float[Tensor, "batch point *feature"]]]
-"""Gives what to look for in a model, by name, for every point of some sequences."""
+Targets = Callable[[Batch], Mapping[str, Tensor]]
+"""Gives what to look for in a model, by name: ``[batch, point]`` or ``[batch, point, feature]``."""
 
 Kind = Literal["x", "y"]
 KINDS: tuple[Kind, ...] = ("x", "y")
@@ -176,30 +176,17 @@ def probe_targets(
     train, test = (problem.sample(len(labels), generator, labels=labels) for _ in range(2))
     wanted, held_out = (_checked(targets(batch), batch) for batch in (train, test))
     order = torch.randperm(len(labels), generator=generator, device=device)
+    mixed = {name: of[order] for name, of in wanted.items()}
     untrained = type(model)(model.cfg, seed=_UNTRAINED_SEED).to(device)
-    errors = {}
-    for name, one, shuffle in (
-        ("error", model, None),
-        ("untrained", untrained, None),
-        ("shuffled", model, order),
-    ):
-        read, unseen = (residuals(one, problem, batch) for batch in (train, test))
-        goals = wanted if shuffle is None else {key: of[shuffle] for key, of in wanted.items()}
-        by_kind = []
-        for kind in KINDS:
-            at, points = _tokens(problem, kind)
-            fit = partial(_relative_errors, penalty=penalty)
-            rows = [
-                fit(
-                    _flat(before[:, at]),
-                    [_flat(of[:, points]) for of in goals.values()],
-                    _flat(after[:, at]),
-                    [_flat(of[:, points]) for of in held_out.values()],
-                )
-                for before, after in zip(read, unseen, strict=True)
-            ]
-            by_kind.append(torch.stack(rows))
-        errors[name] = torch.stack(by_kind).float().cpu()
+    before, after = (
+        [residuals(of, problem, b) for b in (train, test)] for of in (untrained, model)
+    )
+    errors_of = partial(_errors_of, problem=problem, penalty=penalty)
+    errors = {
+        "error": errors_of(after, (wanted, held_out)),
+        "untrained": errors_of(before, (wanted, held_out)),
+        "shuffled": errors_of(after, (mixed, held_out)),
+    }
     seen = (problem.late_from, problem.n_points)
     return ProbeErrors(tuple(wanted), **errors, points=seen, n_sequences=n)
 
@@ -269,8 +256,8 @@ def plot_probes(errors: ProbeErrors, axes: Any = None) -> tuple[Axes, Axes]:
 
 
 def _checked(
-    found: Mapping[str, Float[Tensor, "batch point *feature"]], batch: Batch
-) -> dict[str, Float[Tensor, "batch point feature"]]:
+    found: Mapping[str, Tensor], batch: Batch
+) -> dict[str, Float[Tensor, "batch point _"]]:
     """The targets, each with an axis of features."""
     shape = tuple(batch.ys.shape[:2])
     for name, values in found.items():
@@ -293,12 +280,31 @@ def _flat(values: Float[Tensor, "batch point d"]) -> Float[Tensor, "example d"]:
     return rearrange(values, "batch point d -> (batch point) d").double()
 
 
+def _errors_of(
+    read: list[Float[Tensor, "stage batch token d_model"]],
+    wanted: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    *,
+    problem: Problem,
+    penalty: float,
+) -> Float[Tensor, "kind stage target"]:
+    """Probes' relative errors, given what is read and wanted on training and held-out sequences."""
+    by_kind = []
+    for kind in KINDS:
+        at, points = _tokens(problem, kind)
+        goals, truths = ([_flat(of[:, points]) for of in part.values()] for part in wanted)
+        rows = [
+            _relative_errors(_flat(train[:, at]), goals, _flat(test[:, at]), truths, penalty)
+            for train, test in zip(*read, strict=True)
+        ]
+        by_kind.append(torch.stack(rows))
+    return torch.stack(by_kind).float().cpu()
+
+
 def _relative_errors(
     read: Float[Tensor, "example d"],
-    wanted: list[Float[Tensor, "example feature"]],
+    wanted: list[Float[Tensor, "example _"]],
     unseen: Float[Tensor, "other d"],
-    held_out: list[Float[Tensor, "other feature"]],
-    *,
+    held_out: list[Float[Tensor, "other _"]],
     penalty: float,
 ) -> Float[Tensor, " target"]:
     """Of ridge regression with an intercept: all targets of one layer and kind of token at once."""
