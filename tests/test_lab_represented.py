@@ -105,6 +105,13 @@ def test_its_ridges_are_scikit_learns() -> None:
                 assert float(found[name][row, point]) == pytest.approx(expected, abs=2e-5)
 
 
+def test_another_maps_ridge_is_a_target() -> None:
+    batch = draw(THREE, 5)
+    other = lab.Batch(batch.xs, batch.ys, (batch.labels + 1) % 3)
+    expected = THREE.oracles(other)["ridge on Phi(x)"]
+    torch.testing.assert_close(THREE.targets(batch)["another map's ridge"], expected)
+
+
 def test_the_penalty_of_ridge_on_x_is_the_best_of_those_tried() -> None:
     batch = draw(THREE, 2_000, seed=5)
     late = {
@@ -198,7 +205,7 @@ def test_probes_find_what_the_embedding_holds_and_only_that() -> None:
     assert found.best_layer("y", "y") in (-1, 0) and found.points == (5, 10)
     assert (found.shuffled[:, :, 1] > 0.95).all()
     frame = found.to_frame()
-    assert len(frame) == 2 * 3 * 5
+    assert len(frame) == 2 * 3 * 6
     row = frame[(frame.token == "y") & (frame.layer == 1) & (frame.target == "Phi(x)")].iloc[0]
     assert row.error == pytest.approx(float(found.of("Phi(x)", "y")[2]))
     assert row.untrained == pytest.approx(row.error - float(-found.gain("Phi(x)", "y")[2]))

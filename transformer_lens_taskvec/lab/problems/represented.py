@@ -36,7 +36,7 @@ _PENALTIES = tuple(4.0**power for power in range(-4, 5))
 
 @dataclass(frozen=True)
 class Represented(Problem):
-    """Linear regression on a fixed representation of the input (Guo et al. 2024, section 3).
+    """Linear regression on a fixed representation of the input (Guo et al. 2024, section 5.1).
 
     ``y = w.Phi(x) + e`` with ``x ~ N(0, I)``, ``w ~ N(0, weight_variance I)`` drawn for every
     sequence, and ``e ~ N(0, noise_variance)``. ``Phi`` is a network of random orthogonal matrices,
@@ -184,16 +184,19 @@ class Represented(Problem):
         return self._mixture(batch).probabilities
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
-        """What :func:`probe_targets` looks for in a model, by name (section 4.2).
+        """What :func:`probe_targets` looks for in a model, by name (section 5.1).
 
         ``x``, ``Phi(x)`` of the sequence's map, the best prediction that the pairs before the point
-        allow, and ``y``; of several maps also ``Phi(x)`` of a map that is not the sequence's.
+        allow, and ``y``. Of several maps also ``Phi(x)`` of a map that is not the sequence's, and
+        ridge on it: what a model has that regresses on all maps and selects afterwards.
         """
         predicted = self.oracles(batch)
         best = predicted.get("Bayes mixture", predicted["ridge on Phi(x)"])
         found = {"x": batch.xs, "Phi(x)": self.own(batch), "prediction": best, "y": batch.ys}
         if self.n_maps > 1:
-            found["another map's Phi(x)"] = self.own(batch, shift=1)
+            other = self.own(batch, shift=1)
+            found["another map's Phi(x)"] = other
+            found["another map's ridge"] = ridge(other, batch.ys, penalty=self._penalty)
         return found
 
     def linear_vectors(self) -> LinearVectors:

@@ -49,7 +49,10 @@ ORDER: tuple[tuple[str, Kind], ...] = (
     ("Phi(x)", "y"),
     ("prediction", "x"),
 )
-"""Targets and tokens in the order in which the paper's probes are best, from below (Figure 4)."""
+"""Targets and tokens in the order in which the paper finds them, from below (section 5.1)."""
+
+OTHERS = ("another map's Phi(x)", "another map's ridge")
+"""The targets that only a problem of several maps has."""
 
 
 def finding_of(run: Any, problem: Any) -> Finding:
@@ -91,7 +94,10 @@ def finding_of(run: Any, problem: Any) -> Finding:
         td = decodability(model, problem)
         by_kind = dict(zip(("x", "y"), td.tolist(), strict=True))
         numbers |= {f"TD at {kind}": scores for kind, scores in by_kind.items()}
-        sentences.append(_td_sentence(td, len(problem.tasks)))
+        numbers |= {
+            f"probe error: {name} at x": float(errors.of(name, "x").min()) for name in OTHERS
+        }
+        sentences.append(_td_sentence(td, errors, len(problem.tasks)))
         figures["decodability"] = figure_of(plot_selection(td, errors, len(problem.tasks)))
     return Finding(" ".join(sentences), numbers, figures)
 
@@ -186,9 +192,8 @@ def plot_selection(
         ValueError: If another map was not probed for.
 
     Example:
-        >>> zero = torch.zeros(2, 3, 2)
-        >>> names = ("Phi(x)", "another map's Phi(x)")
-        >>> errors = ProbeErrors(names, zero, zero, zero, (8, 16), 10)
+        >>> zero = torch.zeros(2, 3, 3)
+        >>> errors = ProbeErrors(("Phi(x)", *OTHERS), zero, zero, zero, (8, 16), 10)
         >>> plot_selection(torch.ones(2, 3), errors, 3).get_xlabel()
         'after layer'
     """
@@ -199,7 +204,7 @@ def plot_selection(
             stages, scores, line, color=COLOURS[0], marker="o", label=f"TD of the map at {kind}"
         )
     ax.axhline(1 / n_tasks, color=GREY, linestyle=":", linewidth=0.9, label="TD by chance")
-    for index, target in enumerate(("Phi(x)", "another map's Phi(x)")):
+    for index, target in enumerate(("Phi(x)", *OTHERS)):
         curve = errors.of(target, "x").tolist()
         ax.plot(stages, curve, label=f"error of {target} at x", **task_style(index + 1))
     ax.set_xticks(stages, ["embedding", *(str(stage - 1) for stage in stages[1:])])
@@ -247,9 +252,14 @@ def _paste_sentence(pasted: Pasted) -> str:
     )
 
 
-def _td_sentence(td: Float[Tensor, "kind stage"], n_tasks: int) -> str:
+def _td_sentence(td: Float[Tensor, "kind stage"], errors: ProbeErrors, n_tasks: int) -> str:
     named = " and ".join(
         f"{float(scores.max()):.2f} at tokens {kind} (layer {int(scores.argmax()) - 1})"
         for kind, scores in zip(("x", "y"), td, strict=True)
     )
-    return f"The map can be decoded with TD {named}; chance is {1 / n_tasks:.2f}."
+    phi, prediction = (float(errors.of(name, "x").min()) for name in OTHERS)
+    return (
+        f"The map can be decoded with TD {named}; chance is {1 / n_tasks:.2f}. At tokens x probes "
+        f"read another map's Phi(x) with an error of {phi:.2f} and ridge on it with "
+        f"{prediction:.2f}."
+    )

@@ -195,7 +195,7 @@ def paste_upper(
     n: int = 1_000,
     seed: int = 0,
 ) -> Pasted:
-    """Train an affine embedding for the layers above one, on other data (Guo et al., 4.3).
+    """Train an affine embedding for the layers above one, on linear data (Guo et al. 2024).
 
     If the upper layers by themselves do in-context linear regression on whatever representation the
     lower ones give, they come near ridge on linear data. Only the embedding is trained, by Adam

@@ -131,7 +131,7 @@ def probe_targets(
     penalty: float = 1e-6,
     seed: int = 0,
 ) -> ProbeErrors:
-    """Return how well ridge regression reads targets off the residual stream (Guo et al., 4.2).
+    """Return how well ridge regression reads targets off the residual stream (Guo et al. 2024).
 
     One probe per layer, kind of token and target, over all late points together, fitted on ``n``
     sequences per latent task and tested on as many others.
