@@ -278,14 +278,23 @@ def test_probes_say_what_is_wrong() -> None:
         probe_targets(model, THREE, n=5).of("z", "x")
 
 
-def test_linear_vectors_have_the_mean_square_of_the_representation() -> None:
-    problem = Represented(1)
-    linear = problem.linear_vectors()
-    assert linear.variance == pytest.approx((1 + 0.01**2) / 2, rel=0.03)
+def test_linear_vectors_have_the_second_moments_of_the_representation() -> None:
+    linear = Represented(1, n_maps=1).linear_vectors()
+    # Of one layer: E[r r'] = B' (I s + 11' m^2) B for coordinates of variance s and mean m.
+    mean, square = 0.99 / np.sqrt(2 * np.pi), (1 + 0.01**2) / 2
+    expected = [square + 5 * mean**2, *[square - mean**2] * 5]
+    assert linear.variances == pytest.approx(expected, rel=0.08)
     assert (linear.dim, linear.n_points, linear.noise_variance) == (6, 16, 0.01)
-    errors = lab.oracle_errors(LinearVectors(4, 0.25, 0.01, 2.0), n_sequences=3_000)
-    assert errors.late("zero") == pytest.approx(4 * 0.25 * 2.0 + 0.01, rel=0.05)
+    uneven = LinearVectors(3, (4.0, 1.0, 0.25), 0.01, 2.0)
+    drawn = draw(uneven, 3_000)
+    assert drawn.xs.square().mean((0, 1)).tolist() == pytest.approx([4.0, 1.0, 0.25], rel=0.05)
+    errors = lab.oracle_errors(uneven, n_sequences=3_000)
+    assert errors.late("zero") == pytest.approx(5.25 * 2.0 + 0.01, rel=0.05)
     assert errors.best == "ridge" and errors.late("ridge") < 0.03
+    with pytest.raises(ValueError, match=r"variances must be 3 positive numbers, got \(1.0, 2.0\)"):
+        LinearVectors(3, (1.0, 2.0))
+    with pytest.raises(ValueError, match="weight_variance must be positive, got 0"):
+        LinearVectors(3, weight_variance=0.0)
 
 
 def test_pasting_leaves_out_the_lower_blocks_and_leaves_the_model_alone() -> None:

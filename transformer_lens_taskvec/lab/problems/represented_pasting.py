@@ -43,14 +43,14 @@ CURVES = ("pasted", "shuffled weights", "no lower module")
 
 @dataclass(frozen=True)
 class LinearVectors(Problem):
-    """Linear regression on Gaussian vectors: what a representation is, if nothing is known of it.
+    """Linear regression on Gaussian vectors, which stand for a representation.
 
-    ``y = w.u + e`` with ``u ~ N(0, variance I)``, ``w ~ N(0, weight_variance I)`` and
+    ``y = w.u + e`` with independent coordinates of ``u``, ``w ~ N(0, weight_variance I)`` and
     ``e ~ N(0, noise_variance)``.
 
     Attributes:
         dim: The dimension of ``u``.
-        variance: Of each coordinate of ``u``.
+        variances: Of the coordinates of ``u``; None if all are 1.
         noise_variance: The variance of ``e``.
         weight_variance: The variance of each weight.
         n_points: Pairs in a sequence, the query included.
@@ -63,7 +63,7 @@ class LinearVectors(Problem):
     """
 
     dim: int = 6
-    variance: float = 1.0
+    variances: tuple[float, ...] | None = None
     noise_variance: float = 0.01
     weight_variance: float = 1.0
     n_points: int = 16
@@ -71,9 +71,11 @@ class LinearVectors(Problem):
 
     def __post_init__(self) -> None:
         check_sizes(self.dim, self.n_points, self.noise_variance)
-        for name in ("variance", "weight_variance"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.weight_variance <= 0:
+            raise ValueError(f"weight_variance must be positive, got {self.weight_variance}")
+        given = self.variances
+        if given is not None and (len(given) != self.dim or min(given) <= 0):
+            raise ValueError(f"variances must be {self.dim} positive numbers, got {given}")
 
     def sample(
         self,
@@ -84,7 +86,9 @@ class LinearVectors(Problem):
     ) -> Batch:
         """As for :meth:`Problem.sample`."""
         labels = draw_labels(batch_size, 1, generator, labels)
-        vectors = self.variance**0.5 * normal(generator, batch_size, self.n_points, self.dim)
+        vectors = normal(generator, batch_size, self.n_points, self.dim)
+        if self.variances is not None:
+            vectors = vectors * torch.tensor(self.variances, device=vectors.device).sqrt()
         weights = self.weight_variance**0.5 * normal(generator, batch_size, self.dim)
         clean = einsum(vectors, weights, "batch point dim, batch dim -> batch point")
         return Batch(vectors, with_noise(clean, self.noise_variance, generator), labels)
@@ -190,8 +194,8 @@ def paste_upper(
     on: Problem,
     *,
     steps: int = 1_000,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
+    batch_size: int = 32,
+    learning_rate: float = 1e-2,
     n: int = 1_000,
     seed: int = 0,
 ) -> Pasted:
