@@ -230,7 +230,8 @@ def _error_sentence(late: Mapping[str, float]) -> str:
 def _order_sentence(layers: list[int], errors: ProbeErrors) -> str:
     named = ", ".join(
         f"{target} at {kind} {'in the embedding' if layer < 0 else f'after layer {layer}'} "
-        f"({float(errors.of(target, kind).min()):.2f})"
+        f"({float(errors.of(target, kind)[layer + 1]):.2f}, lower by "
+        f"{float(errors.gain(target, kind)[layer + 1]):.2f} than before training)"
         for (target, kind), layer in zip(ORDER, layers, strict=True)
     )
     holds = layers == sorted(layers)
