@@ -136,11 +136,10 @@ class Represented(Problem):
             hidden = leaky_relu(turned, _SLOPE)
         return hidden
 
-    def own(self, batch: Batch, *, shift: int = 0) -> Float[Tensor, "batch point dim"]:
-        """``Phi(x)`` by each sequence's own map, or by the one ``shift`` places after it."""
-        labels = (batch.labels + shift) % self.n_maps
-        rows = torch.arange(len(labels), device=batch.xs.device)
-        return self.represent(batch.xs)[rows, :, labels]
+    def own(self, batch: Batch) -> Float[Tensor, "batch point dim"]:
+        """``Phi(x)`` by each sequence's own map."""
+        rows = torch.arange(len(batch.labels), device=batch.xs.device)
+        return self.represent(batch.xs)[rows, :, batch.labels]
 
     def sample(
         self,
@@ -187,16 +186,20 @@ class Represented(Problem):
         """What :func:`probe_targets` looks for in a model, by name (section 5.1).
 
         ``x``, ``Phi(x)`` of the sequence's map, the best prediction that the pairs before the point
-        allow, and ``y``. Of several maps also ``Phi(x)`` of a map that is not the sequence's, and
-        ridge on it: what a model has that regresses on all maps and selects afterwards.
+        allow, and ``y``. Of several maps also ``Phi(x)`` by all of them, which a model has that
+        computes them side by side, and ridge on each of them, which one has that regresses on all
+        and selects afterwards.
         """
         predicted = self.oracles(batch)
         best = predicted.get("Bayes mixture", predicted["ridge on Phi(x)"])
         found = {"x": batch.xs, "Phi(x)": self.own(batch), "prediction": best, "y": batch.ys}
         if self.n_maps > 1:
-            other = self.own(batch, shift=1)
-            found["another map's Phi(x)"] = other
-            found["another map's ridge"] = ridge(other, batch.ys, penalty=self._penalty)
+            maps = self.represent(batch.xs)
+            fits = [ridge(phi, batch.ys, penalty=self._penalty) for phi in maps.unbind(2)]
+            found["every map's Phi(x)"] = rearrange(
+                maps, "batch point map dim -> batch point (map dim)"
+            )
+            found["every map's ridge"] = torch.stack(fits, dim=-1)
         return found
 
     def linear_vectors(self) -> LinearVectors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +43,22 @@ _N_EACH = 250
 _N_TD = 100
 _NEIGHBOURS = 10
 
-ORDER: tuple[tuple[str, Kind], ...] = (
-    ("x", "y"),
-    ("Phi(x)", "x"),
-    ("Phi(x)", "y"),
-    ("prediction", "x"),
-)
-"""Targets and tokens in the order in which the paper finds them, from below (section 5.1)."""
-
-OTHERS = ("another map's Phi(x)", "another map's ridge")
+EVERY = ("every map's Phi(x)", "every map's ridge")
 """The targets that only a problem of several maps has."""
+
+
+def ordered_targets(n_maps: int) -> tuple[tuple[str, Kind], ...]:
+    """Return targets and tokens in the order in which the paper finds them, from below.
+
+    Args:
+        n_maps: How many maps there are; of several, all are looked for.
+
+    Example:
+        >>> ordered_targets(1)
+        (('x', 'y'), ('Phi(x)', 'x'), ('Phi(x)', 'y'), ('prediction', 'x'))
+    """
+    phi = "Phi(x)" if n_maps == 1 else EVERY[0]
+    return ("x", "y"), (phi, "x"), (phi, "y"), ("prediction", "x")
 
 
 def finding_of(run: Any, problem: Any) -> Finding:
@@ -64,7 +70,8 @@ def finding_of(run: Any, problem: Any) -> Finding:
     """
     model = run.model()
     errors = probe_targets(model, problem, seed=_SEED)
-    layers = [errors.best_layer(target, kind) for target, kind in ORDER]
+    order = ordered_targets(problem.n_maps)
+    layers = [errors.best_layer(target, kind) for target, kind in order]
     pasted_above = min(max(0, layers[2]), model.cfg.n_layers - 2)
     pasted = paste_upper(model, pasted_above, problem.linear_vectors())
     curves = late_errors(model, problem)
@@ -74,7 +81,7 @@ def finding_of(run: Any, problem: Any) -> Finding:
         **{f"late error: {name}": value for name, value in late.items()},
         **{
             name: value
-            for (target, kind), layer in zip(ORDER, layers, strict=True)
+            for (target, kind), layer in zip(order, layers, strict=True)
             for name, value in (
                 (f"best layer: {target} at {kind}", layer),
                 (f"probe error: {target} at {kind}", float(errors.of(target, kind).min())),
@@ -84,7 +91,11 @@ def finding_of(run: Any, problem: Any) -> Finding:
         **{f"pasting: {name}": pasted.late(name) for name in pasted.names},
         "probes": errors.to_frame().to_dict("records"),
     }
-    sentences = [_error_sentence(late), _order_sentence(layers, errors), _paste_sentence(pasted)]
+    sentences = [
+        _error_sentence(late),
+        _order_sentence(order, layers, errors),
+        _paste_sentence(pasted),
+    ]
     figures = {
         "probes": figure_of(plot_probes(errors)[0]),
         "errors": figure_of(plot_errors(curves)),
@@ -95,7 +106,7 @@ def finding_of(run: Any, problem: Any) -> Finding:
         by_kind = dict(zip(("x", "y"), td.tolist(), strict=True))
         numbers |= {f"TD at {kind}": scores for kind, scores in by_kind.items()}
         numbers |= {
-            f"probe error: {name} at x": float(errors.of(name, "x").min()) for name in OTHERS
+            f"probe error: {name} at x": float(errors.of(name, "x").min()) for name in EVERY
         }
         sentences.append(_td_sentence(td, errors, len(problem.tasks)))
         figures["decodability"] = figure_of(plot_selection(td, errors, len(problem.tasks)))
@@ -180,7 +191,7 @@ def plot_errors(curves: Mapping[str, Float[Tensor, " point"]], ax: Axes | None =
 def plot_selection(
     td: Float[Tensor, "kind stage"], errors: ProbeErrors, n_tasks: int, ax: Axes | None = None
 ) -> Axes:
-    """Draw TD by layer, with the probes for the sequence's own map and for another map.
+    """Draw TD by layer, with probes for the sequence's own map and for every map.
 
     Args:
         td: From :func:`decodability`.
@@ -189,11 +200,11 @@ def plot_selection(
         ax: Where to draw; by default on new axes.
 
     Raises:
-        ValueError: If another map was not probed for.
+        ValueError: If every map was not probed for.
 
     Example:
         >>> zero = torch.zeros(2, 3, 3)
-        >>> errors = ProbeErrors(("Phi(x)", *OTHERS), zero, zero, zero, (8, 16), 10)
+        >>> errors = ProbeErrors(("Phi(x)", *EVERY), zero, zero, zero, (8, 16), 10)
         >>> plot_selection(torch.ones(2, 3), errors, 3).get_xlabel()
         'after layer'
     """
@@ -204,7 +215,7 @@ def plot_selection(
             stages, scores, line, color=COLOURS[0], marker="o", label=f"TD of the map at {kind}"
         )
     ax.axhline(1 / n_tasks, color=GREY, linestyle=":", linewidth=0.9, label="TD by chance")
-    for index, target in enumerate(("Phi(x)", *OTHERS)):
+    for index, target in enumerate(("Phi(x)", *EVERY)):
         curve = errors.of(target, "x").tolist()
         ax.plot(stages, curve, label=f"error of {target} at x", **task_style(index + 1))
     ax.set_xticks(stages, ["embedding", *(str(stage - 1) for stage in stages[1:])])
@@ -227,12 +238,14 @@ def _error_sentence(late: Mapping[str, float]) -> str:
     )
 
 
-def _order_sentence(layers: list[int], errors: ProbeErrors) -> str:
+def _order_sentence(
+    order: Sequence[tuple[str, Kind]], layers: list[int], errors: ProbeErrors
+) -> str:
     named = ", ".join(
         f"{target} at {kind} {'in the embedding' if layer < 0 else f'after layer {layer}'} "
         f"({float(errors.of(target, kind)[layer + 1]):.2f}, lower by "
         f"{float(errors.gain(target, kind)[layer + 1]):.2f} than before training)"
-        for (target, kind), layer in zip(ORDER, layers, strict=True)
+        for (target, kind), layer in zip(order, layers, strict=True)
     )
     holds = layers == sorted(layers)
     return (
@@ -258,9 +271,9 @@ def _td_sentence(td: Float[Tensor, "kind stage"], errors: ProbeErrors, n_tasks: 
         f"{float(scores.max()):.2f} at tokens {kind} (layer {int(scores.argmax()) - 1})"
         for kind, scores in zip(("x", "y"), td, strict=True)
     )
-    phi, prediction = (float(errors.of(name, "x").min()) for name in OTHERS)
+    own, phi, fits = (float(errors.of(name, "x").min()) for name in ("Phi(x)", *EVERY))
     return (
         f"The map can be decoded with TD {named}; chance is {1 / n_tasks:.2f}. At tokens x probes "
-        f"read another map's Phi(x) with an error of {phi:.2f} and ridge on it with "
-        f"{prediction:.2f}."
+        f"read the own map's Phi(x) with an error of {own:.2f}, that of every map with {phi:.2f}, "
+        f"and ridge on every map with {fits:.2f}."
     )
