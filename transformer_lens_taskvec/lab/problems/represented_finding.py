@@ -21,6 +21,7 @@ from transformer_lens_taskvec.lab.problems.represented_pasting import (
 from transformer_lens_taskvec.lab.problems.represented_probes import (
     Kind,
     ProbeErrors,
+    name_stages,
     plot_probes,
     probe_targets,
     residuals,
@@ -208,18 +209,16 @@ def plot_selection(
         >>> plot_selection(torch.ones(2, 3), errors, 3).get_xlabel()
         'after layer'
     """
-    ax = new_axes(ax)
+    ax = new_axes(ax, (5.4, 2.9))
     stages = list(range(td.shape[1]))
     for kind, scores, line in zip(("x", "y"), td.tolist(), ("-", "--"), strict=True):
-        ax.plot(
-            stages, scores, line, color=COLOURS[0], marker="o", label=f"TD of the map at {kind}"
-        )
+        ax.plot(stages, scores, line, color=COLOURS[0], marker="o", label=f"TD at {kind}")
     ax.axhline(1 / n_tasks, color=GREY, linestyle=":", linewidth=0.9, label="TD by chance")
     for index, target in enumerate(("Phi(x)", *EVERY)):
         curve = errors.of(target, "x").tolist()
-        ax.plot(stages, curve, label=f"error of {target} at x", **task_style(index + 1))
-    ax.set_xticks(stages, ["embedding", *(str(stage - 1) for stage in stages[1:])])
-    ax.set(xlabel="after layer", ylabel="TD, or relative error", ylim=(-0.03, 1.13))
+        ax.plot(stages, curve, label=f"error at x: {target}", **task_style(index + 1))
+    name_stages(ax, len(stages))
+    ax.set(ylabel="TD, or relative error", ylim=(-0.03, 1.13))
     ax.set_title("Which map: told apart, and selected")
     return legend_beside(ax)
 

@@ -248,11 +248,29 @@ def plot_probes(errors: ProbeErrors, axes: Any = None) -> tuple[Axes, Axes]:
             ax.plot(stages, before, color=style["color"], linestyle="--", linewidth=0.8, alpha=0.7)
         ax.plot([], [], color=GREY, linestyle="--", linewidth=0.8, label="before training")
         ax.set(ylabel=f"relative error at {kind} tokens", ylim=(-0.03, 1.13))
-    below.set_xticks(stages, ["embedding", *(str(stage - 1) for stage in stages[1:])])
-    below.set_xlabel("after layer")
+    name_stages(below, len(stages))
     above.set_title("Linear probes by layer")
     legend_beside(above)
     return above, below
+
+
+def name_stages(ax: Axes, n_stages: int) -> None:
+    """Name the places on the horizontal axis: the embedding, and each layer.
+
+    Args:
+        ax: The axes, on which the places are 0, 1, and so on.
+        n_stages: How many there are.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> ax = plt.subplots()[1]
+        >>> name_stages(ax, 3)
+        >>> [label.get_text() for label in ax.get_xticklabels()]
+        ['embed', '0', '1']
+        >>> plt.close()
+    """
+    ax.set_xticks(range(n_stages), ["embed", *map(str, range(n_stages - 1))])
+    ax.set_xlabel("after layer")
 
 
 def _checked(
