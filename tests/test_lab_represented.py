@@ -371,6 +371,7 @@ def test_a_short_run_is_measured_and_drawn(
     if several:
         emergence = lab.measure_emergence(run, steps=[30], n=12, n_oracle=50, progress=False)
         assert emergence.tasks == ("Phi1", "Phi2")
+        assert problem.swapped_at(5) == (10,)  # the query after five pairs
         td = decodability(run.model(), problem)
         assert td.shape == (2, 3) and (td[0, 0] - 0.5).abs() < 0.2
         episodes = lab.problem_episodes(problem, 20)

@@ -182,6 +182,10 @@ class Represented(Problem):
         """As for :meth:`Problem.posterior`: which map it is; without noise it is not defined."""
         return self._mixture(batch).probabilities
 
+    def swapped_at(self, point: int) -> tuple[int, ...]:
+        """The query: a model tells the map there, having regressed; no ``y`` before it holds it."""
+        return (self.query_at(point),)
+
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """What :func:`probe_targets` looks for in a model, by name (section 5.1).
 
