@@ -22,14 +22,14 @@ from transformer_lens.hook_points import HookPoint
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.lab.problems import represented_finding
-from transformer_lens_taskvec.lab.problems.represented import Represented
-from transformer_lens_taskvec.lab.problems.represented_finding import decodability
-from transformer_lens_taskvec.lab.problems.represented_pasting import (
+from transformer_lens_taskvec.lab.problems.represented.finding import decodability
+from transformer_lens_taskvec.lab.problems.represented.pasting import (
     AffineEmbedding,
     LinearVectors,
     paste_upper,
 )
-from transformer_lens_taskvec.lab.problems.represented_probes import probe_targets
+from transformer_lens_taskvec.lab.problems.represented.probes import probe_targets
+from transformer_lens_taskvec.lab.problems.represented.problem import Represented
 
 THREE = Represented(dim=4, n_points=10)
 ONE = Represented.single(dim=4, n_points=6)

@@ -11,6 +11,16 @@ from typing import Any
 import torch
 
 from transformer_lens_taskvec._utils.loggers import Logger, check_loggers, closing
+from transformer_lens_taskvec.lab.problems import (
+    Concepts,
+    Lego,
+    LinearOrLogistic,
+    MimoEqualisation,
+    NoisyLinear,
+    PatternTasks,
+    Represented,
+    TriggeredBigrams,
+)
 from transformer_lens_taskvec.lab.problems.base import Problem
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.model import ToyConfig
@@ -21,6 +31,17 @@ from transformer_lens_taskvec.lab.training.on_problem import TrainConfig
 from transformer_lens_taskvec.lab.training.recipe import Recipe
 from transformer_lens_taskvec.lab.training.stopping import EarlyStopping
 from transformer_lens_taskvec.planning import Plan
+
+_PROBLEMS: Mapping[str, Problem] = {
+    "noise_levels": NoisyLinear(),
+    "linear_or_logistic": LinearOrLogistic(),
+    "representations": Represented(),
+    "mimo": MimoEqualisation(),
+    "bigrams": TriggeredBigrams(),
+    "lego": Lego(),
+    "patterns": PatternTasks(),
+    "concepts": Concepts(),
+}
 
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -41,9 +62,14 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
             schedule="cosine",
         ),
         "toy": ToyConfig(),
+        **{
+            name: TrainConfig(problem=problem, **problem.defaults)
+            for name, problem in _PROBLEMS.items()
+        },
     }
 )
-"""Settings by name: the paper's, a model that two CPU cores train in minutes, and the toy model."""
+"""Settings by name: the paper's, a model that two CPU cores train in minutes, the toy model, and one
+model for each of the neighbourhood's problems."""
 
 
 def train(

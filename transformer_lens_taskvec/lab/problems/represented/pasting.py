@@ -57,7 +57,7 @@ class LinearVectors(Problem):
         tasks: The only task.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.represented_pasting import LinearVectors
+        >>> from transformer_lens_taskvec.lab.problems.represented import LinearVectors
         >>> LinearVectors().sample(4, torch.Generator()).ys.shape
         torch.Size([4, 16])
     """
@@ -117,7 +117,7 @@ class Pasted(Shown):
         n_sequences: Sequences in the means.
 
     Example:
-        >>> from transformer_lens_taskvec.lab.problems.represented_pasting import Pasted
+        >>> from transformer_lens_taskvec.lab.problems.represented import Pasted
         >>> Pasted(1, ("pasted", "ridge"), torch.tensor([[2.0, 1.0], [2.0, 0.5]]), 1, 9, 9)
         Pasted(after layer 1, late squared error: pasted 1.0000, ridge 0.5000)
     """

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from transformer_lens_taskvec.analysis.classifiers import readout
 from transformer_lens_taskvec.lab.problems.base import Batch, Finding, Problem, balanced_labels
-from transformer_lens_taskvec.lab.problems.represented_pasting import (
+from transformer_lens_taskvec.lab.problems.represented.pasting import (
     Pasted,
     paste_upper,
     plot_pasting,
 )
-from transformer_lens_taskvec.lab.problems.represented_probes import (
+from transformer_lens_taskvec.lab.problems.represented.probes import (
     Kind,
     ProbeErrors,
     name_stages,

@@ -51,7 +51,7 @@ class ProbeErrors(Shown):
     Example:
         >>> from transformer_lens_taskvec import lab
         >>> from transformer_lens_taskvec.lab.problems.represented import Represented
-        >>> from transformer_lens_taskvec.lab.problems.represented_probes import probe_targets
+        >>> from transformer_lens_taskvec.lab.problems.represented import probe_targets
         >>> problem = Represented.single()
         >>> model = lab.RegressionTransformer(lab.RegressionConfig(6, 16, n_layers=2, d_model=64))
         >>> found = probe_targets(model, problem, n=40)

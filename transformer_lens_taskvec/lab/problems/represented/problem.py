@@ -25,8 +25,8 @@ from transformer_lens_taskvec.lab.problems.base import (
     normal,
     with_noise,
 )
-from transformer_lens_taskvec.lab.problems.represented_finding import finding_of
-from transformer_lens_taskvec.lab.problems.represented_pasting import LinearVectors
+from transformer_lens_taskvec.lab.problems.represented.finding import finding_of
+from transformer_lens_taskvec.lab.problems.represented.pasting import LinearVectors
 
 _SLOPE = 0.01
 _MOST_LAYERS = 4
