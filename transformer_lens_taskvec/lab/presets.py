@@ -35,6 +35,7 @@ from transformer_lens_taskvec.planning import Plan
 _PROBLEMS: Mapping[str, Problem] = {
     "noise_levels": NoisyLinear(),
     "linear_or_logistic": LinearOrLogistic(),
+    "representation": Represented.single(),
     "representations": Represented(),
     "mimo": MimoEqualisation(),
     "bigrams": TriggeredBigrams(),
@@ -68,8 +69,8 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         },
     }
 )
-"""Settings by name: the paper's, a model that two CPU cores train in minutes, the toy model, and one
-model for each of the neighbourhood's problems."""
+"""Settings by name: the paper's, a model that two CPU cores train in minutes, the toy model, and a
+model for each problem of the neighbourhood."""
 
 
 def train(
