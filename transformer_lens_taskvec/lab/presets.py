@@ -35,9 +35,8 @@ from transformer_lens_taskvec.planning import Plan
 _PROBLEMS: Mapping[str, Problem] = {
     "noise_levels": NoisyLinear(),
     "linear_or_logistic": LinearOrLogistic(),
-    "representation": Represented.single(),
     "representations": Represented(),
-    "mimo": MimoEqualisation(),
+    "mimo": MimoEqualisation(n_channels=1024),
     "bigrams": TriggeredBigrams(),
     "lego": Lego(),
     "patterns": PatternTasks(),
@@ -67,6 +66,10 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
             name: TrainConfig(problem=problem, **problem.defaults)
             for name, problem in _PROBLEMS.items()
         },
+        "representation": TrainConfig(
+            problem=Represented.single(),
+            **{**Represented.defaults, "steps": 4_000, "n_checkpoints": 30},
+        ),
     }
 )
 """Settings by name: the paper's, a model that two CPU cores train in minutes, the toy model, and a
