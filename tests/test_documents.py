@@ -23,10 +23,14 @@ PAGES = sorted((ROOT / "tutorials" / "pages").glob("*.md"))
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 NEEDS_A_HUB = "your-model.md"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("0*.py"))
-NAMESPACES = {"tv": tv} | {
-    name: getattr(tv, name)
-    for name in ("tasks", "vectors", "benchmark", "analysis", "plots", "paper", "lab")
-}
+NAMESPACES = (
+    {"tv": tv}
+    | {
+        name: getattr(tv, name)
+        for name in ("tasks", "vectors", "benchmark", "analysis", "plots", "paper", "lab")
+    }
+    | {"problems": tv.lab.problems}
+)
 PUBLIC = {
     name: package
     for package in NAMESPACES.values()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
-from transformer_lens_taskvec.lab.problems import mimo_estimators
+from transformer_lens_taskvec.lab.problems.mimo import estimators
 from transformer_lens_taskvec.lab.problems.mimo.estimators import (
     channel_posterior,
     finite_prior,
@@ -262,7 +262,7 @@ def test_the_published_finite_prior_had_a_table_that_ends_at_three_sigma(
         return mse(finite_prior(batch.xs, batch.ys, own, **options), batch.ys[:, 19:])
 
     exact = [found(n_channels) for n_channels in (64, 128, 256)]
-    monkeypatch.setattr(mimo_estimators, "cell_log_probabilities", clipped)
+    monkeypatch.setattr(estimators, "cell_log_probabilities", clipped)
     theirs = [found(n_channels) for n_channels in (64, 128, 256)]
     assert theirs == pytest.approx([0.46, 0.41, 0.36], abs=0.025)
     assert all(ours < published - 0.02 for ours, published in zip(exact, theirs, strict=True))

@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 
 import transformer_lens_taskvec as tv
 from transformer_lens_taskvec import lab
-from transformer_lens_taskvec.lab.problems import represented_finding
+from transformer_lens_taskvec.lab.problems.represented import finding
 from transformer_lens_taskvec.lab.problems.represented.finding import decodability
 from transformer_lens_taskvec.lab.problems.represented.pasting import (
     AffineEmbedding,
@@ -353,7 +353,7 @@ def test_a_short_run_is_measured_and_drawn(
     problem: Represented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_steps = partial(paste_upper, steps=5, n=50)
-    monkeypatch.setattr(represented_finding, "paste_upper", few_steps)
+    monkeypatch.setattr(finding, "paste_upper", few_steps)
     tiny = {"n_layers": 2, "n_heads": 2, "d_model": 8, "steps": 30, "batch_size": 8}
     few = {"n_checkpoints": 2, "n_eval": 10, "warmup": 3}
     config = lab.TrainConfig(problem=problem, **{**problem.defaults, **tiny, **few})

@@ -51,7 +51,16 @@ def test_the_top_level_has_few_rooms_and_few_names() -> None:
 
 
 def test_no_function_shadows_its_module() -> None:
-    for package in (tv, tv.tasks, tv.analysis, tv.vectors, tv.plots, tv.paper, tv.lab):
+    for package in (
+        tv,
+        tv.tasks,
+        tv.analysis,
+        tv.vectors,
+        tv.plots,
+        tv.paper,
+        tv.lab,
+        tv.lab.problems,
+    ):
         folder = Path(str(package.__file__)).parent
         modules = {path.stem for path in folder.glob("*.py")}
         shadows = [

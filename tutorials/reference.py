@@ -88,7 +88,10 @@ PAGES = (
 """The pages of the guide, in their order."""
 HOMES = {"models": "loading", "_utils": "scoring"}
 """Modules whose public names stand on the page of another."""
-NAMESPACES = (tv, tv.tasks, tv.vectors, tv.benchmark, tv.analysis, tv.plots, tv.paper, tv.lab)
+NAMESPACES = (
+    *(tv, tv.tasks, tv.vectors, tv.benchmark, tv.analysis, tv.plots, tv.paper),
+    *(tv.lab, tv.lab.problems),
+)
 """Where public names are looked for; one that is in several is documented under the first."""
 ALONGSIDE = {
     "loading": ["models.HookedModel"],
@@ -117,6 +120,7 @@ ALONGSIDE = {
     ],
     "controls": ["controls.ControlVectors"],
     "analysis": ["analysis.classifiers.Readout"],
+    "lab": ["lab.model.ModelSize", "lab.model.LabTransformer"],
 }
 """Types in the signatures of public functions that are in no namespace themselves."""
 

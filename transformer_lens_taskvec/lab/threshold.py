@@ -157,6 +157,15 @@ def threshold_sweep(
 
     Raises:
         ValueError: If a number of channels is wrong or given twice, or a folder holds another run.
+
+    Example:
+        >>> import tempfile
+        >>> from transformer_lens_taskvec import lab
+        >>> small = {"steps": 2, "d_model": 8, "n_layers": 1, "batch_size": 4, "n_eval": 4}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = lab.threshold_sweep((1, 2), folder, n=12, progress=False, **small)
+        >>> found.n_channels
+        (1, 2)
     """
     problem = MimoEqualisation() if problem is None else problem
     numbers = tuple(sorted(set(n_channels)))
@@ -230,6 +239,15 @@ def plot_threshold(sweep: ThresholdSweep) -> Figure:
 
     Args:
         sweep: From :func:`threshold_sweep`.
+
+    Example:
+        >>> import tempfile
+        >>> from transformer_lens_taskvec import lab
+        >>> small = {"steps": 2, "d_model": 8, "n_layers": 1, "batch_size": 4, "n_eval": 4}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = lab.threshold_sweep((1, 2), folder, n=12, progress=False, **small)
+        >>> len(lab.plot_threshold(found).axes)
+        4
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

@@ -1,4 +1,4 @@
-"""What was sent over the channel of :mod:`mimo_link`, estimated with what is known of it.
+"""What was sent over the channel of ``link.py``, estimated with what is known of it.
 
 Every estimator but the linear one is a mean over the 16 pairs of symbols, with the exact
 probability of each cell of the quantiser, ``Phi((upper - m) / sigma) - Phi((lower - m) / sigma)``.
