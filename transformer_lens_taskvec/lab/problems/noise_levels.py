@@ -82,6 +82,7 @@ class NoisyLinear(Problem):
             "n_heads": 4,
             "d_model": 64,
             "init": "fan_in",
+            "targets": "expected",
             "steps": 5_000,
             "batch_size": 64,
             "optimizer": "muon",
