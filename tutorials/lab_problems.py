@@ -24,9 +24,15 @@ from transformer_lens_taskvec.plots import save_figures
 NAMES = [name for name in lab.PRESETS if name not in ("paper", "small", "toy")]
 
 
-def measured(run: lab.Run, folder: Path, n: int) -> pd.DataFrame:
+def some_of(steps: tuple[int, ...], n: int) -> list[int]:
+    """About ``n`` of the steps, the first and the last among them."""
+    last = len(steps) - 1
+    return [steps[index] for index in sorted({round(last * part / (n - 1)) for part in range(n)})]
+
+
+def measured(run: lab.Run, folder: Path, n: int, n_checkpoints: int) -> pd.DataFrame:
     """The row of the table for a run; everything about it is written to a folder."""
-    found = lab.measure_emergence(run, n=n)
+    found = lab.measure_emergence(run, steps=some_of(run.steps, n_checkpoints), n=n)
     print(found)
     found.save(folder)
     save_figures(lab.emergence_figures(run, found, n=n), folder)
@@ -60,7 +66,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="in place of the defaults'")
-    parser.add_argument("--n", type=int, default=100, help="sequences per task")
+    parser.add_argument("--n", type=int, default=50, help="sequences per task")
+    parser.add_argument("--checkpoints", type=int, default=10, help="how many to measure")
     args = parser.parse_args()
     for name in args.problems or NAMES:
         if name not in NAMES:
@@ -71,7 +78,7 @@ def main() -> None:
         run = lab.train(config, folder, seed=args.seed, device="cpu")
         print(run)
         if not (folder / "figures" / "row.json").exists():
-            measured(run, folder / "figures", args.n)
+            measured(run, folder / "figures", args.n, args.checkpoints)
     rows = [json.loads(file.read_text()) for file in sorted(args.out.glob("*/figures/row.json"))]
     table = markdown(pd.DataFrame([row for one in rows for row in one]))
     (args.out / "table.md").write_text(table, encoding="utf-8")
