@@ -128,6 +128,8 @@ def test_the_mixture_weights_maps_by_their_evidence() -> None:
     batch = draw(problem, 5)
     phi = problem.represent(batch.xs).double().numpy()
     ys = batch.ys.double().numpy()
+    each = problem.by_task(batch).predictions
+    torch.testing.assert_close(each, problem.targets(batch)["every map's ridge"])
     found = problem.posterior(batch)
     mixture = problem.oracles(batch)["Bayes mixture"]
     torch.testing.assert_close(found[:, 0], torch.full((5, 3), 1 / 3))

@@ -20,6 +20,7 @@ from transformer_lens_taskvec.lab.problems.base import (
     Batch,
     Finding,
     Problem,
+    TaskPredictions,
     check_sizes,
     draw_labels,
     normal,
@@ -76,6 +77,7 @@ class Represented(Problem):
             "n_heads": 4,
             "d_model": 64,
             "init": "fan_in",
+            "targets": "expected",
             "steps": 6_000,
             "batch_size": 48,
             "optimizer": "muon",
@@ -181,6 +183,11 @@ class Represented(Problem):
     def posterior(self, batch: Batch) -> Float[Tensor, "batch point task"]:
         """As for :meth:`Problem.posterior`: which map it is; without noise it is not defined."""
         return self._mixture(batch).probabilities
+
+    def by_task(self, batch: Batch) -> TaskPredictions:
+        """As for :meth:`Problem.by_task`: ridge on each map; without noise it is not defined."""
+        found = self._mixture(batch)
+        return TaskPredictions(found.by_basis, found.variances)
 
     def swapped_at(self, point: int) -> tuple[int, ...]:
         """The query: a model tells the map there, having regressed; no ``y`` before it holds it."""
