@@ -46,13 +46,17 @@ def measured(run: lab.Run, folder: Path, n: int, n_checkpoints: int) -> pd.DataF
 
 def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown."""
-    head = "| problem | TD (untrained, chance) | own mean | another's mean (least) | loss |"
+    head = (
+        "| problem | TD (untrained, chance) | loss with the own mean, another's (least) "
+        "| accuracy: none, own, another's | loss (best oracle) |"
+    )
     lines = [head, "|---|---|---|---|---|"]
     lines += [
         (
             f"| {row.problem} | {row.td:.2f} ({row.td_first:.2f}, {row.chance:.2f}) "
-            f"| x {row.own_swap:.2f} | x {row.other_swap:.2f} ({row.least_swap:.2f}) "
-            f"| {row.loss:.3f}, {row.over_oracle:.2f} x {row.oracle} |"
+            f"| x {row.own_swap:.2f}, x {row.other_swap:.2f} ({row.least_swap:.2f}) "
+            f"| {row.accuracy:.2f}, {row.own_accuracy:.2f}, {row.other_accuracy:.2f} "
+            f"| {row.loss:.3g} ({row.oracle} {row.oracle_loss:.3g}) |"
         )
         for row in table.itertuples()
     ]

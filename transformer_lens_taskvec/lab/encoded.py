@@ -24,8 +24,10 @@ def encoding_table(found: Mapping[str, Emergence]) -> pd.DataFrame:
         checkpoint, ``td_first`` at the first one (of the untrained model, if it was measured) and
         ``chance``; ``own_swap`` and ``other_swap``, the mean ratio of the query's loss with a
         swapped representation to that without, for the task's own mean and for another's, and
-        ``least_swap``, the smallest of the latter; ``loss`` over the late points, ``oracle``, the
-        best that is not told the task, and ``over_oracle``, the loss divided by this oracle's.
+        ``least_swap``, the smallest of the latter, NaN where no loss is left to multiply;
+        ``accuracy`` at the query, ``own_accuracy`` and ``other_accuracy`` with these swaps;
+        ``loss`` over the late points, and ``oracle``, the best that is not told the task, with its
+        ``oracle_loss``.
 
     Raises:
         ValueError: If there is nothing to show.
@@ -46,7 +48,8 @@ def encoding_table(found: Mapping[str, Emergence]) -> pd.DataFrame:
     for name, one in found.items():
         own, td = torch.eye(len(one.tasks), dtype=torch.bool), one.td[:, one.best_layer()].mean(-1)
         ratio, best = one.swap_ratio[-1], one.oracles.best
-        loss = float(one.late_loss[-1].nanmean())
+        before = torch.tensor([one.swaps[-1].baseline.of(task).accuracy for task in one.tasks])
+        accuracy = before[:, None] + one.swaps[-1].delta_accuracy
         rows.append(
             {
                 "problem": name,
@@ -57,9 +60,12 @@ def encoding_table(found: Mapping[str, Emergence]) -> pd.DataFrame:
                 "own_swap": float(ratio[own].mean()),
                 "other_swap": float(ratio[~own].mean()),
                 "least_swap": float(ratio[~own].min()),
-                "loss": loss,
+                "accuracy": float(before.mean()),
+                "own_accuracy": float(accuracy[own].mean()),
+                "other_accuracy": float(accuracy[~own].mean()),
+                "loss": float(one.late_loss[-1].nanmean()),
                 "oracle": best,
-                "over_oracle": loss / one.oracles.late(best),
+                "oracle_loss": one.oracles.late(best),
             }
         )
     return pd.DataFrame(rows)
