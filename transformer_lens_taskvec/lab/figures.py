@@ -85,7 +85,7 @@ def emergence_figures(run: Run, emergence: Emergence, *, n: int = 100) -> dict[s
         "training": figure_of(plot_training(emergence)[0]),
         "oracles": figure_of(plot_oracles(emergence, moments)),
         "embedding": _panels(moments, embedding, "step {}"),
-        "swaps": _panels(moments, swap, "step {}"),
+        "swaps": _panels(moments, swap, "step {}", size=max(1.0, len(emergence.tasks) / 5)),
         "td_by_layer": figure_of(plot_decodability(task_decodability(collect(last, episodes)))),
         "head_pruning": _panels(
             pruned.tasks,
@@ -106,13 +106,19 @@ def _moments(emergence: Emergence) -> list[int]:
 
 
 @styled
-def _panels(items: Sequence[Any], draw: Callable[[Any, Any], Any], title: str) -> Figure:
+def _panels(
+    items: Sequence[Any], draw: Callable[[Any, Any], Any], title: str, *, size: float = 1.0
+) -> Figure:
     import matplotlib.pyplot as plt
 
     columns = min(len(items), 4)
     rows = -(-len(items) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.9 * rows), layout="constrained", squeeze=False
+        rows,
+        columns,
+        figsize=(3.4 * size * columns, 2.9 * size * rows),
+        layout="constrained",
+        squeeze=False,
     )
     for ax, item in zip(grid.flat, items, strict=False):
         draw(item, ax)
