@@ -145,6 +145,46 @@ print(*agreement, sep="\n")
 # The neighbours are less certain than the posterior, but they follow it: the rank correlation over
 # sequences is well above zero at every length.
 #
+# ## Other problems, the same two questions
+#
+# The lab holds a model for each of eight other problems of the field, with the exact predictors that
+# belong to it: `list(lab.PRESETS)` names them. Two of them train in a minute each:
+#
+# - *concepts*: an input belongs to one of eight pairs of features; which pair the sequence is about has
+#   to be found out, and then the sign of the query.
+# - *bigrams*: a random language with triggers. What follows a trigger is new in every sequence, so that
+#   the context must win over the bigrams of the language. The tasks are the meanings of one trigger.
+#
+# Is the task encoded (TD at the best layer, against the untrained model and chance)? Is decoding
+# conditional on it (the loss with the mean of the sequence's own task and of another, divided by that
+# without)?
+
+# %%
+found = {}
+for name, steps in {"concepts": 300, "bigrams": 800}.items():
+    config = dataclasses.replace(
+        lab.PRESETS[name], steps=60 if FAST else steps, n_checkpoints=6, n_eval=50
+    )
+    trained = lab.train(config, tempfile.mkdtemp(), seed=0)
+    found[name] = lab.measure_emergence(
+        trained, steps=[0, config.steps], n=11 if FAST else 40, n_oracle=500
+    )
+lab.encoding_table(found).set_index("problem").T
+
+# %% [markdown]
+# When does the context win over the bigrams? For a two-layer attention model whose weights are set by
+# hand there is a closed formula. The more often an output `o` followed the trigger, the higher its
+# probability; points are measured, lines are the formula. The trained model needs one occurrence.
+
+# %%
+problem = lab.PRESETS["bigrams"].problem
+curves = {
+    "set by hand": lab.problems.hijack_curve(lab.problems.hand_set(problem), problem, n=8),
+    "trained": lab.problems.hijack_curve(trained.model(), problem, n=8),
+}
+lab.problems.plot_hijack(curves);
+
+# %% [markdown]
 # ## What to try next
 #
 # - Which heads matter for which basis? `tv.head_effects(run.model(), episodes, on=episodes,
