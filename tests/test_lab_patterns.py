@@ -185,7 +185,7 @@ def test_the_loss_is_the_hinge_loss_of_the_points_that_count() -> None:
     losses = SMALL.losses(torch.tensor([2.0, 0.5, -1.0]), torch.ones(3), torch.zeros(3).long())
     assert losses.tolist() == [0.0, 0.5, 2.0]
     config = lab.TrainConfig(problem=SMALL, batch_size=50)
-    loss = config.loss(lambda tokens: torch.zeros(50, 10), seeded(), False)
+    loss = config.loss(None, lambda tokens: torch.zeros(50, 10), seeded(), False)
     assert float(loss) == 1.0
 
 
