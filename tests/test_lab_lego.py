@@ -290,7 +290,9 @@ def test_its_finding_says_where_values_are_readable(run: Run, tmp_path: Path) ->
     )
     finding.save(tmp_path)
     assert json.loads((tmp_path / "finding.json").read_text())["n_supervised"] == 2
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "values", "training"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        f"finding_{name}" for name in ("accuracy", "values", "training")
+    }
 
 
 @pytest.mark.parametrize(

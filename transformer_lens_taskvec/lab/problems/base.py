@@ -388,11 +388,12 @@ class Finding(Shown):
         return pd.DataFrame({"measure": list(single), "value": list(single.values())})
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``finding.json`` and the figures to a folder and return their paths."""
+        """Write ``finding.json`` and ``finding_NAME.png`` for each figure; return their paths."""
         path = Path(folder) / "finding.json"
         described = {"sentence": self.sentence, **self.numbers}
         write_text(path, json.dumps(described, indent=1) + "\n")
-        return [path, *save_figures(dict(self.figures), folder)]
+        figures = {f"finding_{name}": figure for name, figure in self.figures.items()}
+        return [path, *save_figures(figures, folder)]
 
     def __repr__(self) -> str:
         return f"Finding({self.sentence})"
