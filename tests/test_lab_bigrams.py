@@ -343,8 +343,8 @@ def test_its_emergence_and_its_finding_are_measured_and_drawn(run: Run, tmp_path
     assert "trained, relative" in finding.sentence
     assert {path.name for path in finding.save(tmp_path)} == {
         "finding.json",
-        "bigrams.png",
-        "bigrams.svg",
+        "finding_bigrams.png",
+        "finding_bigrams.svg",
     }
 
 

@@ -527,9 +527,9 @@ def test_concepts_are_trained_measured_and_described(tmp_path: Path) -> None:
     assert len(numbers["error by step"]) == len(run.steps)
     paths = finding.save(tmp_path / "figures")
     assert {path.name for path in paths if path.suffix == ".png"} == {
-        "attention.png",
-        "error.png",
-        "transfer.png",
+        "finding_attention.png",
+        "finding_error.png",
+        "finding_transfer.png",
     }
 
 
