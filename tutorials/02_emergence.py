@@ -174,7 +174,8 @@ lab.encoding_table(found).set_index("problem").T
 # %% [markdown]
 # When does the context win over the bigrams? For a two-layer attention model whose weights are set by
 # hand there is a closed formula. The more often an output `o` followed the trigger, the higher its
-# probability; points are measured, lines are the formula. The trained model needs one occurrence.
+# probability; points are measured, lines are the formula. After 800 steps the trained model is on its
+# way (the formula's two strengths are fitted to it); after all 2,500 one occurrence is enough.
 
 # %%
 problem = lab.PRESETS["bigrams"].problem
@@ -182,7 +183,7 @@ curves = {
     "set by hand": lab.problems.hijack_curve(lab.problems.hand_set(problem), problem, n=8),
     "trained": lab.problems.hijack_curve(trained.model(), problem, n=8),
 }
-lab.problems.plot_hijack(curves);
+lab.problems.plot_hijack(curves).legend(frameon=False);
 
 # %% [markdown]
 # ## What to try next

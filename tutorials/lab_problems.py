@@ -60,7 +60,7 @@ def markdown(table: pd.DataFrame) -> str:
         )
         for row in table.itertuples()
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("x nan, x nan (nan)", "-") + "\n"
 
 
 def main() -> None:
