@@ -639,14 +639,19 @@ def emergence(
         through_it = copy.copy(loaded)
         make = lambda step=None: through(loaded.model(step))  # noqa: E731
         object.__setattr__(through_it, "model", make)
-        found = lab.measure_emergence(through_it, n=n, seed=seed, progress=not dry_run)
-        figures = lab.emergence_figures(through_it, found, n=n)
-        paths = [found.save(folder), *save_figures(figures, folder)]
-        problem = loaded.config.problem
-        if type(problem).finding is lab.Problem.finding:
-            return [found], paths
-        finding = problem.finding(through_it)
-        return [found, finding], [*paths, *finding.save(folder)]
+        results: list[Any] = []
+        paths: list[Path] = []
+        has_finding = isinstance(loaded, lab.Run) and (
+            type(loaded.config.problem).finding is not lab.Problem.finding
+        )
+        if len(loaded.tasks) > 1 or not has_finding:  # with one task there is nothing to decode
+            found = lab.measure_emergence(through_it, n=n, seed=seed, progress=not dry_run)
+            figures = lab.emergence_figures(through_it, found, n=n)
+            results, paths = [found], [found.save(folder), *save_figures(figures, folder)]
+        if has_finding:
+            finding = loaded.config.problem.finding(through_it)
+            results, paths = [*results, finding], [*paths, *finding.save(folder)]
+        return results, paths
 
     if dry_run:
         return _say(work)

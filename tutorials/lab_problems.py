@@ -30,18 +30,19 @@ def some_of(steps: tuple[int, ...], n: int) -> list[int]:
     return [steps[index] for index in sorted({round(last * part / (n - 1)) for part in range(n)})]
 
 
-def measured(run: lab.Run, folder: Path, n: int, n_checkpoints: int) -> pd.DataFrame:
-    """The row of the table for a run; everything about it is written to a folder."""
+def measure(run: lab.Run, folder: Path, n: int, n_checkpoints: int) -> None:
+    """Write everything about a run to a folder; of two tasks or more, also its row of the table."""
+    finding = run.config.problem.finding(run)
+    print(finding)
+    finding.save(folder)
+    if len(run.tasks) == 1:
+        return
     found = lab.measure_emergence(run, steps=some_of(run.steps, n_checkpoints), n=n)
     print(found)
     found.save(folder)
     save_figures(lab.emergence_figures(run, found, n=n), folder)
-    finding = run.config.problem.finding(run)
-    print(finding)
-    finding.save(folder)
     row = encoding_table({run.path.name: found})
     row.to_json(folder / "row.json", orient="records", indent=1)
-    return row
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -81,8 +82,8 @@ def main() -> None:
             config = dataclasses.replace(config, steps=args.steps)
         run = lab.train(config, folder, seed=args.seed, device="cpu")
         print(run)
-        if not (folder / "figures" / "row.json").exists():
-            measured(run, folder / "figures", args.n, args.checkpoints)
+        if not (folder / "figures" / "finding.json").exists():
+            measure(run, folder / "figures", args.n, args.checkpoints)
     rows = [json.loads(file.read_text()) for file in sorted(args.out.glob("*/figures/row.json"))]
     table = markdown(pd.DataFrame([row for one in rows for row in one]))
     (args.out / "table.md").write_text(table, encoding="utf-8")
