@@ -120,7 +120,12 @@ ALONGSIDE = {
     ],
     "controls": ["controls.ControlVectors"],
     "analysis": ["analysis.classifiers.Readout"],
-    "lab": ["lab.model.ModelSize", "lab.model.LabTransformer"],
+    "lab": [
+        "lab.model.ModelSize",
+        "lab.model.LabTransformer",
+        "lab.problems.mimo.finding.Equaliser",
+        "lab.problems.bigrams.formula.HasBigrams",
+    ],
 }
 """Types in the signatures of public functions that are in no namespace themselves."""
 

@@ -28,7 +28,7 @@ class LabEpisode:
         task: The latent task.
         xs: Inputs, ``[point, dim]``, the last one the query's; or token ids, ``[token]``.
         ys: The outputs before the query's, ``[demo]``, or ``[demo, output]``.
-        target: The query's output, which the model is to predict.
+        target: The query's output, which the model is to predict: a number, or ``[output]``.
         problem: What the sequence is drawn from; it says what the model reads and how a prediction
             counts.
         template: How the sequence is written, for the record that results keep.
@@ -43,7 +43,7 @@ class LabEpisode:
     task: str
     xs: Shaped[Tensor, "point_or_token ..."]
     ys: Shaped[Tensor, "demo ..."]
-    target: Shaped[Tensor, "*output"]
+    target: Tensor
     problem: Problem
     template: PromptTemplate = _INTERLEAVED
 

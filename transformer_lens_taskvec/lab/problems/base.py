@@ -66,8 +66,8 @@ class Batch:
         (torch.Size([4, 16, 8]), torch.Size([4, 16]), torch.Size([4]))
     """
 
-    xs: Shaped[Tensor, "batch point_or_token *dim"]
-    ys: Shaped[Tensor, "batch point *output"]
+    xs: Shaped[Tensor, "batch point_or_token ..."]
+    ys: Shaped[Tensor, "batch point ..."]
     labels: Int[Tensor, " batch"]
     weights: Float[Tensor, "batch point"] | None = None
 
@@ -90,7 +90,7 @@ class TaskPredictions:
         torch.Size([3, 16, 4])
     """
 
-    predictions: Float[Tensor, "batch point task *output"]
+    predictions: Float[Tensor, "batch point task ..."]
     variances: Float[Tensor, "batch point task"] | None = None
 
 

@@ -55,8 +55,7 @@ class MimoEqualisation(Problem):
 
     Attributes:
         n_channels: Channels in the set; None for a fresh one in every sequence.
-        snr_db: The signal-to-noise ratio in dB; see :mod:`mimo_link
-            <transformer_lens_taskvec.lab.problems.mimo.link>`.
+        snr_db: The signal-to-noise ratio in dB; see ``link.py``.
         bits: The quantiser has ``2^bits`` cells.
         n_points: Pairs in a sequence, the query included.
         seed: Another seed gives other channels.
