@@ -22,6 +22,7 @@ if not any(room in argument for argument in sys.argv for room in ("benchmarks", 
     jaxtyping.install_import_hook([f"{PACKAGE.name}.{room}" for room in rooms], "checked.beartyped")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 import zoo  # noqa: E402
 
 import transformer_lens_taskvec as tv  # noqa: E402
@@ -34,6 +35,15 @@ CLASSES = ["bridge"] if zoo.HookedTransformer is None else ["bridge", "hooked_tr
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="device of the models in tests/benchmarks and tests/gpu")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread, since more cost more than they bring to the lab's small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,8 @@ from transformer_lens_taskvec.lab.training.runs import load_run
 from transformer_lens_taskvec.lab.training.stopping import EarlyStopping
 from transformer_lens_taskvec.paper.checkpoints import over_checkpoints
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = dataclasses.replace(
     PRESETS["small"],
     problem=SparseLinearMixture.orthogonal(2, 2, n_points=4),
@@ -55,14 +57,6 @@ CONFIG = dataclasses.replace(
     n_checkpoints=2,
     n_eval=4,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vectors() -> tv.TaskVectors:

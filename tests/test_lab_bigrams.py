@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -31,17 +30,10 @@ from transformer_lens_taskvec.lab.problems.bigrams.memory import (
 from transformer_lens_taskvec.lab.problems.bigrams.problem import TriggeredBigrams
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = TriggeredBigrams()
 TINY = TriggeredBigrams(n_points=24, d_vocab=10, n_triggers=2, n_candidates=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,16 +29,9 @@ from transformer_lens_taskvec.lab.problems.lego.problem import Lego
 from transformer_lens_taskvec.lab.problems.lego.values import plot_values, value_decodability
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = Lego(n_vars=5, n_supervised=3, n_letters=9)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(problem: Lego, n: int, seed: int = 0, labels: Tensor | None = None) -> lab.Batch:

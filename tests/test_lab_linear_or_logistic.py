@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,16 +19,9 @@ from transformer_lens_taskvec.lab.problems.linear_or_logistic import (
 from transformer_lens_taskvec.lab.problems.readings import drawn
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = LinearOrLogistic()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

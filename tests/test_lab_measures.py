@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,8 @@ from transformer_lens_taskvec.lab.training.on_problem import Run
 from transformer_lens_taskvec.lab.training.vector_loss import VectorLoss, answers_from_vectors
 from transformer_lens_taskvec.lab.vector_errors import plot_vector_errors, vector_error_by_layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = lab.SparseLinearMixture(dim=3, bases=((0,), (1, 2)), n_points=6)
 CONFIG = dataclasses.replace(
     lab.PRESETS["small"],
@@ -43,15 +44,6 @@ CONFIG = dataclasses.replace(
     n_eval=20,
     vector_loss=VectorLoss(0, 0.5),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,10 @@ from transformer_lens_taskvec.lab.threshold import (
     threshold_sweep,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAPER: dict[str, Any] = {"snr_db": 10.0, "bits": 4}
 FRESH = MimoEqualisation(n_channels=None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -12,16 +11,9 @@ from torch import Tensor
 
 from transformer_lens_taskvec.lab.model import RegressionConfig, RegressionTransformer, interleave
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CFG = RegressionConfig(d_input=3, n_points=5, n_layers=2, n_heads=2, d_model=8, init="fan_in")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

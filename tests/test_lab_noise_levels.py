@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,16 +26,9 @@ from transformer_lens_taskvec.lab.problems.readings import (
 )
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEM = NoisyLinear((0.1, 0.4, 1.0), dim=3, n_points=7)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

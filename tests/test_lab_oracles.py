@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,21 +24,14 @@ from transformer_lens_taskvec.lab.problems.base import Batch
 from transformer_lens_taskvec.lab.problems.families import RegressionFamilies
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBLEMS = {
     "default": SparseLinearMixture(),
     "small": SparseLinearMixture.small(),
     "overlapping": SparseLinearMixture.overlapping(n_points=8),
     "ranks differ": SparseLinearMixture(dim=5, bases=((0,), (1, 2, 3), (3, 4)), n_points=7),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(problem: SparseLinearMixture, n: int, seed: int = 0) -> Batch:

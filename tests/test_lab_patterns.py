@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -39,17 +37,9 @@ from transformer_lens_taskvec.lab.problems.patterns.pruning import (
 )
 from transformer_lens_taskvec.lab.training.on_problem import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = PatternTasks(m2=5, n_points=10, dim=10)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    plt.close("all")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

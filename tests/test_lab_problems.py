@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,21 +17,14 @@ from transformer_lens_taskvec.lab.problems.families import (
 )
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPARSE = [
     SparseLinearMixture(),
     SparseLinearMixture.orthogonal(6, 4),
     SparseLinearMixture.overlapping(),
     SparseLinearMixture.small(),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

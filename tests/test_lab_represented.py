@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -31,18 +29,10 @@ from transformer_lens_taskvec.lab.problems.represented.pasting import (
 from transformer_lens_taskvec.lab.problems.represented.probes import probe_targets
 from transformer_lens_taskvec.lab.problems.represented.problem import Represented
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 THREE = Represented(dim=4, n_points=10)
 ONE = Represented.single(dim=4, n_points=6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    plt.close("all")
 
 
 def draw(problem: lab.Problem, n: int, seed: int = 0) -> lab.Batch:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ from transformer_lens_taskvec.lab.training.muon import Muon, orthogonalized
 from transformer_lens_taskvec.lab.training.on_problem import TrainConfig
 from transformer_lens_taskvec.lab.training.runs import load_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = dataclasses.replace(
     PRESETS["small"],
     problem=SparseLinearMixture.orthogonal(2, 2, n_points=5),
@@ -42,15 +44,6 @@ TINY = dataclasses.replace(
     n_checkpoints=6,
     n_eval=20,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,17 +27,10 @@ from transformer_lens_taskvec import lab
 from transformer_lens_taskvec.cli import app
 from transformer_lens_taskvec.lab.training import loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 train = partial(lab.train, progress=False, device="cpu")
 QUICK = dataclasses.replace(TINY, steps=30)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
