@@ -21,7 +21,7 @@ from transformer_lens_taskvec.lab.problems import (
     Represented,
     TriggeredBigrams,
 )
-from transformer_lens_taskvec.lab.problems.base import Problem
+from transformer_lens_taskvec.lab.problems.base import QUICK, Problem
 from transformer_lens_taskvec.lab.problems.sparse_linear import SparseLinearMixture
 from transformer_lens_taskvec.lab.toy.model import ToyConfig
 from transformer_lens_taskvec.lab.training.config_file import settings_of
@@ -48,18 +48,7 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         "paper": TrainConfig(),
         "small": TrainConfig(
             problem=SparseLinearMixture.small(),
-            n_layers=5,
-            n_heads=4,
-            d_model=64,
-            init="fan_in",
-            steps=26_000,
-            batch_size=64,
-            optimizer="muon",
-            learning_rate=1e-3,
-            betas=(0.9, 0.999),
-            muon_learning_rate=3e-3,
-            warmup=200,
-            schedule="cosine",
+            **{**QUICK, "n_layers": 5, "n_heads": 4, "d_model": 64, "steps": 26_000},
         ),
         "toy": ToyConfig(),
         **{

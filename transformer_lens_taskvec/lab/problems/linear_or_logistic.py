@@ -22,6 +22,7 @@ from torch import Tensor
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.oracles import least_squares
 from transformer_lens_taskvec.lab.problems.base import (
+    QUICK,
     Batch,
     Finding,
     Problem,
@@ -86,18 +87,11 @@ class LinearOrLogistic(Problem):
     loss_kind: ClassVar[str] = "loss"
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 3,
             "n_heads": 4,
             "d_model": 64,
-            "init": "fan_in",
             "steps": 3_000,
-            "batch_size": 64,
-            "optimizer": "muon",
-            "learning_rate": 1e-3,
-            "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
-            "warmup": 200,
-            "schedule": "cosine",
             "n_checkpoints": 30,
         }
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformer_lens_taskvec.analysis.decodability import task_decodability
 from transformer_lens_taskvec.lab.oracles import MixturePosterior, noise_mixture
 from transformer_lens_taskvec.lab.problems.base import (
+    QUICK,
     Batch,
     Finding,
     Problem,
@@ -78,19 +79,12 @@ class NoisyLinear(Problem):
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 4,
             "n_heads": 4,
             "d_model": 64,
-            "init": "fan_in",
             "targets": "expected",
             "steps": 5_000,
-            "batch_size": 64,
-            "optimizer": "muon",
-            "learning_rate": 1e-3,
-            "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
-            "warmup": 200,
-            "schedule": "cosine",
             "n_checkpoints": 30,
         }
     )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_lens_taskvec.lab.model import ModelSize
-from transformer_lens_taskvec.lab.problems.base import Batch, Finding, draw_labels
+from transformer_lens_taskvec.lab.problems.base import QUICK, Batch, Finding, draw_labels
 from transformer_lens_taskvec.lab.problems.bigrams.finding import bigrams_finding
 from transformer_lens_taskvec.lab.problems.bigrams.formula import follows_like
 from transformer_lens_taskvec.lab.problems.bigrams.memory import (
@@ -95,18 +95,11 @@ class TriggeredBigrams(TokenProblem):
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 2,
             "n_heads": 1,
             "d_model": 48,
-            "init": "fan_in",
             "steps": 2_500,
-            "batch_size": 64,
-            "optimizer": "muon",
-            "learning_rate": 1e-3,
-            "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
-            "warmup": 200,
-            "schedule": "cosine",
         }
     )
 

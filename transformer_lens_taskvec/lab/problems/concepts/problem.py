@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from transformer_lens_taskvec.lab.model import interleave
 from transformer_lens_taskvec.lab.problems.base import (
+    QUICK,
     Batch,
     Finding,
     Problem,
@@ -84,18 +85,12 @@ class Concepts(Problem):
     loss_kind: ClassVar[str] = "logistic"
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 3,
             "n_heads": 2,
             "d_model": 64,
-            "init": "fan_in",
             "steps": 800,
-            "batch_size": 64,
-            "optimizer": "muon",
-            "learning_rate": 1e-3,
-            "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
             "warmup": 50,
-            "schedule": "cosine",
             "n_checkpoints": 40,
             "n_eval": 40,
         }

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from transformer_lens_taskvec.lab.problems.base import Batch, Finding, draw_labels
+from transformer_lens_taskvec.lab.problems.base import QUICK, Batch, Finding, draw_labels
 from transformer_lens_taskvec.lab.problems.lego.chains import (
     CLAUSE,
     FIRST_LETTER,
@@ -73,18 +73,14 @@ class Lego(TokenProblem):
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 5,
             "n_heads": 4,
             "d_model": 48,
-            "init": "fan_in",
             "steps": 4_000,
-            "batch_size": 64,
-            "optimizer": "muon",
             "learning_rate": 2e-3,
-            "betas": (0.9, 0.999),
             "muon_learning_rate": 6e-3,
             "warmup": 100,
-            "schedule": "cosine",
             "n_checkpoints": 30,
         }
     )

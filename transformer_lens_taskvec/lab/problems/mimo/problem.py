@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from transformer_lens_taskvec.lab.model import ModelSize
 from transformer_lens_taskvec.lab.problems.base import (
+    QUICK,
     Batch,
     Finding,
     Problem,
@@ -76,18 +77,11 @@ class MimoEqualisation(Problem):
     dim: ClassVar[int] = 4  # type: ignore[misc]
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 2,
             "n_heads": 4,
             "d_model": 64,
-            "init": "fan_in",
             "steps": 4_000,
-            "batch_size": 64,
-            "optimizer": "muon",
-            "learning_rate": 1e-3,
-            "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
-            "warmup": 200,
-            "schedule": "cosine",
             "n_checkpoints": 20,
         }
     )
@@ -160,21 +154,12 @@ class MimoEqualisation(Problem):
         untrained: nn.Module = model
         return untrained
 
-    def losses(
-        self,
-        predictions: Float[Tensor, "*rows output"],
-        targets: Float[Tensor, "*rows output"],
-        labels: Int[Tensor, "*#rows"],
-    ) -> Float[Tensor, "*rows"]:
-        """The squared error of each prediction, the mean over its four real numbers."""
-        return self.distance(predictions, targets)
-
     def distance(
         self,
         predictions: Float[Tensor, "*rows output"],
         others: Float[Tensor, "*rows output"],
     ) -> Float[Tensor, "*rows"]:
-        """The squared difference, the mean over the four real numbers."""
+        """The squared difference, the mean over the four real numbers, as the paper reports it."""
         return (predictions - others).square().mean(-1)
 
     def right(

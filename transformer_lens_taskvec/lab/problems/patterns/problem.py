@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_taskvec.lab.problems.base import (
+    QUICK,
     Batch,
     Finding,
     Problem,
@@ -85,18 +86,12 @@ class PatternTasks(Problem):
     loss_kind: ClassVar[str] = "hinge"
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 3,
             "n_heads": 2,
             "d_model": 64,
-            "init": "fan_in",
             "steps": 1_000,
-            "batch_size": 64,
-            "optimizer": "muon",
-            "learning_rate": 1e-3,
-            "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
             "warmup": 50,
-            "schedule": "cosine",
             "n_checkpoints": 24,
             "n_eval": 50,
         }

@@ -17,6 +17,7 @@ from torch.nn.functional import leaky_relu
 
 from transformer_lens_taskvec.lab.oracles import MixturePosterior, bayes_mixture, ridge
 from transformer_lens_taskvec.lab.problems.base import (
+    QUICK,
     Batch,
     Finding,
     Problem,
@@ -73,19 +74,13 @@ class Represented(Problem):
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
+            **QUICK,
             "n_layers": 5,
             "n_heads": 4,
             "d_model": 64,
-            "init": "fan_in",
             "targets": "expected",
             "steps": 6_000,
             "batch_size": 48,
-            "optimizer": "muon",
-            "learning_rate": 1e-3,
-            "betas": (0.9, 0.999),
-            "muon_learning_rate": 3e-3,
-            "warmup": 200,
-            "schedule": "cosine",
             "n_checkpoints": 24,
         }
     )
